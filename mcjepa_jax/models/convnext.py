@@ -1,0 +1,255 @@
+"""ConvNeXt (arXiv 2201.03545) as an encoder: images in, a pyramid out.
+
+Parameters carry timm's names with `_` for the dot before a list index
+(stages_0/blocks_1/mlp/fc1), so that an export is a regular expression.
+Parameters are float32; `dtype` is what the layers compute in.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+VARIANTS = {
+    "atto": dict(depths=(2, 2, 6, 2), dims=(40, 80, 160, 320)),
+    "femto": dict(depths=(2, 2, 6, 2), dims=(48, 96, 192, 384)),
+    "pico": dict(depths=(2, 2, 6, 2), dims=(64, 128, 256, 512)),
+    "nano": dict(depths=(2, 2, 8, 2), dims=(80, 160, 320, 640)),
+    "tiny": dict(depths=(3, 3, 9, 3), dims=(96, 192, 384, 768)),
+    "small": dict(depths=(3, 3, 27, 3), dims=(96, 192, 384, 768)),
+    "base": dict(depths=(3, 3, 27, 3), dims=(128, 256, 512, 1024)),
+    "large": dict(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536)),
+}
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# torch's trunc_normal_(std=0.02) cuts at +-2 absolute, 100 standard deviations
+# out, so what the authors trained from is the plain normal.
+_INIT = nn.initializers.normal(0.02)
+
+_DEPTHWISE_FORM = {"cpu": "shifts", "gpu": "grouped", "tpu": "grouped"}
+
+
+def depthwise_conv(
+    x: Float[Array, "n h w c"],
+    kernel: Float[Array, "kh kw 1 c"],
+    *,
+    form: str | None = None,
+) -> Float[Array, "n h w c"]:
+  """The cross-correlation of each channel with its own kernel, zero-padded."""
+  form = form or _DEPTHWISE_FORM[jax.default_backend()]
+  return {"grouped": _grouped, "shifts": _shifts}[form](x, kernel)
+
+
+def _grouped(x, kernel):
+  return lax.conv_general_dilated(
+      x,
+      kernel,
+      window_strides=(1, 1),
+      padding="SAME",
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      feature_group_count=x.shape[-1],
+  )
+
+
+def _shifts(x, kernel):
+  kh, kw = kernel.shape[:2]
+  h, w = x.shape[1:3]
+  padding = ((0, 0), (kh // 2, kh // 2), (kw // 2, kw // 2), (0, 0))
+  padded = jnp.pad(x, padding)
+  terms = (
+      padded[:, i : i + h, j : j + w] * kernel[i, j, 0]
+      for i in range(kh)
+      for j in range(kw)
+  )
+  return functools.reduce(jnp.add, terms)
+
+
+class Conv(nn.Module):
+  """A dense convolution with a bias."""
+
+  dim: int
+  kernel: int
+  stride: int
+  padding: int = 0
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n _ _ d"]:
+    shape = (self.kernel, self.kernel, x.shape[-1], self.dim)
+    kernel = self.param("kernel", _INIT, shape, jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, shape[-1:], jnp.float32)
+    x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
+    padding = ((self.padding, self.padding),) * 2
+    y = lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(self.stride, self.stride),
+        padding=padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return y + bias
+
+
+class DepthwiseConv(nn.Module):
+  """A 7x7 depthwise convolution with a bias."""
+
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+    c = x.shape[-1]
+    kernel = self.param("kernel", _INIT, (7, 7, 1, c), jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, (c,), jnp.float32)
+    x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
+    return depthwise_conv(x, kernel) + bias
+
+
+def _gelu(x):
+  return nn.gelu(x, approximate=False)
+
+
+class Mlp(nn.Module):
+  """Two dense layers with an exact GELU between, width times 4 inside."""
+
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+    dense = functools.partial(nn.Dense, kernel_init=_INIT, dtype=self.dtype)
+    c = x.shape[-1]
+    x = dense(4 * c, name="fc1")(x)
+    return dense(c, name="fc2")(_gelu(x))
+
+
+class Block(nn.Module):
+  """A residual block; drop path drops its branch whole, per example."""
+
+  drop_path: float = 0.0
+  layer_scale: float | None = None
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+      self, x: Float[Array, "n h w c"], *, deterministic: bool = True
+  ) -> Float[Array, "n h w c"]:
+    y = DepthwiseConv(dtype=self.dtype, name="conv_dw")(x)
+    y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(y)
+    y = Mlp(dtype=self.dtype, name="mlp")(y)
+    if self.layer_scale is not None:
+      init = nn.initializers.constant(self.layer_scale)
+      gamma = self.param("gamma", init, (x.shape[-1],), jnp.float32)
+      y = y * gamma.astype(self.dtype)
+    if self.drop_path > 0 and not deterministic:
+      keep = 1 - self.drop_path
+      shape = (x.shape[0], 1, 1, 1)
+      kept = jax.random.bernoulli(self.make_rng("drop_path"), keep, shape)
+      y = jnp.where(kept, y / keep, 0).astype(self.dtype)
+    return x + y
+
+
+class Stage(nn.Module):
+  """LayerNorm and a 2x2 stride-2 convolution (not in stage 0), then blocks."""
+
+  dim: int
+  downsamples: bool
+  drop_paths: tuple[float, ...]
+  layer_scale: float | None = None
+  dtype: Any = jnp.float32
+
+  def setup(self):
+    if self.downsamples:
+      norm = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)
+      self.downsample = [norm, Conv(self.dim, 2, 2, 0, self.dtype)]
+    self.blocks = [
+        Block(rate, self.layer_scale, self.dtype) for rate in self.drop_paths
+    ]
+
+  def __call__(
+      self, x: Float[Array, "n h w c"], *, deterministic: bool = True
+  ) -> Float[Array, "n h2 w2 d"]:
+    if self.downsamples:
+      for layer in self.downsample:
+        x = layer(x)
+    for block in self.blocks:
+      x = block(x, deterministic=deterministic)
+    return x
+
+
+class ConvNeXt(nn.Module):
+  """ConvNeXt without its head; `pool` gives what a head would read."""
+
+  depths: tuple[int, ...] = (3, 3, 9, 3)
+  dims: tuple[int, ...] = (96, 192, 384, 768)
+  # "split": 4x4/s2, LayerNorm, GELU, 3x3/s2, LayerNorm, where the pyramid's
+  # stride 2 is what the first LayerNorm gives; "patch": timm's own 4x4/s4.
+  stem: str = "split"
+  # Rate of the last block; the rates grow linearly over the blocks from 0.
+  drop_path: float = 0.1
+  # Initial value of each block's gamma; None for no gamma.
+  layer_scale: float | None = None
+  dtype: Any = jnp.float32
+
+  @property
+  def strides(self) -> tuple[int, ...]:
+    """The stride of each level of the pyramid, fine to coarse."""
+    stages = tuple(4 * 2**i for i in range(len(self.depths)))
+    return (2, *stages) if self.stem == "split" else stages
+
+  def setup(self):
+    norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
+    conv = functools.partial(Conv, self.dims[0], dtype=self.dtype)
+    if self.stem == "split":
+      # Numbered as in a torch Sequential, where the GELU would be stem_2.
+      self.stem_0, self.stem_1 = conv(kernel=4, stride=2, padding=1), norm()
+      self.stem_3, self.stem_4 = conv(kernel=3, stride=2, padding=1), norm()
+    elif self.stem == "patch":
+      self.stem_0, self.stem_1 = conv(kernel=4, stride=4), norm()
+    else:
+      raise ValueError(f"stem is 'split' or 'patch', got {self.stem!r}")
+    ends = np.cumsum(self.depths)
+    rates = np.split(np.linspace(0, self.drop_path, ends[-1]), ends[:-1])
+    self.stages = [
+        Stage(dim, i > 0, tuple(rate.tolist()), self.layer_scale, self.dtype)
+        for i, (dim, rate) in enumerate(zip(self.dims, rates, strict=True))
+    ]
+    self.norm = nn.LayerNorm(epsilon=1e-6)
+
+  def __call__(
+      self, images: Float[Array, "n h w 3"], *, deterministic: bool = True
+  ) -> list[Float[Array, "n _ _ _"]]:
+    """The pyramid of images in [0, 1], fine to coarse, as `strides` says.
+
+    With `deterministic=False` drop path needs an rng named "drop_path".
+    """
+    x = (images - jnp.array(IMAGENET_MEAN)) / jnp.array(IMAGENET_STD)
+    coarsest = self.strides[-1]
+    if images.shape[1] % coarsest or images.shape[2] % coarsest:
+      raise ValueError(
+          f"height and width are multiples of {coarsest}, the coarsest stride;"
+          f" got images of {images.shape[1]}x{images.shape[2]}"
+      )
+    pyramid = []
+    x = self.stem_1(self.stem_0(x.astype(self.dtype)))
+    if self.stem == "split":
+      pyramid.append(x)
+      x = self.stem_4(self.stem_3(_gelu(x)))
+    for stage in self.stages:
+      x = stage(x, deterministic=deterministic)
+      pyramid.append(x)
+    if self.is_initializing():
+      self.pool(pyramid)
+    return pyramid
+
+  def pool(self, pyramid: list[Float[Array, "n _ _ _"]]) -> Float[Array, "n c"]:
+    """The mean over positions of the coarsest level after its LayerNorm.
+
+    VICRegL's order, float32. timm's head pools first and normalises after.
+    """
+    return jnp.mean(self.norm(pyramid[-1].astype(jnp.float32)), axis=(1, 2))
