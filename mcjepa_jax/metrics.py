@@ -1,0 +1,158 @@
+"""Metrics of flow and of representations: sums and counts, divided once.
+
+Flow metrics are numpy in float64, with masks that are True where the truth is
+known; what the truth holds elsewhere, NaN included, is never read.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Integer
+
+
+def endpoint_error(
+    flow: Float[np.ndarray, "*b 2"], truth: Float[np.ndarray, "*b 2"]
+) -> Float[np.ndarray, "*b"]:
+  """The distance of each vector from the true one, in pixels."""
+  return _length(flow.astype(np.float64) - truth)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowTotals:
+  """Sums over the pairs of a set; totals of parts add up with `+`.
+
+  A pair without a valid pixel adds nothing, to no count either.
+  """
+
+  pairs: int = 0
+  mean_errors: float = 0.0  # Over pairs, of the pair's mean endpoint error.
+  pixels: int = 0
+  outliers: int = 0
+
+  def __add__(self, other: "FlowTotals") -> "FlowTotals":
+    return FlowTotals(
+        self.pairs + other.pairs,
+        self.mean_errors + other.mean_errors,
+        self.pixels + other.pixels,
+        self.outliers + other.outliers,
+    )
+
+  @property
+  def epe(self) -> float:
+    """Mean over pairs of the mean endpoint error; NaN of an empty set."""
+    return self.mean_errors / self.pairs if self.pairs else float("nan")
+
+  @property
+  def fl_all(self) -> float:
+    """Outliers among all valid pixels, in percent; NaN of an empty set."""
+    return 100 * self.outliers / self.pixels if self.pixels else float("nan")
+
+
+def flow_totals(
+    flow: Float[np.ndarray, "h w 2"],
+    truth: Float[np.ndarray, "h w 2"],
+    valid: Bool[np.ndarray, "h w"],
+) -> FlowTotals:
+  """The totals of one pair.
+
+  An outlier is off by more than 3 pixels and by more than 5 % of the true
+  length, as in KITTI 2015's development kit.
+  """
+  flow, truth = flow[valid], truth[valid]
+  pixels = len(truth)
+  if not pixels:
+    return FlowTotals()
+  error = endpoint_error(flow, truth)
+  # By what is no outlier, so that a NaN is one.
+  inlier = (error <= 3) | (error <= 0.05 * _length(truth.astype(np.float64)))
+  return FlowTotals(
+      pairs=1,
+      mean_errors=float(error.mean()),
+      pixels=pixels,
+      outliers=pixels - int(inlier.sum()),
+  )
+
+
+def best_constant_flow(
+    truths: Sequence[Float[np.ndarray, "_ _ 2"]],
+    valids: Sequence[Bool[np.ndarray, "_ _"]],
+    *,
+    tolerance: float = 1e-6,
+    max_steps: int = 200,
+) -> Float[np.ndarray, "2"]:
+  """The constant flow (u, v) with the least EPE over the pairs given.
+
+  That is the geometric median of all valid vectors, each weighing 1 / (its
+  pair's number of valid pixels), by Weiszfeld's iteration with Vardi and
+  Zhang's step at a data point (PNAS 97, 2000); it ends when a step is shorter
+  than `tolerance` pixels. Zero where no pixel is valid: nothing counts it then.
+  """
+  # In the files' float32: all of Sintel is 3.7 GB of it.
+  samples = [
+      np.ascontiguousarray(truth[valid].T)
+      for truth, valid in zip(truths, valids, strict=True)
+      if valid.any()
+  ]
+  if not samples:
+    return np.zeros(2)
+  means = [sample.mean(axis=1, dtype=np.float64) for sample in samples]
+  median = np.mean(means, axis=0)
+  for _ in range(max_steps):
+    pull, stiffness, held = np.zeros(2), 0.0, 0.0
+    for sample in samples:
+      offset = sample - median[:, None]
+      distance = np.sqrt(offset[0] ** 2 + offset[1] ** 2)
+      here = distance == 0
+      inverse = 1 / np.where(here, np.inf, distance)
+      pull += offset @ inverse / len(inverse)
+      stiffness += inverse.mean()
+      held += here.mean()
+    strength = np.hypot(*pull)
+    # Vectors equal to the median resist the others' pull with their weight.
+    if strength <= held:
+      break
+    step = pull / stiffness * (1 - held / strength)
+    median = median + step
+    if np.hypot(*step) < tolerance:
+      break
+  return median
+
+
+def correct(
+    scores: Float[np.ndarray, "n k"],
+    labels: Integer[np.ndarray, "n"],
+    *,
+    top: int = 1,
+) -> Bool[np.ndarray, "n"]:
+  """Whether each label is among the `top` highest scores.
+
+  Ties and NaN count against the label, so that constant scores are never right.
+  """
+  own = np.take_along_axis(scores, labels[:, None], axis=1)
+  return np.sum(~(scores < own), axis=1) <= top
+
+
+def feature_std(x: Float[Array, "*n d"]) -> Float[Array, ""]:
+  """Mean over channels of the std over all else; 0 is a collapse.
+
+  Behind a channel LayerNorm a map of independent features has about 1.
+  """
+  axes = tuple(range(x.ndim - 1))
+  return jnp.mean(jnp.std(x.astype(jnp.float32), axis=axes))
+
+
+def rank_me(z: Float[np.ndarray, "n d"], *, eps: float = 1e-7) -> float:
+  """Effective rank of embeddings, 1 to min(n, d); arXiv 2210.02885, eq. 1-2.
+
+  exp(-sum_k p_k log p_k), p_k = sigma_k / sum sigma + eps, of the singular
+  values of the matrix as it is, not centred.
+  """
+  sigma = np.linalg.svd(z.astype(np.float64), compute_uv=False)
+  p = sigma / max(sigma.sum(), np.finfo(np.float64).tiny) + eps
+  return float(np.exp(-np.sum(p * np.log(p))))
+
+
+def _length(vector: Float[np.ndarray, "*b 2"]) -> Float[np.ndarray, "*b"]:
+  return np.sqrt(np.sum(np.square(vector), axis=-1))
