@@ -10,7 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float, Key, UInt8
 
 _BLENDS = ("brightness", "contrast", "saturation")
 # Blur sigmas are meant for views of this height and scale with theirs.
@@ -157,11 +157,11 @@ def adjust_color(
   return jnp.stack(planes, axis=-1)
 
 
-def _keys(key: Array, count: int) -> Array:
+def _keys(key: Key[Array, ""], count: int) -> Key[Array, " n"]:
   return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
 
 
-def _uniform(keys: Array, count: int) -> list[Float[Array, " n"]]:
+def _uniform(keys: Key[Array, " n"], count: int) -> list[Float[Array, " n"]]:
   draw = jax.vmap(lambda key: jax.random.uniform(key, (count,)))
   return list(draw(keys).T)
 
@@ -174,7 +174,7 @@ def _chosen(
 
 def color_jitter(
     images: Float[Array, "n h w 3"],
-    key: Array,
+    key: Key[Array, ""],
     *,
     brightness: float = 0.4,
     contrast: float = 0.4,
@@ -211,7 +211,7 @@ def color_jitter(
 
 def content_views(
     views: UInt8[Array, "n h w 3"],
-    key: Array,
+    key: Key[Array, ""],
     *,
     brightness: float = 0.4,
     contrast: float = 0.4,
@@ -272,7 +272,7 @@ def content_views(
 
 def _erase(
     images: Float[Array, "n h w 3"],
-    key: Array,
+    key: Key[Array, ""],
     probability: float,
     size: tuple[float, float],
 ) -> Float[Array, "n h w 3"]:
@@ -293,7 +293,7 @@ def _erase(
 
 def motion_frames(
     frames: UInt8[Array, "n h w 3"],
-    key: Array,
+    key: Key[Array, ""],
     *,
     brightness: float = 0.4,
     contrast: float = 0.4,

@@ -6,8 +6,8 @@ Flow is (u right, v down) in pixels. Images come as uint8, or as float in [0, 1]
 import math
 import pathlib
 
-from jaxtyping import Float, Shaped, UInt8
 import numpy as np
+from jaxtyping import Float, Shaped, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 # Middlebury's colour wheel (Baker et al., IJCV 2011): the steps between red,
@@ -42,8 +42,8 @@ def color_wheel() -> Float[np.ndarray, "55 3"]:
     start = np.array(_WHEEL_CORNERS[i], float)
     change = np.array(_WHEEL_CORNERS[(i + 1) % 6]) - start
     # Truncated as a magnitude, also where a channel falls.
-    ramp = np.floor(255 * np.arange(steps) / steps)[:, None] / 255
-    parts.append(start + change * ramp)
+    ramp = np.floor(255 * np.arange(steps) / steps)[:, None]
+    parts.append(start + change / 255 * ramp)
   return np.concatenate(parts)
 
 
@@ -61,14 +61,14 @@ def flow_to_color(
   flow = np.where(known, flow, 0)
   length = np.linalg.norm(flow, axis=-1, keepdims=True)
   length = length / max(max_flow or length.max(initial=0), 1e-9)
-  wheel = color_wheel() / 255
+  wheel = color_wheel()
   angle = np.arctan2(-flow[..., 1], -flow[..., 0]) / np.pi
   position = (angle + 1) / 2 * (len(wheel) - 1)
   low = np.floor(position).astype(int)
   part = (position - low)[..., None]
   color = (1 - part) * wheel[low] + part * wheel[(low + 1) % len(wheel)]
-  color = np.where(length <= 1, 1 - length * (1 - color), 0.75 * color)
-  return np.where(known, np.floor(255 * color), 0).astype(np.uint8)
+  color = np.where(length <= 1, 255 - length * (255 - color), 0.75 * color)
+  return np.where(known, np.floor(color), 0).astype(np.uint8)
 
 
 def to_uint8(image: Shaped[np.ndarray, "*n"]) -> UInt8[np.ndarray, "*n"]:
@@ -135,7 +135,7 @@ def flow_panel(
       "frame 1": frame_1,
       "frame 2": frame_2,
       "warped": warped,
-      f"flow, {max_flow:.3g} px": flow_to_color(flow, max_flow=max_flow),
+      f"flow {max_flow:.3g} px": flow_to_color(flow, max_flow=max_flow),
   }
   if truth is not None:
     tiles["true flow"] = flow_to_color(truth, max_flow=max_flow)
