@@ -1,7 +1,10 @@
 """Eight CPU devices, a compilation cache and the real samples for tests."""
 
+import importlib.abc
+import importlib.machinery
 import os
 import pathlib
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _FLAG = "--xla_force_host_platform_device_count=8"
@@ -14,13 +17,56 @@ import pytest  # noqa: E402
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 
+# Through the environment, so that the commands that tests start share it.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_ROOT / ".cache/jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 jax.config.update(
-    "jax_compilation_cache_dir",
-    os.environ.get("JAX_COMPILATION_CACHE_DIR", str(_ROOT / ".cache" / "jax")),
+    "jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"]
 )
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+jax.config.update(
+    "jax_persistent_cache_min_compile_time_secs",
+    float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]),
+)
 # Grain workers read absl flags, which only app.run parses.
 flags.FLAGS.mark_as_parsed()
+
+
+class _TorchvisionFinder(importlib.abc.MetaPathFinder):
+  """Declares torchvision's operators before its import, where it is needed.
+
+  The registry's torchvision is built against CUDA torch. Beside CPU torch its
+  compiled operators do not load, and its import, and timm's, dies at the first
+  of these two. No test calls them.
+  """
+
+  def find_spec(self, fullname, path=None, target=None):
+    """Returns None: the import goes on as if this were not here."""
+    del path, target
+    if fullname != "torchvision":
+      return None
+    sys.meta_path.remove(self)
+    spec = importlib.machinery.PathFinder.find_spec("torchvision")
+    if spec is None or not spec.submodule_search_locations:
+      return None
+    import torch
+
+    folder = pathlib.Path(spec.submodule_search_locations[0])
+    try:
+      for library in [*folder.glob("_C*.so"), *folder.glob("_C*.dylib")]:
+        torch.ops.load_library(str(library))
+      loaded = hasattr(torch.ops.torchvision, "nms")
+    except OSError:
+      loaded = False
+    if not loaded:
+      for operator in ("nms", "qnms"):
+        torch.library.define(
+            f"torchvision::{operator}",
+            "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+        )
+    return None
+
+
+sys.meta_path.insert(0, _TorchvisionFinder())
 
 
 @pytest.fixture(scope="session")
