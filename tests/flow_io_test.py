@@ -1,0 +1,262 @@
+"""Flow and image files: round trips, documented bytes, hostile headers."""
+
+import io
+import struct
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from mcjepa_jax.data import flow_io
+from mcjepa_jax.errors import UserError
+
+FORMATS = {
+    ".flo": (flow_io.write_flo, flow_io.read_flo, 0.0),
+    ".pfm": (flow_io.write_pfm, flow_io.read_pfm, 0.0),
+    ".png": (flow_io.write_kitti_flow, flow_io.read_kitti_flow, 1 / 128),
+}
+
+
+def _flow(height=5, width=7):
+  rng = np.random.default_rng(0)
+  flow = rng.normal(0, 20, (height, width, 2)).astype(np.float32)
+  valid = (rng.random((height, width, 1)) > 0.3).astype(np.float32)
+  return flow, valid
+
+
+def _flo(width, height, values):
+  return b"PIEH" + struct.pack("<ii", width, height) + values
+
+
+def _png(width, height, pixels, *, layout=(16, 2, 0, 0, 0), extra=b""):
+  header = struct.pack(">IIBBBBB", width, height, *layout)
+  chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(pixels)), (b"IEND", b""))
+  return (
+      b"\x89PNG\r\n\x1a\n"
+      + b"".join(
+          struct.pack(">I", len(body))
+          + kind
+          + body
+          + struct.pack(">I", zlib.crc32(kind + body))
+          for kind, body in chunks
+      )
+      + extra
+  )
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_flow_comes_back_and_is_zero_where_unknown(tmp_path, suffix):
+  write, _, tolerance = FORMATS[suffix]
+  flow, valid = _flow()
+  write(tmp_path / f"a{suffix}", flow, valid)
+  read, read_valid = flow_io.read_flow(tmp_path / f"a{suffix}")
+  np.testing.assert_array_equal(read_valid, valid)
+  np.testing.assert_allclose(read, flow * valid, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_flow_without_a_mask_is_valid_everywhere(tmp_path, suffix):
+  write, read, _ = FORMATS[suffix]
+  write(tmp_path / f"a{suffix}", _flow()[0])
+  assert read(tmp_path / f"a{suffix}")[1].all()
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_every_cut_or_longer_file_is_refused(tmp_path, suffix):
+  write, read, _ = FORMATS[suffix]
+  path = tmp_path / f"a{suffix}"
+  write(path, *_flow(2, 3))
+  whole = path.read_bytes()
+  for data in [whole[:n] for n in range(len(whole))] + [whole + b"\n"]:
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=path.name):
+      read(path)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_writers_refuse_nan_where_valid(tmp_path, suffix):
+  flow, valid = _flow()
+  flow[0, 0, 1], valid[0, 0] = np.nan, 0
+  FORMATS[suffix][0](tmp_path / "a", flow, valid)
+  with pytest.raises(UserError, match="finite"):
+    FORMATS[suffix][0](tmp_path / "a", flow)
+
+
+def test_flo_bytes_are_rows_of_u_then_v(tmp_path):
+  path = tmp_path / "a.flo"
+  path.write_bytes(_flo(2, 1, struct.pack("<4f", 1, 2, 3, 4)))
+  np.testing.assert_array_equal(flow_io.read_flo(path)[0], [[[1, 2], [3, 4]]])
+
+
+@pytest.mark.parametrize("value", [1.1e9, -1e10, np.nan, np.inf, -np.inf])
+def test_flo_unknown_in_one_component_is_unknown(tmp_path, value):
+  path = tmp_path / "a.flo"
+  path.write_bytes(_flo(2, 1, struct.pack("<4f", value, 2, 3, 4)))
+  flow, valid = flow_io.read_flo(path)
+  np.testing.assert_array_equal(flow, [[[0, 0], [3, 4]]])
+  np.testing.assert_array_equal(valid, [[[0], [1]]])
+
+
+@pytest.mark.parametrize(
+    "size", [(-1, -1), (0, 0), (2**31 - 1, 2**31 - 1), (-2, -1), (2**15, 2**16)]
+)
+def test_flo_with_a_lying_size_is_refused(tmp_path, size):
+  path = tmp_path / "a.flo"
+  path.write_bytes(_flo(*size, bytes(16)))
+  with pytest.raises(UserError, match=f"{size[0]}x{size[1]}.* came 28"):
+    flow_io.read_flo(path)
+
+
+@pytest.mark.parametrize("endian, scale", [("<", b"-1.0"), (">", b"1.000000")])
+def test_pfm_rows_run_upwards_and_the_third_channel_is_ignored(
+    tmp_path, endian, scale
+):
+  path = tmp_path / "a.pfm"
+  rows = struct.pack(f"{endian}6f", 1, 2, np.nan, 3, 4, np.inf)
+  path.write_bytes(b"PF\n1 2\n" + scale + b"\n" + rows)
+  flow, valid = flow_io.read_pfm(path)
+  np.testing.assert_array_equal(flow, [[[3, 4]], [[1, 2]]])
+  assert valid.all()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"Pf\n1 1\n-1\n",
+        b"PF\n-1 -1\n-1\n",
+        b"PF\n999999999 999999999\n-1\n",
+        b"PF\n1 1\nnan\n",
+        b"PF\n1\n-1\n",
+        b"PF\n0 0\n-1\n",
+    ],
+)
+def test_pfm_with_another_header_is_refused(tmp_path, header):
+  path = tmp_path / "a.pfm"
+  path.write_bytes(header + bytes(12))
+  with pytest.raises(UserError, match="a.pfm"):
+    flow_io.read_pfm(path)
+
+
+def test_kitti_code_is_r_for_u_and_b_for_valid(tmp_path):
+  path = tmp_path / "a.png"
+  pixels = b"\0" + struct.pack(">6H", 2**15 + 64, 2**15 - 32, 1, 7, 7, 0)
+  path.write_bytes(_png(2, 1, pixels))
+  flow, valid = flow_io.read_kitti_flow(path)
+  np.testing.assert_array_equal(flow, [[[1, -0.5], [0, 0]]])
+  np.testing.assert_array_equal(valid, [[[1], [0]]])
+
+
+def test_kitti_flow_is_clipped_to_what_16_bits_hold(tmp_path):
+  flow_io.write_kitti_flow(
+      tmp_path / "a.png", np.float32([[[-600, 600], [-512, 0]]])
+  )
+  flow, _ = flow_io.read_kitti_flow(tmp_path / "a.png")
+  np.testing.assert_array_equal(flow, [[[-512, 512 - 1 / 64], [-512, 0]]])
+
+
+@pytest.mark.parametrize(
+    "data, fault",
+    [
+        (_png(1, 1, bytes(4), layout=(8, 2, 0, 0, 0)), "16-bit"),
+        (_png(1, 1, bytes(7), layout=(16, 2, 0, 0, 1)), "interlace"),
+        (_png(2**31 - 1, 2**31 - 1, bytes(7)), "can hold"),
+        (_png(0, 1, bytes(7)), "can hold"),
+        (_png(1, 2, bytes(7)), "came 7"),
+        (_png(1, 1, bytes(14)), "came more"),
+        (_png(1, 1, bytes(7))[:-20] + bytes(20), "checksum"),
+        (b"PIEH" + bytes(99), "no PNG"),
+    ],
+)
+def test_kitti_png_with_another_header_or_length_is_refused(
+    tmp_path, data, fault
+):
+  path = tmp_path / "a.png"
+  path.write_bytes(data)
+  with pytest.raises(UserError, match=f"a.png.*{fault}"):
+    flow_io.read_kitti_flow(path)
+
+
+def test_missing_files_folders_and_suffixes_are_named(tmp_path):
+  (tmp_path / "folder.flo").mkdir()
+  for name in ("none.flo", "folder.flo", "flow.txt"):
+    with pytest.raises(UserError, match=name):
+      flow_io.read_flow(tmp_path / name)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_every_image_mode_becomes_rgb(tmp_path, mode):
+  picture = Image.new("RGB", (6, 4), (255, 255, 255)).convert(mode)
+  path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+  picture.save(path)
+  image = flow_io.read_image(path)
+  assert image.shape == (4, 6, 3)
+  assert (image >= 254).all()
+
+
+@pytest.mark.parametrize("suffix", ["ppm", "png", "webp", "bmp"])
+def test_image_channels_are_rgb_in_every_format(tmp_path, suffix):
+  pixels = np.zeros((3, 5, 3), np.uint8)
+  pixels[:, 1] = (10, 120, 250)
+  Image.fromarray(pixels).save(tmp_path / f"a.{suffix}", lossless=True)
+  np.testing.assert_array_equal(
+      flow_io.read_image(tmp_path / f"a.{suffix}"), pixels
+  )
+
+
+def test_min_side_decodes_a_large_jpeg_smaller_but_not_too_small():
+  file = io.BytesIO()
+  Image.new("RGB", (640, 480)).save(file, "JPEG")
+  decode = flow_io.decode_image
+  assert decode(file.getvalue(), "a").shape == (480, 640, 3)
+  assert decode(file.getvalue(), "a", min_side=241).shape == (480, 640, 3)
+  assert decode(file.getvalue(), "a", min_side=240).shape == (240, 320, 3)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"P6\n60000 1000\n255\n" + bytes(9),
+        _png(2**14, 2**14, bytes(7), layout=(8, 2, 0, 0, 0)),
+        _png(2**10, 2**10, bytes(7), layout=(8, 2, 0, 0, 0)),
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+    ],
+)
+def test_images_that_lie_about_their_size_or_kind_are_refused(tmp_path, data):
+  path = tmp_path / "a.png"
+  path.write_bytes(data)
+  with pytest.raises(UserError, match="a.png"):
+    flow_io.read_image(path)
+
+
+def test_images_over_the_pixel_limit_are_refused(tmp_path):
+  Image.new("L", (100, 10)).save(tmp_path / "a.png")
+  with pytest.raises(UserError, match="999 pixels.* came 100x10"):
+    flow_io.read_image(tmp_path / "a.png", max_pixels=999)
+
+
+def test_16_bit_gray_is_refused_rather_than_clipped(tmp_path):
+  cv2.imwrite(str(tmp_path / "a.png"), np.full((2, 2), 300, np.uint16))
+  with pytest.raises(UserError, match="8 bits"):
+    flow_io.read_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("suffix", ["ppm", "png", "jpg", "webp"])
+def test_cut_images_are_refused(tmp_path, suffix):
+  path = tmp_path / f"a.{suffix}"
+  noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+  Image.fromarray(noise).save(path)
+  path.write_bytes(path.read_bytes()[:-1000])
+  with pytest.raises(UserError, match=path.name):
+    flow_io.read_image(path)
+
+
+def test_kitti_sample_reads_as_another_decoder_of_16_bits_does(shared_data):
+  path = shared_data / "kitti" / "devkit2015" / "flow_gt.png"
+  raw = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)[..., ::-1].astype(float)
+  flow, valid = flow_io.read_kitti_flow(path)
+  assert flow.shape == (375, 1242, 2)
+  np.testing.assert_array_equal(valid[..., 0], raw[..., 2])
+  np.testing.assert_allclose(flow, valid * (raw[..., :2] - 32768) / 64)
