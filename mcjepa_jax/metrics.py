@@ -1,15 +1,15 @@
 """Metrics of flow and of representations: sums and counts, divided once.
 
-Flow metrics are numpy in float64, with masks that are True where the truth is
-known; what the truth holds elsewhere, NaN included, is never read.
+Flow metrics are numpy in float64. `valid` is above 0 where a pixel counts; what
+the truth holds elsewhere, NaN included, is never read.
 """
 
-import dataclasses
 from collections.abc import Sequence
+import dataclasses
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Integer
+import numpy as np
 
 
 def endpoint_error(
@@ -53,14 +53,15 @@ class FlowTotals:
 def flow_totals(
     flow: Float[np.ndarray, "h w 2"],
     truth: Float[np.ndarray, "h w 2"],
-    valid: Bool[np.ndarray, "h w"],
+    valid: Float[np.ndarray, "h w 1"],
 ) -> FlowTotals:
   """The totals of one pair.
 
   An outlier is off by more than 3 pixels and by more than 5 % of the true
   length, as in KITTI 2015's development kit.
   """
-  flow, truth = flow[valid], truth[valid]
+  counts = valid[..., 0] > 0
+  flow, truth = flow[counts], truth[counts]
   pixels = len(truth)
   if not pixels:
     return FlowTotals()
@@ -77,7 +78,7 @@ def flow_totals(
 
 def best_constant_flow(
     truths: Sequence[Float[np.ndarray, "_ _ 2"]],
-    valids: Sequence[Bool[np.ndarray, "_ _"]],
+    valids: Sequence[Float[np.ndarray, "_ _ 1"]],
     *,
     tolerance: float = 1e-6,
     max_steps: int = 200,
@@ -91,9 +92,9 @@ def best_constant_flow(
   """
   # In the files' float32: all of Sintel is 3.7 GB of it.
   samples = [
-      np.ascontiguousarray(truth[valid].T)
+      np.ascontiguousarray(truth[valid[..., 0] > 0].T)
       for truth, valid in zip(truths, valids, strict=True)
-      if valid.any()
+      if np.any(valid > 0)
   ]
   if not samples:
     return np.zeros(2)

@@ -9,6 +9,7 @@ import pytest
 from scipy import optimize
 
 from mcjepa_jax import metrics
+from mcjepa_jax.data import flow_io
 
 
 def _flow(*vectors) -> np.ndarray:
@@ -16,7 +17,7 @@ def _flow(*vectors) -> np.ndarray:
 
 
 def _all(flow: np.ndarray) -> np.ndarray:
-  return np.ones(flow.shape[:2], bool)
+  return np.ones((*flow.shape[:2], 1), np.float32)
 
 
 def test_endpoint_error_is_the_length_of_the_difference():
@@ -59,7 +60,7 @@ def test_epe_weighs_pairs_equally_and_fl_all_weighs_pixels():
 
 def test_invalid_pixels_are_never_read():
   truth = _flow((1, 0), (np.nan, 1e10))
-  valid = np.array([[True, False]])
+  valid = np.array([[[1.0], [0.0]]])
   totals = metrics.flow_totals(np.zeros_like(truth), truth, valid)
   assert totals == metrics.FlowTotals(1, 1.0, 1, 0)
   np.testing.assert_allclose(
@@ -69,7 +70,7 @@ def test_invalid_pixels_are_never_read():
 
 def test_a_pair_without_valid_pixels_counts_nowhere():
   flow = _flow((1, 0))
-  nothing = np.zeros((1, 1), bool)
+  nothing = np.zeros((1, 1, 1))
   assert metrics.flow_totals(flow, flow, nothing) == metrics.FlowTotals()
   assert math.isnan(metrics.FlowTotals().epe)
   assert math.isnan(metrics.FlowTotals().fl_all)
@@ -79,11 +80,10 @@ def test_a_pair_without_valid_pixels_counts_nowhere():
 
 
 def test_epe_and_fl_all_of_the_kitti_sample(shared_data):
-  flow_io = pytest.importorskip("mcjepa_jax.data.flow_io")
   folder = shared_data / "kitti" / "devkit2015"
   truth, valid = flow_io.read_kitti_flow(folder / "flow_gt.png")
   flow, _ = flow_io.read_kitti_flow(folder / "flow_est.png")
-  totals = metrics.flow_totals(flow, truth, valid.astype(bool))
+  totals = metrics.flow_totals(flow, truth, valid)
   # From a pixel by pixel loop in the form of the kit's C++ (err > 3 and
   # err / length > 0.05), the files read by OpenCV.
   assert (totals.pixels, totals.outliers) == (111326, 23031)
@@ -111,7 +111,7 @@ def test_best_constant_flow_has_the_least_epe_that_scipy_finds(pairs):
     # Skewed, elongated, of another size and centre each.
     truth = rng.gamma(0.6, (4, 1), size=(5 + 7 * i, 9, 2)) + 5 * i
     truths.append(truth.astype(np.float32))
-    valids.append(rng.random(truth.shape[:2]) < 0.6)
+    valids.append(rng.integers(0, 2, (*truth.shape[:2], 1)).astype(np.float32))
   constant = metrics.best_constant_flow(truths, valids)
   reference = optimize.minimize(
       _epe,
