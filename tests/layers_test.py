@@ -18,17 +18,19 @@ _LAYERS = (
     data.synthetic models.convnext models.vit""",
     # 1: losses, models and sources made of these; the means of training.
     """flow_losses models.flow_decoder data.flow_datasets data.image_datasets
-    data.video optimizer sharding checkpoint""",
+    data.video optimizer sharding checkpoint journal""",
     # 2: everything of one kind together.
     """objective models.mcjepa data.sources data.pipeline data.check
     data.convert""",
     # 3: what runs on the devices.
     "step evals.flow evals.probe evals.segmentation evals.davis",
     # 4: from a config to the parts of a run.
-    "assembly",
-    # 5: the commands.
-    """train evaluate predict preflight replay compare export report""",
-    # 6: the command that picks one.
+    "assembly validation",
+    # 5: what commands share.
+    "evaluate",
+    # 6: the commands.
+    "train predict preflight replay compare export report",
+    # 7: the command that picks one.
     "main",
 )
 _LAYER = {
