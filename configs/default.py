@@ -1,0 +1,166 @@
+"""Every key of a run, with its unit or its consequence.
+
+Variants import `get_config`, override keys and add none: the config is locked,
+so that a misspelt key is an error.
+"""
+
+import ml_collections
+
+ConfigDict = ml_collections.ConfigDict
+
+
+def strides(**weights: float) -> ConfigDict:
+  """A weight per stride: `strides(stride_4=1.0)`; what is absent is 0."""
+  names = ("stride_1", "stride_2", "stride_4", "stride_8", "stride_16",
+           "stride_32")  # fmt: skip
+  unknown = set(weights) - set(names)
+  if unknown:
+    raise ValueError(f"no such stride: {sorted(unknown)}; known: {names}")
+  return ConfigDict({name: float(weights.get(name, 0.0)) for name in names})
+
+
+def get_config() -> ConfigDict:
+  """The defaults: the paper's recipe where it is published."""
+  config = ConfigDict()
+
+  config.task = "train"  # "train" or "evaluate"
+  config.seed = 0  # initial parameters, order of the data, augmentation
+  config.eval_seed = 1_000_003  # held-out procedural examples; never trained on
+  config.data_root = ""  # folder that holds the data sets; unused by synthetic
+  config.checkpoint = ""  # evaluate: a workdir, or one step inside it
+  config.results = ""  # evaluate: the JSON written; "" means WORKDIR/results.json
+  config.compilation_cache = "~/.cache/mcjepa_jax"  # "" turns it off
+
+  # Which task each step trains, and which parameters move:
+  # combined: both tasks in each step; alternate: even steps content, odd motion;
+  # frozen_encoder: motion, estimator only; content; motion.
+  config.mode = "combined"
+  config.num_steps = 333_600  # 100 epochs of ImageNet-1k at 384 images
+  config.init_checkpoint = ""  # encoder parameters to start from, if any
+  config.accumulate = 1  # micro-batches a step; VICReg's statistics are of each
+
+  config.model = model = ConfigDict()
+  model.encoder = ConfigDict(
+      dict(
+          depths=(3, 3, 9, 3),
+          dims=(96, 192, 384, 768),
+          stem="split",  # "split": a level of stride 2 exists; "patch": timm's
+          drop_path=0.1,  # content branch only
+          layer_scale=0.0,  # initial gamma; 0 is off
+      )
+  )
+  model.expander = ConfigDict(dict(widths=(8192, 8192, 8192)))
+  model.estimator = ConfigDict(
+      dict(
+          finest_stride=4,  # 2 costs about 3.5 times the FLOPs
+          channels=(128, 128, 96, 64, 32),  # times factor
+          factor=2.0,  # the paper's C
+          radius=4,  # of the correlation, in the level's pixels
+          projection=32,  # channels of frame 1 that enter the estimator
+          max_flow=128.0,  # pixels at full resolution
+      )
+  )
+  model.dtype = "bfloat16"  # of the convolutions; parameters are float32
+
+  config.motion = motion = ConfigDict()
+  motion.batch_size = 8  # pairs a step
+  motion.size = (384, 832)  # h, w; multiples of 32
+  motion.sources = (("sintel", 1.0),)  # (name, weight): whole batches are mixed
+  motion.geometry = "crop"  # "crop", or "resize" for whole frames
+  motion.downscale = (1.0, 1.0)  # range of the factor applied before the crop
+  motion.gap = 1  # frames between the two of a pair, in videos
+  motion.start_step = 33_360  # content only before it: epoch 10
+  motion.weight = 0.1  # alpha_flow, on the sum of all terms below
+  motion.ramp_steps = 3_336  # all but variance and covariance rise over these
+  motion.jitter = ConfigDict(
+      dict(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, p=0.8)
+  )
+  motion.occlusion = "forward_backward"  # or "range_map", "none"
+  motion.occlusion_start = 0  # steps after start_step; before: all visible
+  motion.out_of_frame = True  # mask what is sampled outside the image
+  motion.photometric = ConfigDict(dict(l1=0.15, l2=0.0, ssim=0.85, census=0.0))
+  motion.smoothness = ConfigDict(
+      dict(
+          form="arflow",  # flow / min(h, w); "uflow": flow in pixels, robust
+          order=2,  # 1 or 2
+          edge_weight=10.0,  # lambda on |dI|, images in [0, 1]
+      )
+  )
+  # Weight of each unweighted term at each stride, before motion.weight.
+  motion.terms = ConfigDict(
+      dict(
+          reconstruction=strides(stride_1=1.0),
+          smoothness=strides(stride_1=75.0),
+          regression=strides(
+              stride_4=1.0, stride_8=0.5, stride_16=0.25, stride_32=0.125
+          ),
+          cycle=strides(stride_4=0.2, stride_8=0.1),
+          variance=strides(
+              stride_4=1.0, stride_8=1.0, stride_16=0.5, stride_32=0.5
+          ),
+          covariance=strides(
+              stride_4=0.04, stride_8=0.04, stride_16=0.02, stride_32=0.02
+          ),
+      )
+  )
+
+  config.content = content = ConfigDict()
+  content.batch_size = 384  # images a step; two views of each
+  content.size = 224  # pixels a side of a view
+  content.source = "imagenet"
+  content.scale = (0.08, 1.0)  # area of the crop
+  content.ratio = (3 / 4, 4 / 3)
+  content.flip = True  # left-right, half of the views
+  content.jitter = ConfigDict(
+      dict(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, p=0.8)
+  )
+  content.gray = 0.2
+  content.blur = (1.0, 0.1)  # probability for view 1, view 2
+  content.solarize = (0.0, 0.2)
+  content.terms = ConfigDict(
+      dict(invariance=25.0, variance=25.0, covariance=1.0)
+  )
+
+  config.optimizer = ConfigDict(
+      dict(
+          encoder=dict(  # encoder and expander
+              learning_rate=3e-4,  # peak
+              weight_decay=1e-6,  # none on 1-D parameters
+              warmup_steps=33_360,
+          ),
+          estimator=dict(  # its schedule counts from motion.start_step
+              learning_rate=1e-4,
+              weight_decay=1e-6,
+              warmup_steps=33_360,
+          ),
+          final_fraction=0.0,  # of the peak, at the last step
+          clip_norm=1.0,  # per group of parameters; 0 is off
+      )
+  )
+
+  config.mesh = ConfigDict(
+      dict(
+          devices=-1,  # how many; -1 is all
+          shard_min_mib=4.0,  # larger parameters are sharded over the devices
+      )
+  )
+
+  config.workers = 4  # Grain processes for each stream; 0 is in this process
+  config.prefetch = 2  # batches placed on the devices ahead of their step
+
+  config.log_every = 50  # steps between lines of the logs
+  config.log_records = False  # also each step's record ids, records.jsonl
+  config.panel_every = 5_000  # steps between pictures; 0 is never
+  config.save_every = 1_000  # steps
+  config.keep_last = 2  # checkpoints
+  config.keep_best = ""  # key of the evaluation's results to keep the best by
+  config.keep_best_mode = "min"  # "min" or "max"
+
+  # flow/SET and knn/SET; the sets' names are listed by a wrong one.
+  config.evals = ()
+  config.eval_every = 0  # steps; 0 evaluates at the end only
+  config.eval_batch_size = 8  # pairs, of one shape
+  config.eval_max_pixels = 2_097_152  # a larger pair is an error, not a crash
+  config.knn_size = 64  # pixels a side, for sets of images of other sizes
+
+  return config.lock()

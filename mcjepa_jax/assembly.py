@@ -1,0 +1,125 @@
+"""From a config to the parts of a run: model, optimizers, recipe, streams."""
+
+from typing import Any
+
+import optax
+
+from mcjepa_jax import optimizer, step
+from mcjepa_jax.data import pipeline, sources
+from mcjepa_jax.models import mcjepa
+
+
+def model(config: Any) -> mcjepa.MCJEPA:
+  """The model of `config.model`."""
+  return mcjepa.build(**config.model.to_dict())
+
+
+def optimizers(config: Any) -> dict[str, optax.GradientTransformation]:
+  """One optimizer per group, each over the updates that its group gets."""
+  updates = step.updates(
+      config.mode, config.num_steps, config.motion.start_step
+  )
+  shared = dict(
+      final_fraction=config.optimizer.final_fraction,
+      clip_norm=config.optimizer.clip_norm,
+  )
+  settings = {
+      "encoder": config.optimizer.encoder,
+      "expander": config.optimizer.encoder,
+      "estimator": config.optimizer.estimator,
+  }
+  result = {}
+  for group, values in settings.items():
+    values = values.to_dict()
+    # A group that this mode never moves, or moves for less than its warm-up.
+    num_steps = max(updates[group], 1)
+    values["warmup_steps"] = min(values["warmup_steps"], num_steps)
+    result[group] = optimizer.make_optimizer(
+        num_steps=num_steps, **values, **shared
+    )
+  return result
+
+
+def _photometry(jitter: Any) -> dict[str, float]:
+  values = jitter.to_dict()
+  return values | {"jitter_probability": values.pop("p")}
+
+
+def recipe(config: Any) -> step.Recipe:
+  """What a step computes besides the model."""
+  motion, content = config.motion, config.content
+  return step.Recipe(
+      mode=config.mode,
+      start_step=motion.start_step,
+      accumulate=config.accumulate,
+      motion_weight=motion.weight,
+      motion_ramp_steps=motion.ramp_steps,
+      motion_terms=motion.terms.to_dict(),
+      photometric=motion.photometric.to_dict(),
+      smoothness=motion.smoothness.to_dict(),
+      occlusion=motion.occlusion,
+      occlusion_start=motion.occlusion_start,
+      out_of_frame=motion.out_of_frame,
+      motion_jitter=_photometry(motion.jitter),
+      content_terms=content.terms.to_dict(),
+      content_augmentation=_photometry(content.jitter)
+      | dict(
+          gray_probability=content.gray,
+          blur_probability=tuple(content.blur),
+          solarize_probability=tuple(content.solarize),
+      ),
+  )
+
+
+def streams(
+    config: Any, starts: dict[str, int], *, num_workers: int | None = None
+) -> dict[str, pipeline.Stream]:
+  """The streams that the mode reads, by task, each from its next batch."""
+  workers = config.workers if num_workers is None else num_workers
+  result = {}
+  reads = step.tasks_of_mode(config.mode)
+  if "motion" in reads:
+    motion = config.motion
+    result["motion"] = pipeline.motion_stream(
+        [
+            pipeline.MotionSource(
+                name=name,
+                dataset=sources.motion(
+                    name,
+                    config.data_root,
+                    seed=config.seed,
+                    size=tuple(motion.size),
+                    gap=motion.gap,
+                ),
+                size=tuple(motion.size),
+                weight=weight,
+                mode=motion.geometry,
+                scale=tuple(motion.downscale),
+            )
+            for name, weight in motion.sources
+        ],
+        batch_size=motion.batch_size,
+        seed=config.seed,
+        start=starts["motion"],
+        num_workers=workers,
+    )
+  if "content" in reads:
+    content = config.content
+    result["content"] = pipeline.content_stream(
+        sources.images(
+            content.source,
+            config.data_root,
+            seed=config.seed,
+            size=content.size,
+        ),
+        name=content.source,
+        batch_size=content.batch_size,
+        size=content.size,
+        scale=tuple(content.scale),
+        ratio=tuple(content.ratio),
+        flip=content.flip,
+        seed=config.seed,
+        start=starts["content"],
+        num_workers=workers,
+    )
+  return result

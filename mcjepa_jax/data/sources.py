@@ -1,0 +1,143 @@
+"""The data sets by the names that a config uses, each under one data root.
+
+Procedural examples for training and for evaluation come from different seeds;
+`labelled` and `flow_pairs` are for evaluation only.
+"""
+
+import functools
+import pathlib
+from typing import Any
+
+from mcjepa_jax import errors
+from mcjepa_jax.data import flow_datasets, image_datasets, synthetic, video
+
+# A training run never sees all: an epoch is longer than the quickstart.
+_TRAIN_PAIRS = 1_000_000
+_TRAIN_IMAGES = 1_000_000
+_FLOW_SETS = (
+    "middlebury",
+    "sintel_clean",
+    "sintel_final",
+    "flying_chairs",
+    "kitti_2012",
+    "kitti_2015",
+)
+
+
+def choice(table: dict[str, Any], name: str, key: str) -> Any:
+  """The entry of a literal table, or an error that lists its names."""
+  if name not in table:
+    raise errors.UserError(
+        f"{key}: expected one of {', '.join(sorted(table))}, got {name!r}"
+    )
+  return table[name]
+
+
+def motion(
+    name: str,
+    root: str,
+    *,
+    seed: int,
+    size: tuple[int, int],
+    gap: int = 1,
+) -> Any:
+  """The frame pairs of a training source: {frame_1, frame_2}, no labels."""
+  table = {
+      "synthetic": lambda folder: synthetic.Pairs(
+          size=size, seed=_train_seed(seed), num_examples=_TRAIN_PAIRS
+      ),
+      "video": lambda folder: video.video_pairs(folder / "video", gap=gap),
+      "frames": lambda folder: video.frame_pairs(folder / "frames", gap=gap),
+      "davis": lambda folder: video.frame_pairs(
+          folder / "DAVIS" / "JPEGImages" / "480p", gap=gap
+      ),
+      "sintel": lambda folder: flow_datasets.sintel_frames(folder, gap=gap),
+      "flying_chairs": flow_datasets.flying_chairs_frames,
+  }
+  make = choice(table, name, "motion.sources")
+  return make(_root(root, name))
+
+
+def images(name: str, root: str, *, seed: int, size: int) -> Any:
+  """The images of a training source: {image}, labels never read."""
+  table = {
+      "synthetic": lambda folder: synthetic.Images(
+          size=(size, size), seed=_train_seed(seed), num_examples=_TRAIN_IMAGES
+      ),
+      "imagenet": lambda folder: image_datasets.ImageFolder(
+          folder / "imagenet" / "train"
+      ),
+      "images": lambda folder: image_datasets.ImageFolder(folder / "images"),
+      "cifar10": lambda folder: image_datasets.NpzImages(
+          folder / "cifar10" / "train.npz"
+      ),
+  }
+  make = choice(table, name, "content.source")
+  return make(_root(root, name))
+
+
+def flow_pairs(
+    name: str, root: str, *, seed: int, size: tuple[int, int], count: int
+) -> Any:
+  """A set with true flow: {frame_1, frame_2, flow, valid}.
+
+  `seed`, `size` and `count` are of the procedural set alone.
+  """
+  table = {
+      set_name: functools.partial(flow_datasets.open_flow_set, set_name)
+      for set_name in _FLOW_SETS
+  }
+  table["synthetic"] = lambda folder: synthetic.Pairs(
+      size=size, seed=seed, num_examples=count
+  )
+  make = choice(table, name, "evals: flow")
+  return make(_root(root, name))
+
+
+def labelled(
+    name: str, root: str, *, seed: int, size: int, count: int
+) -> Any:
+  """A set of images with labels: {image, label}."""
+  table = {
+      "synthetic": lambda folder: synthetic.Images(
+          size=(size, size), seed=seed, num_examples=count
+      ),
+      "cifar10": lambda folder: image_datasets.NpzImages(
+          folder / "cifar10" / "train.npz"
+      ),
+  }
+  make = choice(table, name, "evals: knn")
+  return make(_root(root, name))
+
+
+def train_images(seed: int, size: int, count: int) -> Any:
+  """The first procedural training images, with labels: kNN's bank."""
+  return synthetic.Images(
+      size=(size, size), seed=_train_seed(seed), num_examples=count
+  )
+
+
+def train_pairs(seed: int, size: tuple[int, int], count: int) -> Any:
+  """The first procedural training pairs, with flow: the mean motion's source."""
+  return synthetic.Pairs(
+      size=size, seed=_train_seed(seed), num_examples=count
+  )
+
+
+def _train_seed(seed: int) -> int:
+  """Even, where held-out seeds are odd: the two never meet."""
+  return 2 * seed
+
+
+def held_out_seed(eval_seed: int) -> int:
+  """The generator's seed of held-out examples, never one of training's."""
+  return 2 * eval_seed + 1
+
+
+def _root(root: str, name: str) -> pathlib.Path:
+  if name != "synthetic" and not root:
+    raise errors.UserError(
+        f"data_root: expected the folder that holds {name!r}, got nothing;"
+        " pass --config.data_root=FOLDER"
+    )
+  return pathlib.Path(root).expanduser()

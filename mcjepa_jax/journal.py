@@ -1,0 +1,127 @@
+"""What a run writes down: JSON lines, TensorBoard, where its time went."""
+
+from collections.abc import Iterator, Mapping
+import contextlib
+import json
+import os
+import pathlib
+import time
+from typing import Any
+
+from jaxtyping import UInt8
+import numpy as np
+import tensorboardX
+
+from mcjepa_jax import visualize
+
+
+class Clock:
+  """Seconds of the wall clock by what they were spent on.
+
+  Nested spans count for the inner one alone, so that all spans and `other`
+  add up to the time since the clock was made.
+  """
+
+  def __init__(self, started: float | None = None):
+    self._started = time.perf_counter() if started is None else started
+    self._seconds: dict[str, float] = {}
+    self._open: list[str] = []
+    self._mark = self._started
+
+  def _turn(self) -> None:
+    now = time.perf_counter()
+    name = self._open[-1] if self._open else "other"
+    self._seconds[name] = self._seconds.get(name, 0.0) + now - self._mark
+    self._mark = now
+
+  @contextlib.contextmanager
+  def span(self, name: str) -> Iterator[None]:
+    """Counts the time inside for `name`."""
+    self._turn()
+    self._open.append(name)
+    try:
+      yield
+    finally:
+      self._turn()
+      self._open.pop()
+
+  def seconds(self) -> dict[str, float]:
+    """Seconds so far by name, `other` and their sum `total` included."""
+    self._turn()
+    return self._seconds | {"total": self._mark - self._started}
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes JSON in one move: a reader sees the old file or the new one."""
+  partial = path.with_name(f".{path.name}.{os.getpid()}")
+  partial.write_text(json.dumps(value, indent=2, allow_nan=True) + "\n")
+  partial.replace(path)
+
+
+class Journal:
+  """The logs of a workdir: metrics.jsonl, records.jsonl, TensorBoard, PNGs.
+
+  Opened at a step, it drops lines from that step on: a run that resumes writes
+  them again.
+  """
+
+  def __init__(self, workdir: pathlib.Path, *, step: int, records: bool):
+    self._workdir = workdir
+    self._metrics = _reopen(workdir / "metrics.jsonl", step)
+    self._records = None
+    if records:
+      self._records = _reopen(workdir / "records.jsonl", step)
+    self._board = tensorboardX.SummaryWriter(
+        str(workdir / "tensorboard"), purge_step=step or None
+    )
+
+  def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    """Logs numbers of one step."""
+    self._metrics.write(json.dumps({"step": step} | dict(values)) + "\n")
+    self._metrics.flush()
+    for name, value in values.items():
+      self._board.add_scalar(name, value, step)
+
+  def records(self, step: int, records: Mapping[str, list[str]]) -> None:
+    """Logs which examples a step consumes, where the config asks for it."""
+    if self._records is not None:
+      self._records.write(json.dumps({"step": step} | dict(records)) + "\n")
+      self._records.flush()
+
+  def picture(
+      self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]
+  ) -> None:
+    """Logs a picture, also as WORKDIR/pictures/NAME.png (the newest)."""
+    self._board.add_image(name, image, step, dataformats="HWC")
+    folder = self._workdir / "pictures"
+    folder.mkdir(exist_ok=True)
+    visualize.save_png(folder / f"{name}.png", image)
+
+  def close(self) -> None:
+    """Flushes all."""
+    self._metrics.close()
+    if self._records is not None:
+      self._records.close()
+    self._board.close()
+
+
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The complete lines of a JSON-lines file; a torn last one is left out."""
+  if not path.exists():
+    return []
+  lines = []
+  for line in path.read_text().splitlines():
+    try:
+      lines.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return lines
+
+
+def _reopen(path: pathlib.Path, step: int):
+  kept = [line for line in read_lines(path) if line["step"] < step]
+  file = path.open("w")
+  for line in kept:
+    file.write(json.dumps(line) + "\n")
+  file.flush()
+  return file

@@ -1,0 +1,194 @@
+"""The terms of the loss, unweighted and named, and their weighted sum.
+
+A term's name is `motion/KIND/stride_S` or `content/KIND`. A term whose weight
+is statically 0 is not computed: times 0, a NaN would remain a NaN.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mcjepa_jax import flow_losses, flow_ops, vicreg
+
+CONTENT_KINDS = ("invariance", "variance", "covariance")
+MOTION_KINDS = (
+    "reconstruction",
+    "smoothness",
+    "regression",
+    "cycle",
+    "variance",
+    "covariance",
+)
+# L_vc opens the motion task: it does not wait for the ramp (method.md 4).
+_UNRAMPED = ("variance", "covariance")
+
+
+def stride_of(name: str) -> int:
+  """The stride in a weight's name: 4 for `stride_4`."""
+  return int(name.removeprefix("stride_"))
+
+
+def flow_at(
+    flows: Mapping[int, Float[Array, "n _ _ 2"]],
+    stride: int,
+    size: tuple[int, int],
+) -> Float[Array, "n _ _ 2"]:
+  """The flow at a stride: estimated there, or the finest one resized.
+
+  `size` is the image's; the result is in pixels of its own grid.
+  """
+  if stride in flows:
+    return flows[stride]
+  grid = (size[0] // stride, size[1] // stride)
+  return flow_ops.resize_flow(flows[min(flows)], grid)
+
+
+def motion_mask(
+    flow: Float[Array, "n h w 2"],
+    *,
+    occlusion: str,
+    out_of_frame: bool,
+    occlusion_active: Array | bool = True,
+) -> Float[Array, "n h w 1"]:
+  """M, 1 where a pixel counts: visible in the other frame, and inside it.
+
+  For interleaved flows in full-resolution pixels; stop-gradient. Where
+  `occlusion_active` is false every pixel is visible.
+  """
+  flow = jax.lax.stop_gradient(flow)
+  mask = jnp.ones_like(flow[..., :1])
+  if out_of_frame:
+    mask = flow_ops.inside(flow)
+  if occlusion != "none":
+    back = flow_ops.swap_pairs(flow)
+    if occlusion == "forward_backward":
+      visible = flow_ops.visible_forward_backward(flow, back)
+    else:
+      visible = flow_ops.visible_range_map(back)
+    mask = mask * jnp.where(occlusion_active, visible, 1.0)
+  return jax.lax.stop_gradient(mask)
+
+
+def motion_terms(
+    features: Mapping[int, Float[Array, "n _ _ _"]],
+    flows: Mapping[int, Float[Array, "n _ _ 2"]],
+    frames: Float[Array, "n h w 3"],
+    mask: Float[Array, "n h w 1"],
+    *,
+    weights: Mapping[str, Mapping[str, float]],
+    photometric: Mapping[str, float],
+    smoothness: Mapping[str, float],
+) -> dict[str, Float[Array, ""]]:
+  """Each unweighted motion term with a weight, by name.
+
+  Args:
+    features: normalised pyramid of the interleaved frames, by stride.
+    flows: directed flows, by stride.
+    frames: without jitter, in [0, 1].
+    mask: of `motion_mask`; coarser levels take its area mean.
+    weights: kind -> `stride_S` -> weight.
+    photometric: weights of L1, L2, SSIM and census inside L_rec.
+    smoothness: how L_smooth is formed.
+  """
+  size = frames.shape[1:3]
+  terms = {}
+  at = {}  # per stride: flow and mask, made once
+
+  def level(stride):
+    if stride not in at:
+      flow = flow_at(flows, stride, size)
+      at[stride] = flow, (
+          mask if stride == 1 else flow_ops.area_mean(mask, stride)
+      )
+    return at[stride]
+
+  for kind in MOTION_KINDS:
+    for name, weight in weights[kind].items():
+      if not weight:
+        continue
+      stride = stride_of(name)
+      flow, counts = level(stride)
+      if kind in ("reconstruction", "smoothness"):
+        image = frames
+        if stride > 1:
+          image = flow_ops.area_mean(frames, stride)
+      if kind == "reconstruction":
+        warped = flow_ops.warp(flow_ops.swap_pairs(image), flow)
+        term = flow_losses.photometric_loss(
+            image, warped, counts, **photometric
+        )
+      elif kind == "smoothness":
+        term = flow_losses.smoothness_loss(flow, image, **smoothness)
+      elif kind == "regression":
+        x = features[stride]
+        term = flow_losses.feature_regression_loss(
+            x, flow_ops.swap_pairs(x), flow, counts
+        )
+      elif kind == "cycle":
+        term = flow_losses.cycle_loss(
+            features[stride], flow, flow_ops.swap_pairs(flow), counts
+        )
+      elif kind == "variance":
+        term = flow_losses.feature_variance_loss(features[stride])
+      else:
+        term = flow_losses.feature_covariance_loss(features[stride])
+      terms[f"motion/{kind}/{name}"] = term
+  return terms
+
+
+def content_terms(
+    z: Float[Array, "n d"], *, weights: Mapping[str, float]
+) -> dict[str, Float[Array, ""]]:
+  """Each unweighted VICReg term with a weight, of interleaved embeddings.
+
+  The two views' variance hinges are averaged, their covariance terms summed,
+  as in the VICReg code.
+  """
+  # A reshape keeps a pair's rows where they are; z[::2] would gather them.
+  pairs = z.reshape(-1, 2, z.shape[-1])
+  z_1, z_2 = pairs[:, 0], pairs[:, 1]
+  terms = {}
+  if weights["invariance"]:
+    terms["invariance"] = vicreg.invariance_loss(z_1, z_2)
+  if weights["variance"]:
+    terms["variance"] = (
+        vicreg.variance_loss(z_1) + vicreg.variance_loss(z_2)
+    ) / 2
+  if weights["covariance"]:
+    terms["covariance"] = vicreg.covariance_loss(
+        z_1
+    ) + vicreg.covariance_loss(z_2)
+  return {f"content/{kind}": term for kind, term in terms.items()}
+
+
+def ramp(
+    step: Int[Array, ""], start: int, num_steps: int
+) -> Float[Array, ""]:
+  """(step - start + 1) / num_steps, held in [0, 1]; 1 where there is no ramp."""
+  if num_steps <= 0:
+    return jnp.ones(())
+  return jnp.clip((step - start + 1) / num_steps, 0.0, 1.0)
+
+
+def weighted_sum(
+    terms: Mapping[str, Float[Array, ""]],
+    *,
+    motion_weight: float,
+    motion_ramp: Float[Array, ""],
+    motion: Mapping[str, Mapping[str, float]],
+    content: Mapping[str, float],
+) -> Float[Array, ""]:
+  """The loss: alpha_flow times the motion terms' sum, plus the content terms'."""
+  total = jnp.zeros(())
+  for name, term in terms.items():
+    task, kind, *level = name.split("/")
+    if task == "content":
+      total += content[kind] * term
+    else:
+      weight = motion_weight * motion[kind][level[0]]
+      if kind not in _UNRAMPED:
+        weight = weight * motion_ramp
+      total += weight * term
+  return total

@@ -1,0 +1,360 @@
+"""The train state and the one jitted step: what preflight compiles and train runs.
+
+A step trains some tasks ("content", "motion") and moves some groups of
+parameters ("encoder", "expander", "estimator"). What it does not train it does
+not touch: neither parameters nor optimizer state, count included.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import functools
+from typing import Any
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from mcjepa_jax import metrics, objective, photometry, sharding
+from mcjepa_jax.models import mcjepa
+
+# What runs in a step, and which groups of parameters it moves.
+Kind = tuple[tuple[str, ...], tuple[str, ...]]
+
+_KINDS: dict[str, Kind] = {
+    "content": (("content",), ("encoder", "expander")),
+    "motion": (("motion",), ("encoder", "estimator")),
+    "estimator": (("motion",), ("estimator",)),
+    "both": (("content", "motion"), mcjepa.GROUPS),
+}
+MODES = ("combined", "alternate", "frozen_encoder", "content", "motion")
+
+
+class TrainState(struct.PyTreeNode):
+  """All that a step changes, and the root key. Leaves may be shapes."""
+
+  step: Any
+  params: Any  # group -> parameters
+  opt_state: Any  # group -> state, each with its own count
+  key: Any  # uint32 data of the root key; step keys are folded from it
+
+
+def kind_at(mode: str, step: int, start_step: int) -> str:
+  """The kind of a step: a key of `content`, `motion`, `estimator`, `both`."""
+  if mode == "content":
+    return "content"
+  if mode == "motion":
+    return "motion"
+  if mode == "frozen_encoder":
+    return "estimator"
+  if step < start_step:
+    return "content"
+  if mode == "alternate":
+    return "content" if (step - start_step) % 2 == 0 else "motion"
+  return "both"
+
+
+def tasks(kind: str) -> tuple[str, ...]:
+  """The tasks that a kind of step trains, and so the batches it reads."""
+  return _KINDS[kind][0]
+
+
+def tasks_of_mode(mode: str) -> tuple[str, ...]:
+  """The tasks that a run in this mode ever trains."""
+  if mode in ("combined", "alternate"):
+    return ("content", "motion")
+  return tasks(kind_at(mode, 0, 0))
+
+
+def updates(mode: str, num_steps: int, start_step: int) -> dict[str, int]:
+  """How many of a run's steps move each group of parameters."""
+  batches = batches_before(mode, num_steps, start_step)
+  return {
+      "encoder": 0 if mode == "frozen_encoder" else num_steps,
+      "expander": batches["content"],
+      "estimator": batches["motion"],
+  }
+
+
+def batches_before(
+    mode: str, step: int, start_step: int
+) -> dict[str, int]:
+  """How many batches of each task the steps before `step` have consumed."""
+  if mode in ("content", "motion", "frozen_encoder"):
+    task = "content" if mode == "content" else "motion"
+    return {"content": 0, "motion": 0} | {task: step}
+  joint = max(step - start_step, 0)
+  if mode == "alternate":
+    return {
+        "content": min(step, start_step) + (joint + 1) // 2,
+        "motion": joint // 2,
+    }
+  return {"content": step, "motion": joint}
+
+
+def init_state(
+    model: mcjepa.MCJEPA,
+    optimizers: Mapping[str, optax.GradientTransformation],
+    seed: int,
+) -> TrainState:
+  """A new state, of the seed alone."""
+  root = jax.random.key(seed)
+  params = mcjepa.init_params(model, seed)
+  return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      opt_state={g: optimizers[g].init(params[g]) for g in mcjepa.GROUPS},
+      key=jax.random.key_data(jax.random.fold_in(root, 1)),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """What a step computes besides the model: the config, as plain values."""
+
+  mode: str
+  start_step: int
+  accumulate: int
+  motion_weight: float
+  motion_ramp_steps: int
+  motion_terms: Mapping[str, Mapping[str, float]]
+  photometric: Mapping[str, float]
+  smoothness: Mapping[str, Any]
+  occlusion: str
+  occlusion_start: int
+  out_of_frame: bool
+  motion_jitter: Mapping[str, float]
+  content_terms: Mapping[str, float]
+  content_augmentation: Mapping[str, Any]
+
+
+def motion_forward(
+    model: mcjepa.MCJEPA,
+    params: Any,
+    frames: jax.Array,
+    key: jax.Array,
+    step: jax.Array,
+    recipe: Recipe,
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+  """Unweighted motion terms and monitors, of interleaved u8 frames."""
+  plain, jittered = photometry.motion_frames(
+      frames, key, **recipe.motion_jitter
+  )
+  features, flows = model.apply(
+      {"params": params}, jittered, method=model.motion
+  )
+  flow = objective.flow_at(flows, 1, plain.shape[1:3])
+  mask = objective.motion_mask(
+      flow,
+      occlusion=recipe.occlusion,
+      out_of_frame=recipe.out_of_frame,
+      occlusion_active=step >= recipe.start_step + recipe.occlusion_start,
+  )
+  terms = objective.motion_terms(
+      features,
+      flows | {1: flow},
+      plain,
+      mask,
+      weights=recipe.motion_terms,
+      photometric=recipe.photometric,
+      smoothness=recipe.smoothness,
+  )
+  monitors = {
+      f"feature_std/stride_{stride}": metrics.feature_std(x)
+      for stride, x in features.items()
+  }
+  monitors["flow/mean_magnitude"] = jnp.mean(jnp.linalg.norm(flow, axis=-1))
+  monitors["flow/counted"] = jnp.mean(mask)
+  return terms, monitors
+
+
+def content_forward(
+    model: mcjepa.MCJEPA,
+    params: Any,
+    views: jax.Array,
+    key: jax.Array,
+    recipe: Recipe,
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+  """Unweighted content terms and monitors, of interleaved u8 views."""
+  augment_key, drop_key = jax.random.split(key)
+  images = photometry.content_views(
+      views, augment_key, **recipe.content_augmentation
+  )
+  pooled, z = model.apply(
+      {"params": params},
+      images,
+      deterministic=False,
+      rngs={"drop_path": drop_key},
+      method=model.content,
+  )
+  terms = objective.content_terms(z, weights=recipe.content_terms)
+  monitors = {
+      "feature_std/pooled": metrics.feature_std(pooled),
+      "feature_std/embedding": metrics.feature_std(z),
+  }
+  return terms, monitors
+
+
+def loss_fn(
+    params: Any,
+    model: mcjepa.MCJEPA,
+    batch: Mapping[str, jax.Array],
+    key: jax.Array,
+    step: jax.Array,
+    recipe: Recipe,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """The loss of the tasks whose arrays are in the batch, and what is logged."""
+  terms, monitors = {}, {}
+  content_key, motion_key = jax.random.split(key)
+  if "views" in batch:
+    new_terms, new_monitors = content_forward(
+        model, params, batch["views"], content_key, recipe
+    )
+    terms |= new_terms
+    monitors |= new_monitors
+  if "frames" in batch:
+    new_terms, new_monitors = motion_forward(
+        model, params, batch["frames"], motion_key, step, recipe
+    )
+    terms |= new_terms
+    monitors |= new_monitors
+  loss = objective.weighted_sum(
+      terms,
+      motion_weight=recipe.motion_weight,
+      motion_ramp=objective.ramp(
+          step, recipe.start_step, recipe.motion_ramp_steps
+      ),
+      motion=recipe.motion_terms,
+      content=recipe.content_terms,
+  )
+  return loss, {"loss": loss} | terms | monitors
+
+
+def _micro_batches(x: jax.Array, count: int) -> jax.Array:
+  """[k, n/k, ...]: micro-batch i takes every k-th pair, from every device."""
+  pairs = x.reshape(x.shape[0] // (2 * count), count, 2, *x.shape[1:])
+  pairs = jnp.moveaxis(pairs, 1, 0)
+  return pairs.reshape(count, x.shape[0] // count, *x.shape[1:])
+
+
+def _value_and_grad(function, params, batch, key, count):
+  """Loss, logs and gradient, averaged over `count` micro-batches."""
+  differentiate = jax.value_and_grad(function, has_aux=True)
+  if count == 1:
+    (_, logs), grads = differentiate(params, batch, key)
+    return logs, grads
+  micro = {k: _micro_batches(v, count) for k, v in batch.items()}
+
+  def body(i):
+    one = {k: v[i] for k, v in micro.items()}
+    (_, logs), grads = differentiate(params, one, jax.random.fold_in(key, i))
+    return logs, grads
+
+  def add(i, total):
+    return jax.tree.map(jnp.add, total, body(i))
+
+  shapes = jax.eval_shape(body, jnp.zeros((), jnp.int32))
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  total = jax.lax.fori_loop(0, count, add, zeros)
+  return jax.tree.map(lambda x: x / count, total)
+
+
+def make_train_step(
+    model: mcjepa.MCJEPA,
+    optimizers: Mapping[str, optax.GradientTransformation],
+    recipe: Recipe,
+    kind: str,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+  """The pure step of one kind: (state, batch) -> (state, what is logged).
+
+  The batch holds `frames` u8[2b, h, w, 3], `views` u8[2n, k, k, 3], or both,
+  as the kind trains, and nothing else.
+  """
+  trained = _KINDS[kind][1]
+  arrays = {"content": "views", "motion": "frames"}
+  expected = {arrays[task] for task in tasks(kind)}
+
+  def train_step(state: TrainState, batch: Mapping[str, jax.Array]):
+    if set(batch) != expected:
+      raise ValueError(
+          f"a {kind} step reads {sorted(expected)}, got {sorted(batch)}"
+      )
+    root = jax.random.wrap_key_data(state.key)
+    key = jax.random.fold_in(root, state.step)
+    fixed = {g: p for g, p in state.params.items() if g not in trained}
+
+    def function(params, batch, key):
+      return loss_fn(params | fixed, model, batch, key, state.step, recipe)
+
+    moving = {g: state.params[g] for g in trained}
+    logs, grads = _value_and_grad(
+        function, moving, batch, key, recipe.accumulate
+    )
+    params, opt_state = dict(state.params), dict(state.opt_state)
+    for group in trained:
+      logs[f"gradient_norm/{group}"] = optax.global_norm(grads[group])
+      updates, opt_state[group] = optimizers[group].update(
+          grads[group], state.opt_state[group], state.params[group]
+      )
+      params[group] = optax.apply_updates(state.params[group], updates)
+    state = state.replace(
+        step=state.step + 1, params=params, opt_state=opt_state
+    )
+    return state, logs
+
+  return train_step
+
+
+def abstract_state(
+    model: mcjepa.MCJEPA,
+    optimizers: Mapping[str, optax.GradientTransformation],
+    mesh: jax.sharding.Mesh,
+    *,
+    min_bytes: int,
+    seed: int = 0,
+) -> TrainState:
+  """The state as shapes with shardings: to lower, restore or initialise into."""
+  shapes = jax.eval_shape(
+      functools.partial(init_state, model, optimizers, seed)
+  )
+  shardings = sharding.state_shardings(shapes, mesh, min_bytes=min_bytes)
+  return jax.tree.map(
+      lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
+      shapes,
+      shardings,
+  )
+
+
+def jit_train_step(
+    train_step: Callable[..., Any],
+    abstract: TrainState,
+    mesh: jax.sharding.Mesh,
+) -> Callable[..., Any]:
+  """The step compiled over a mesh: state donated, its shardings kept."""
+  shardings = jax.tree.map(lambda s: s.sharding, abstract)
+  replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  return jax.jit(
+      train_step,
+      in_shardings=(shardings, sharding.batch_sharding(mesh)),
+      out_shardings=(shardings, replicated),
+      donate_argnums=0,
+  )
+
+
+def batch_shapes(
+    kind: str,
+    *,
+    pairs: int,
+    frame_size: Sequence[int],
+    images: int,
+    view_size: int,
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """The shapes of the arrays that a step of this kind reads."""
+  shapes = {}
+  if "motion" in tasks(kind):
+    shape = (2 * pairs, *frame_size, 3)
+    shapes["frames"] = jax.ShapeDtypeStruct(shape, jnp.uint8)
+  if "content" in tasks(kind):
+    shape = (2 * images, view_size, view_size, 3)
+    shapes["views"] = jax.ShapeDtypeStruct(shape, jnp.uint8)
+  return shapes
