@@ -6,8 +6,8 @@ Flow is (u right, v down) in pixels. Images come as uint8, or as float in [0, 1]
 import math
 import pathlib
 
-import numpy as np
 from jaxtyping import Float, Shaped, UInt8
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 # Middlebury's colour wheel (Baker et al., IJCV 2011): the steps between red,

@@ -5,10 +5,10 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 import torch
-from jax.sharding import NamedSharding, PartitionSpec
 
 from mcjepa_jax import photometry
 
@@ -50,7 +50,7 @@ def _bytes(count=6, **size):
 
 
 def _theirs(function, image, *args):
-  chw = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+  chw = torch.tensor(np.asarray(image)).permute(2, 0, 1)
   return function(chw, *args).permute(1, 2, 0).numpy()
 
 
@@ -106,15 +106,16 @@ def test_all_orders_in_one_batch_are_torchvisions(torchvision):
 
 
 def test_grayscale_and_solarize_are_torchvisions(torchvision):
-  image = _bytes()[0].astype(jnp.float32) / 255
+  # The threshold itself is inverted.
+  image = _images()[0].at[3].set(0.5).at[4].set(0.75)
   np.testing.assert_allclose(
       photometry.grayscale(image[None])[0],
       _theirs(torchvision.rgb_to_grayscale, image),
       atol=_TOLERANCE,
   )
   np.testing.assert_array_equal(
-      photometry.solarize(image[None], threshold=0.5)[0],
-      _theirs(torchvision.solarize, image, 0.5),
+      photometry.solarize(image[None], threshold=0.75)[0],
+      _theirs(torchvision.solarize, image, 0.75),
   )
 
 
@@ -196,6 +197,14 @@ def test_both_frames_of_a_pair_get_the_same_colour_map():
   assert np.abs(jittered - plain).max() > 0.05
   change = np.abs(jittered - plain).mean(axis=(1, 2, 3))[::2]
   assert np.unique(np.round(change, 5)).size == 4
+
+
+def test_contrast_of_a_pair_is_around_the_mean_of_both_frames():
+  frames = jnp.stack([jnp.full((2, 2, 3), 0.2), jnp.full((2, 2, 3), 0.4)])
+  ours = _adjust(
+      frames, {"contrast": _full(0.0, 2)}, {"contrast": _full(0.0, 2)}, 2
+  )
+  np.testing.assert_allclose(ours, 0.3, atol=1e-4)
 
 
 def test_eraser_is_off_by_default_and_fills_frame_2_alone():

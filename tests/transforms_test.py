@@ -1,8 +1,8 @@
 """Crops, flips and pairs, on images whose pixels say where they came from."""
 
 import numpy as np
-import pytest
 from PIL import Image
+import pytest
 
 from mcjepa_jax.data import transforms
 from mcjepa_jax.errors import UserError
@@ -41,11 +41,17 @@ def test_random_box_has_torchvisions_area_and_aspect():
       np.linspace(-1, 1, 5) * np.log(4 / 3),
       atol=0.02,
   )
-  # The place is uniform over all that fit, both ends included.
-  np.testing.assert_allclose(
-      np.mean(top / (1000 - height + 1e-9)), 0.5, atol=0.02
+
+
+def test_every_place_is_equally_likely():
+  rng = np.random.default_rng(0)
+  recipe = dict(scale=(0.25, 0.25), ratio=(1.0, 1.0))
+  boxes = [transforms.random_box(4, 4, rng, **recipe) for _ in range(3000)]
+  places, counts = np.unique(boxes, axis=0, return_counts=True)
+  np.testing.assert_array_equal(
+      places, [(y, x, 2, 2) for y in range(3) for x in range(3)]
   )
-  assert (top == 0).any() and (top + height == 1000).any()
+  np.testing.assert_allclose(counts / 3000, 1 / 9, atol=0.03)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +82,7 @@ def test_crop_is_pillows_antialiased_bicubic_of_its_box():
 def test_views_are_two_crops_half_of_them_mirrored():
   image = _coordinates(64, 64)
   mirrored, rng = [], np.random.default_rng(0)
-  for _ in range(200):
+  for _ in range(600):
     views = transforms.two_views(image, rng, size=8, scale=(0.3, 1.0))
     assert views.shape == (2, 8, 8, 3) and views.dtype == np.uint8
     mirrored.append(views[:, 0, 0, 0] > views[:, 0, -1, 0])
@@ -152,6 +158,20 @@ def test_scale_is_drawn_log_uniformly():
   np.testing.assert_allclose(boxes[:, 3], 2 * boxes[:, 2], atol=1)
   quantiles = np.quantile(np.log2(boxes[:, 2] / 100), [0, 0.25, 0.5, 0.75, 1])
   np.testing.assert_allclose(quantiles, [1, 1.5, 2, 2.5, 3], atol=0.07)
+
+
+def test_scaled_pair_is_resampled_once_from_its_box():
+  frame = _noise(60, 80)
+  pair = transforms.pair_frames(
+      frame,
+      frame,
+      np.random.default_rng(0),
+      size=(30, 40),
+      scale=(0.5, 0.5),
+      flip=False,
+  )
+  expected = Image.fromarray(frame).resize((40, 30), Image.Resampling.BICUBIC)
+  np.testing.assert_array_equal(pair, [expected, expected])
 
 
 def test_resize_mode_keeps_the_whole_frame():

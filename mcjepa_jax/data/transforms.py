@@ -6,8 +6,8 @@ with the reduction (antialiased). Crops are whole source pixels.
 
 import math
 
-import numpy as np
 from jaxtyping import UInt8
+import numpy as np
 from PIL import Image
 
 from mcjepa_jax.errors import UserError
