@@ -1,0 +1,416 @@
+"""Streams of training batches, each a pure function of (seed, batch index).
+
+Neither the number of workers nor the number of hosts changes what batch k
+holds, and no label enters a batch:
+
+  motion   {"frames": u8[2b h w 3]}  frame_1, frame_2 of pair 0, of pair 1, ...
+  content  {"views": u8[2n h w 3]}   view_1, view_2 of image 0, of image 1, ...
+
+A data set has `__len__`, `__getitem__(i) -> dict` and `record_id(i) -> str`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import functools
+from multiprocessing import connection, parent_process
+import os
+import signal
+import threading
+from typing import Any
+import weakref
+
+import grain
+from jaxtyping import UInt8
+import numpy as np
+
+from mcjepa_jax.data import transforms
+from mcjepa_jax.errors import UserError
+
+# Bytes from which an array leaves a worker through shared memory. 115 MiB take
+# 105 ms so and 439 ms through a pipe (1 MiB: 1.8 and 2.2 ms); but containers
+# often have 64 MiB of shared memory, and a worker that finds none dies.
+_MIN_SHARED_MEMORY = 2**22
+
+Arrays = dict[str, UInt8[np.ndarray, "n h w 3"]]
+
+# First word of each stream's random seeds, so that motion and content never
+# draw the same numbers.
+_STREAM = {"motion": 0, "content": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class MotionSource:
+  """Frame pairs of one set, and the geometry that makes them one size."""
+
+  name: str
+  # Its elements hold frame_1 and frame_2, u8[h w 3].
+  dataset: Any
+  size: tuple[int, int]  # height, width of a training frame
+  weight: float = 1.0  # share of the batches, relative to the other sources
+  mode: str = "crop"  # or "resize": the whole frame
+  scale: tuple[float, float] = (1.0, 1.0)  # of the frame before the crop
+  flip: bool = True
+  swap: bool = True
+
+
+class _Records:
+  """The images of a data set and their record's name, without its labels."""
+
+  def __init__(self, name: str, dataset: Any, keys: Sequence[str]):
+    self._name = name
+    self._dataset = dataset
+    self._keys = keys
+
+  def __len__(self) -> int:
+    return len(self._dataset)
+
+  def __getitem__(self, index: int) -> tuple[str, list[np.ndarray]]:
+    element = self._dataset[index]
+    record = f"{self._name}/{self._dataset.record_id(index)}"
+    return record, [element[key] for key in self._keys]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Geometry:
+  """Applies a transform with the generator of one place in the stream."""
+
+  transform: Callable[..., np.ndarray]
+  seed: tuple[int, ...]
+
+  def __call__(
+      self, index: int, element: tuple[str, list[np.ndarray]]
+  ) -> tuple[str, np.ndarray]:
+    record, images = element
+    rng = np.random.default_rng((*self.seed, index))
+    try:
+      return record, self.transform(*images, rng)
+    except UserError as error:
+      raise UserError(*(f"{record}: {m}" for m in error.messages)) from error
+
+
+def _stack(
+    key: str, elements: Sequence[tuple[str, np.ndarray]]
+) -> tuple[Arrays, list[str]]:
+  records, images = zip(*elements, strict=True)
+  return {key: np.concatenate(images)}, list(records)
+
+
+def _batches(
+    records: _Records,
+    transform: Callable[..., np.ndarray],
+    *,
+    key: str,
+    seed: tuple[int, ...],
+    batch_size: int,
+    host_index: int,
+    host_count: int,
+) -> grain.MapDataset:
+  """Returns this host's rows of the endless batches of one source."""
+  # Grain adds the epoch to the seed: with the config's own seed, epoch 1 of
+  # seed 0 would be epoch 0 of seed 1.
+  shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+  return (
+      grain.MapDataset.source(records)
+      .shuffle(seed=shuffle_seed)
+      .repeat()
+      # After repeat, so that the index, and with it the crop, is new in each
+      # epoch.
+      .map_with_index(_Geometry(transform, seed))
+      .batch(batch_size // host_count, batch_fn=functools.partial(_stack, key))
+      # Part h of batch k is small batch k * host_count + h: consecutive rows,
+      # so that the hosts' parts in order are the batch of a single host.
+      .slice(slice(host_index, None, host_count))
+  )
+
+
+def _exit_with_parent(worker_index: int, worker_count: int) -> None:
+  """Ends a Grain worker with its parent, and leaves Ctrl-C to the parent.
+
+  A worker whose parent was killed would wait for room in its queue for ever.
+  """
+  del worker_index, worker_count
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+  def watch():
+    connection.wait([parent_process().sentinel])
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
+
+
+def _end(iterators: list[grain.DatasetIterator]) -> None:
+  while iterators:
+    iterators.pop().close()
+
+
+def _flatten(tree: Any, path: str = "") -> dict[str, Any]:
+  if isinstance(tree, dict):
+    items = [(f"{path}.{k}" if path else k, v) for k, v in tree.items()]
+  elif isinstance(tree, list):
+    items = [(f"{path}[{i}]", v) for i, v in enumerate(tree)]
+  else:
+    return {path: tree}
+  return {k: v for item in items for k, v in _flatten(item[1], item[0]).items()}
+
+
+class Stream(Iterator):
+  """Iterates over (arrays, records) from any batch on.
+
+  Workers start with the first `next`, or with `start`. `stream[k]` is batch k,
+  computed in this process.
+  """
+
+  def __init__(
+      self,
+      batches: grain.MapDataset,
+      fingerprint: dict[str, Any],
+      *,
+      start: int = 0,
+      num_workers: int = 0,
+      prefetch: int = 2,
+  ):
+    """Describes the iteration; nothing runs yet.
+
+    Args:
+      batches: element k is (arrays, records) of batch k.
+      fingerprint: what the order of the data depends on, as JSON.
+      start: index of the first batch.
+      num_workers: processes, each making whole batches; 0 for one thread.
+      prefetch: batches that wait in the queue of each worker.
+    """
+    self._batches = batches
+    self._fingerprint = fingerprint
+    self._next_batch = start
+    self._num_workers = num_workers
+    self._prefetch = prefetch
+    # The iterator, once it runs.
+    self._running = []
+    # Also at exit: an iterator that outlives the modules that it uses ends in
+    # tracebacks on stderr.
+    weakref.finalize(self, _end, self._running)
+
+  def __getitem__(self, index: int) -> tuple[Arrays, list[str]]:
+    return self._batches[index]
+
+  def __next__(self) -> tuple[Arrays, list[str]]:
+    self.start()
+    arrays, records = next(self._running[0])
+    self._next_batch += 1
+    # Out of shared memory, which JAX on CPU would alias for as long as the
+    # batch lives: what still lives at exit is reported as leaked.
+    return {k: np.array(v, subok=False) for k, v in arrays.items()}, records
+
+  def start(self) -> None:
+    """Starts the workers, if they do not run yet."""
+    if self._running:
+      return
+    # Batches have random access: going on from batch k is slicing off the k
+    # first, whereas the state of Grain's own iterator holds the number of
+    # workers.
+    batches = self._batches[self._next_batch :]
+    threads = 0 if self._num_workers else 1
+    dataset = batches.to_iter_dataset(
+        grain.ReadOptions(
+            num_threads=threads, prefetch_buffer_size=threads * self._prefetch
+        )
+    )
+    if self._num_workers:
+      dataset = grain.experimental.WithOptionsIterDataset(
+          dataset,
+          grain.experimental.DatasetOptions(min_shm_size=_MIN_SHARED_MEMORY),
+      ).mp_prefetch(
+          grain.MultiprocessingOptions(
+              num_workers=self._num_workers,
+              per_worker_buffer_size=self._prefetch,
+          ),
+          worker_init_fn=_exit_with_parent,
+      )
+    self._running.append(iter(dataset))
+    self._running[0].start_prefetch()
+
+  def state(self) -> dict[str, Any]:
+    """Returns, as JSON, the place of the batch that `next` returns next.
+
+    A caller that queues batches keeps with each the state from before it.
+    """
+    return {"next_batch": self._next_batch, "fingerprint": self._fingerprint}
+
+  def restore(self, state: dict[str, Any]) -> None:
+    """Moves to the place of a state, under any number of workers and hosts.
+
+    Raises:
+      UserError: the state is of a stream of other data, seed or sizes.
+    """
+    saved = _flatten(state["fingerprint"])
+    ours = _flatten(self._fingerprint)
+    changes = [
+        f"{key} was {saved.get(key, 'absent')}, is {ours.get(key, 'absent')}"
+        for key in sorted(saved.keys() | ours.keys())
+        if saved.get(key) != ours.get(key)
+    ]
+    if changes:
+      raise UserError(
+          f"the {self._fingerprint['stream']} data of the checkpoint differ "
+          f"from those of this run: {'; '.join(changes)}"
+      )
+    self.close()
+    self._next_batch = state["next_batch"]
+
+  def close(self) -> None:
+    """Ends the workers; a later `next` starts new ones."""
+    _end(self._running)
+
+  def __enter__(self) -> "Stream":
+    return self
+
+  def __exit__(self, *exception) -> None:
+    self.close()
+
+
+def _check(
+    stream: str,
+    sources: Sequence[tuple[str, Any, float]],
+    *,
+    batch_size: int,
+    host_count: int,
+) -> None:
+  """Raises UserError for what no stream of (name, dataset, weight) can have."""
+  faults = []
+  if not sources:
+    faults.append(f"the {stream} stream needs at least one source, got none")
+  names = [name for name, _, _ in sources]
+  for name, dataset, weight in sources:
+    if names.count(name) > 1:
+      faults.append(f'{stream} source "{name}" is named twice')
+    if not len(dataset):
+      faults.append(f'{stream} source "{name}" is empty')
+    if weight <= 0:
+      faults.append(
+          f'weight of {stream} source "{name}" must be positive, got {weight}'
+      )
+  if batch_size < 1 or batch_size % host_count:
+    faults.append(
+        f"batch size of the {stream} stream must be a positive multiple of the "
+        f"number of hosts, {host_count}, got {batch_size}"
+    )
+  if faults:
+    raise UserError(*dict.fromkeys(faults))
+
+
+def _fingerprint(name: str, dataset: Any, **geometry: Any) -> dict[str, Any]:
+  records = [dataset.record_id(0), dataset.record_id(len(dataset) - 1)]
+  geometry = {
+      k: list(v) if isinstance(v, tuple) else v for k, v in geometry.items()
+  }
+  return {"name": name, "length": len(dataset), "ends": records} | geometry
+
+
+def motion_stream(
+    sources: Sequence[MotionSource],
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    num_workers: int = 0,
+    prefetch: int = 2,
+    host_index: int = 0,
+    host_count: int = 1,
+) -> Stream:
+  """Returns the stream of {"frames"}; `batch_size` counts pairs of all hosts.
+
+  Each batch is of one source, the same on every host; sources take turns in the
+  proportion of their weights.
+  """
+  _check(
+      "motion",
+      [(s.name, s.dataset, s.weight) for s in sources],
+      batch_size=batch_size,
+      host_count=host_count,
+  )
+  parts = [
+      _batches(
+          _Records(source.name, source.dataset, ("frame_1", "frame_2")),
+          functools.partial(
+              transforms.pair_frames,
+              size=source.size,
+              mode=source.mode,
+              scale=source.scale,
+              flip=source.flip,
+              swap=source.swap,
+          ),
+          key="frames",
+          seed=(seed, _STREAM["motion"], number),
+          batch_size=batch_size,
+          host_index=host_index,
+          host_count=host_count,
+      )
+      for number, source in enumerate(sources)
+  ]
+  described = [
+      {
+          f.name: getattr(source, f.name)
+          for f in dataclasses.fields(MotionSource)
+      }
+      for source in sources
+  ]
+  return Stream(
+      grain.MapDataset.mix(parts, [source.weight for source in sources]),
+      {
+          "stream": "motion",
+          "seed": seed,
+          "batch_size": batch_size,
+          "sources": [_fingerprint(**fields) for fields in described],
+      },
+      start=start,
+      num_workers=num_workers,
+      prefetch=prefetch,
+  )
+
+
+def content_stream(
+    dataset: Any,
+    *,
+    batch_size: int,
+    size: int,
+    seed: int,
+    name: str = "images",
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: bool = True,
+    start: int = 0,
+    num_workers: int = 0,
+    prefetch: int = 2,
+    host_index: int = 0,
+    host_count: int = 1,
+) -> Stream:
+  """Returns the stream of {"views"}; `batch_size` counts images of all hosts.
+
+  Each image gives two random resized crops of size x size.
+  """
+  _check(
+      "content",
+      [(name, dataset, 1.0)],
+      batch_size=batch_size,
+      host_count=host_count,
+  )
+  geometry = {"size": size, "scale": scale, "ratio": ratio, "flip": flip}
+  return Stream(
+      _batches(
+          _Records(name, dataset, ("image",)),
+          functools.partial(transforms.two_views, **geometry),
+          key="views",
+          seed=(seed, _STREAM["content"], 0),
+          batch_size=batch_size,
+          host_index=host_index,
+          host_count=host_count,
+      ),
+      {
+          "stream": "content",
+          "seed": seed,
+          "batch_size": batch_size,
+          "sources": [_fingerprint(name, dataset, **geometry)],
+      },
+      start=start,
+      num_workers=num_workers,
+      prefetch=prefetch,
+  )
