@@ -1,0 +1,324 @@
+"""Checkpoints in WORKDIR/checkpoints/STEP: train state, data streams, meta.
+
+A checkpoint is atomic: one that was not written to its end is never listed,
+chosen or restored. A PATH is a workdir, its checkpoints folder, or one step in
+it; the first two mean the newest complete step.
+"""
+
+from collections.abc import Mapping
+import math
+import os
+import tempfile
+from typing import Any
+
+from etils import epath
+import jax
+from jax import numpy as jnp
+import orbax.checkpoint as ocp
+
+from mcjepa_jax.errors import UserError
+
+_FOLDER = "checkpoints"
+_SHOWN = 4
+# What damaged or missing files raise: tensorstore has no error class.
+_STORAGE_ERRORS = (OSError, ValueError, KeyError)
+_policies = ocp.checkpoint_managers
+
+
+def _absolute(path: str | os.PathLike) -> epath.Path:
+  text = os.fspath(path)
+  return epath.Path(text if "://" in text else os.path.abspath(text))
+
+
+def _name(path: tuple[Any, ...]) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _is_key(leaf: Any) -> bool:
+  return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _to_arrays(state: Any) -> Any:
+  """Returns the state with the words of its PRNG keys in the keys' place."""
+  return jax.tree.map(
+      lambda x: jax.random.key_data(x) if _is_key(x) else x, state
+  )
+
+
+def _abstract_arrays(abstract: Any) -> Any:
+  """Returns the shapes of _to_arrays, each with a sharding."""
+
+  def leaf(x):
+    sharding = x.sharding or jax.sharding.SingleDeviceSharding(
+        jax.local_devices()[0]
+    )
+    if _is_key(x):
+      x = jax.eval_shape(jax.random.key_data, x)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+  return jax.tree.map(leaf, abstract)
+
+
+def _from_arrays(state: Any, abstract: Any) -> Any:
+  def leaf(x, like):
+    if not _is_key(like):
+      return x
+    return jax.random.wrap_key_data(x, impl=jax.random.key_impl(like))
+
+  return jax.tree.map(leaf, state, abstract)
+
+
+def _steps(folder: epath.Path) -> list[int]:
+  return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+
+
+def locate(path: str | os.PathLike) -> epath.Path:
+  """Returns the folder of one complete step.
+
+  Raises:
+    UserError: there is none at the path.
+  """
+  folder = _absolute(path)
+  if not folder.exists():
+    raise UserError(f"checkpoint {folder} does not exist")
+  if folder.name.isdigit() and int(folder.name) in _steps(folder.parent):
+    return folder
+  if (folder / _FOLDER).is_dir():
+    folder = folder / _FOLDER
+  steps = _steps(folder)
+  if not steps:
+    raise UserError(
+        f"{folder} holds no complete checkpoint: expected a workdir, its "
+        f"{_FOLDER} folder or one step in it"
+    )
+  return folder / str(steps[-1])
+
+
+def read_meta(path: str | os.PathLike) -> dict[str, Any]:
+  """Returns what was saved as `meta`, and its "step"."""
+  return _read(
+      locate(path),
+      "meta",
+      ocp.JsonCheckpointHandler(),
+      ocp.args.JsonRestore(),
+  )
+
+
+def restore_params(path: str | os.PathLike, abstract_params: Any) -> Any:
+  """Returns the parameters alone, whatever the optimizer was.
+
+  Args:
+    path: a workdir, its checkpoints folder, or one step in it.
+    abstract_params: shapes, with shardings or for one device; may leave out
+      whole entries of the saved tree's first level.
+
+  Raises:
+    UserError: no checkpoint, or one of another architecture.
+  """
+  step = locate(path)
+  abstract = {"params": _abstract_arrays(abstract_params)}
+  _check_architecture(
+      step,
+      abstract,
+      within=tuple(f"params/{group}" for group in abstract_params),
+  )
+  return _read(
+      step,
+      "state",
+      ocp.PyTreeCheckpointHandler(),
+      ocp.args.PyTreeRestore(
+          abstract,
+          restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+          partial_restore=True,
+      ),
+  )["params"]
+
+
+def _read(step: epath.Path, item: str, handler: Any, args: Any) -> Any:
+  try:
+    with ocp.Checkpointer(handler) as checkpointer:
+      return checkpointer.restore(step / item, args=args)
+  except _STORAGE_ERRORS as error:
+    raise _unreadable(step, error) from error
+
+
+def _unreadable(step: epath.Path, error: Exception) -> UserError:
+  reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+  return UserError(f"checkpoint {step} cannot be read: {reason}")
+
+
+def _describe(leaf: Any) -> str:
+  if leaf is None:
+    return "nothing"
+  return f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
+
+def _check_architecture(
+    step: epath.Path, abstract: Any, *, within: tuple[str, ...] = ("",)
+) -> None:
+  """Raises UserError if the checkpoint's arrays are not those of `abstract`."""
+  try:
+    saved = ocp.PyTreeCheckpointHandler().metadata(step / "state").tree
+  except _STORAGE_ERRORS as error:
+    raise _unreadable(step, error) from error
+  found = {
+      _name(path): leaf
+      for path, leaf in jax.tree_util.tree_flatten_with_path(saved)[0]
+      if any(_name(path[: w.count("/") + 1]) == w or not w for w in within)
+  }
+  expected = {
+      _name(path): leaf
+      for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]
+  }
+  differences = [
+      f"{name} is {_describe(found.get(name))}, "
+      f"expected {_describe(expected.get(name))}"
+      for name in sorted(found.keys() | expected.keys())
+      if _describe(found.get(name)) != _describe(expected.get(name))
+  ]
+  if differences:
+    more = len(differences) - _SHOWN
+    raise UserError(
+        f"checkpoint {step} is of another architecture: "
+        + "; ".join(differences[:_SHOWN])
+        + (f"; and {more} more" if more > 0 else "")
+    )
+
+
+class Checkpoints:
+  """Writes and restores the checkpoints of the one job that owns a workdir."""
+
+  def __init__(
+      self,
+      workdir: str | os.PathLike,
+      *,
+      keep_last: int = 1,
+      keep_best: int = 0,
+      metric: str = "loss",
+      larger_is_better: bool = False,
+  ):
+    """Opens or makes WORKDIR/checkpoints and removes what a crash left there.
+
+    Args:
+      workdir: folder of the run.
+      keep_last: how many of the newest steps stay.
+      keep_best: how many of the best steps by `metric` stay besides.
+      metric: name in the metrics given to `save`; a step without it, or with a
+        value that is not finite, is never among the best.
+      larger_is_better: what "best" means.
+
+    Raises:
+      UserError: the folder cannot be made or written.
+    """
+    self._folder = _absolute(workdir) / _FOLDER
+    try:
+      self._folder.mkdir(parents=True, exist_ok=True)
+      if "://" not in str(self._folder):
+        tempfile.TemporaryFile(dir=self._folder).close()
+    except OSError as error:
+      raise UserError(
+          f"workdir {_absolute(workdir)} cannot be written: {error.strerror}"
+      ) from error
+
+    def goodness(metrics: Mapping[str, float]) -> float:
+      value = metrics.get(metric, math.nan)
+      if not math.isfinite(value):
+        return -math.inf
+      return value if larger_is_better else -value
+
+    keep = [_policies.LatestN(keep_last)]
+    if keep_best:
+      keep.append(
+          _policies.BestN(
+              get_metric_fn=goodness,
+              n=keep_best,
+              keep_checkpoints_without_metrics=False,
+          )
+      )
+    self._manager = ocp.CheckpointManager(
+        self._folder,
+        options=ocp.CheckpointManagerOptions(
+            preservation_policy=_policies.AnyPreservationPolicy(keep),
+            cleanup_tmp_directories=True,
+        ),
+    )
+
+  def latest_step(self) -> int | None:
+    """Returns the newest complete step, if there is one."""
+    return self._manager.latest_step()
+
+  def all_steps(self) -> list[int]:
+    """Returns the complete steps in order."""
+    return sorted(self._manager.all_steps())
+
+  def save(
+      self,
+      step: int,
+      state: Any,
+      streams: Mapping[str, Any],
+      meta: Mapping[str, Any],
+      metrics: Mapping[str, float] | None = None,
+  ) -> bool:
+    """Starts to write a step; returns False if the step is there already.
+
+    Returns once the arrays are copied, so that the state may be donated. Waits
+    for the save before, and raises what that one failed with. `streams` and
+    `meta` are written as JSON: tuples come back as lists.
+    """
+    if step in self._manager.all_steps():
+      return False
+    return self._manager.save(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardSave(_to_arrays(state)),
+            streams=ocp.args.JsonSave(dict(streams)),
+            meta=ocp.args.JsonSave({**meta, "step": step}),
+        ),
+        metrics=None if metrics is None else dict(metrics),
+        # The caller decides when; Orbax would refuse a step below its newest.
+        force=True,
+    )
+
+  def restore(
+      self, step: int, abstract_state: Any
+  ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """Returns (state, streams, meta), the state in the given shardings.
+
+    Raises:
+      UserError: the step is not there, cannot be read, or is of another
+        architecture, which is found before anything is loaded.
+    """
+    path = locate(self._folder / str(step))
+    abstract = _abstract_arrays(abstract_state)
+    _check_architecture(path, abstract)
+    try:
+      restored = self._manager.restore(
+          step,
+          args=ocp.args.Composite(
+              state=ocp.args.StandardRestore(abstract),
+              streams=ocp.args.JsonRestore(),
+              meta=ocp.args.JsonRestore(),
+          ),
+      )
+    except _STORAGE_ERRORS as error:
+      raise _unreadable(path, error) from error
+    state = _from_arrays(restored["state"], abstract_state)
+    return state, restored["streams"], restored["meta"]
+
+  def wait_until_finished(self) -> None:
+    """Waits for the save under way; raises what it failed with."""
+    self._manager.wait_until_finished()
+    self._manager.check_for_errors()
+
+  def close(self) -> None:
+    """Waits as above, and ends the background threads."""
+    try:
+      self.wait_until_finished()
+    finally:
+      self._manager.close()
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *exception) -> None:
+    self.close()
