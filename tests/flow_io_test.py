@@ -6,8 +6,8 @@ import zlib
 
 import cv2
 import numpy as np
-import pytest
 from PIL import Image
+import pytest
 
 from mcjepa_jax.data import flow_io
 from mcjepa_jax.errors import UserError

@@ -10,6 +10,7 @@ the file before anything is allocated, and every fault is a UserError that names
 the file.
 """
 
+from collections.abc import Callable
 import contextlib
 import io
 import os
@@ -17,13 +18,12 @@ import pathlib
 import re
 import stat
 import struct
-import zlib
-from collections.abc import Callable
 from typing import BinaryIO
+import zlib
 
 import cv2
-import numpy as np
 from jaxtyping import Float32, UInt8
+import numpy as np
 from PIL import Image
 
 from mcjepa_jax.errors import UserError
@@ -46,7 +46,7 @@ _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 
 
 @contextlib.contextmanager
-def _opened(path: Path, wanted: str):
+def opened(path: Path, wanted: str):
   """Yields the open file and its size; only a regular file is opened."""
   try:
     # A pipe would block at open, so the kind is looked at first.
@@ -101,7 +101,7 @@ def _write(path: Path, *parts: bytes) -> None:
 
 def read_flo(path: Path) -> Flow:
   """Returns (flow, valid) of a Middlebury .flo file."""
-  with _opened(path, "a .flo file") as (file, size):
+  with opened(path, "a .flo file") as (file, size):
     header = file.read(12)
     if header[:4] != _FLO_MAGIC or len(header) < 12:
       raise UserError(
@@ -134,7 +134,7 @@ def read_pfm(path: Path) -> Flow:
   Rows run from the bottom up, a negative scale means little-endian, its
   magnitude is ignored, and so is the third channel.
   """
-  with _opened(path, "a .pfm file") as (file, size):
+  with opened(path, "a .pfm file") as (file, size):
     lines = [file.readline(64) for _ in range(3)]
     kind, sizes, scale = (line.strip() for line in lines)
     found = re.fullmatch(rb"(\d{1,9})\s+(\d{1,9})", sizes)
@@ -197,7 +197,7 @@ def read_kitti_flow(path: Path) -> Flow:
 
   u = (R - 2^15) / 64, v = (G - 2^15) / 64, valid where B > 0.
   """
-  with _opened(path, "a 16-bit KITTI flow png") as (file, size):
+  with opened(path, "a 16-bit KITTI flow png") as (file, size):
     header = file.read(33)
     if header[:8] != _PNG_MAGIC or header[12:16] != b"IHDR" or size < 57:
       raise UserError(f"{path}: expected a 16-bit KITTI flow png, came no PNG")
@@ -331,5 +331,5 @@ def read_image(
     path: Path, *, min_side: int | None = None, max_pixels: int = MAX_PIXELS
 ) -> UInt8[np.ndarray, "h w 3"]:
   """Returns the RGB pixels of an image file; see `decode_image`."""
-  with _opened(path, "an image") as (file, _):
+  with opened(path, "an image") as (file, _):
     return decode_image(file, path, min_side=min_side, max_pixels=max_pixels)

@@ -1,0 +1,489 @@
+"""Pairs of frames without labels, out of videos and folders of frames.
+
+A pair is {frame_1, frame_2: u8 [h w 3]}, `gap` frames apart in one sequence:
+`SequencePairs(videos(path), gaps=(1, 3))`, `SequencePairs(frame_folders(path))`.
+A sequence has __len__, frame(i), frame_id(i) and thumbnails(). A video is
+decoded once, into a cache of frames on disk: a frame by its number is then one
+read instead of a decode from the key frame before it.
+
+Change is the mean absolute difference of two 32x32 thumbnails, 0 to 255. From
+one frame to the next at 24-30 frames/s it was 0.8 (a fixed camera), 2-7 (hand
+held, sports) and at most 9; across a cut 43 to 160. So a cut is where change is
+above 40, or above 12 and 4 times the median of the 9 changes around it: fast
+motion is as fast a frame later, a cut stands alone. Fades are not found.
+"""
+
+from collections.abc import Iterable, Sequence
+import contextlib
+import hashlib
+import os
+import pathlib
+import re
+import tempfile
+
+import cv2
+from jaxtyping import Bool, Float32, UInt8
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+import tqdm
+
+from mcjepa_jax.data import flow_io
+from mcjepa_jax.errors import UserError
+
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".webp", ".bmp")
+
+_THUMBNAIL = 32
+# What an MP4 or MOV may begin with.
+_MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
+_SURE_CUT = 40.0
+_CUT = 12.0
+_CUT_RATIO = 4.0
+_CUT_WINDOW = 9
+
+Thumbnails = UInt8[np.ndarray, "t 32 32 3"]
+
+
+def default_cache_dir() -> pathlib.Path:
+  """Returns $MCJEPA_CACHE, or mcjepa_jax in the user's cache folder."""
+  if "MCJEPA_CACHE" in os.environ:
+    return pathlib.Path(os.environ["MCJEPA_CACHE"])
+  caches = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  return pathlib.Path(caches) / "mcjepa_jax"
+
+
+class VideoFrames:
+  """The frames of one video, decoded once into a cache on disk.
+
+  Frames whose longer side is over `max_side` are made smaller by area. The
+  cache of a video is a .npy of its frames and one of thumbnails, named by the
+  video's path, size, time of change and `max_side`; both appear whole or not at
+  all. A video that needs more than `max_bytes` is refused.
+  """
+
+  may_cut = True
+
+  def __init__(
+      self,
+      path: flow_io.Path,
+      *,
+      max_side: int = 640,
+      cache_dir: flow_io.Path | None = None,
+      max_bytes: int = 16 * 2**30,
+      progress: bool = True,
+  ):
+    self.path = pathlib.Path(path)
+    self.name = self.path.stem
+    cache = pathlib.Path(cache_dir or default_cache_dir())
+    # The container is looked at each time: it is cheap, and names the fault.
+    _check_container(self.path)
+    stamp = self.path.stat()
+    key = (
+        f"{self.path.resolve()}|{stamp.st_size}|{stamp.st_mtime_ns}|{max_side}"
+    )
+    digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+    self._frames = cache / f"{self.name}-{digest[:16]}.npy"
+    self._thumbnails = self._frames.with_suffix(".thumbnails.npy")
+    if not (self._frames.is_file() and self._thumbnails.is_file()):
+      self._decode(max_side, max_bytes, progress)
+    # The shape alone is kept: a memmap would be pickled as its whole content.
+    try:
+      frames = np.load(self._frames, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+      raise UserError(
+          f"{self._frames}: expected the frames of {self.path}, came: {error}: "
+          "delete it"
+      ) from error
+    self._offset, self._shape = frames.offset, frames.shape
+    if self.nbytes > max_bytes:
+      raise _over_limit(self.path, self._shape, max_bytes)
+
+  def __len__(self) -> int:
+    return self._shape[0]
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes of all the frames on disk."""
+    return int(np.prod(self._shape))
+
+  def frame(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns one frame, read from the cache."""
+    index = range(len(self))[index]
+    size = self.nbytes // len(self)
+    offset = self._offset + index * size
+    with flow_io.opened(self._frames, f"frames of {self.path}") as (file, _):
+      pixels = np.fromfile(file, np.uint8, size, offset=offset)
+    if pixels.size != size:
+      raise UserError(f"{self._frames}: came cut: delete it")
+    return pixels.reshape(self._shape[1:])
+
+  def frame_id(self, index: int) -> str:
+    """Returns a name of the frame that does not depend on the folder."""
+    return f"{self.name}/{index:06d}"
+
+  def thumbnails(self) -> Thumbnails:
+    """Returns a small picture of every frame."""
+    return np.load(self._thumbnails, allow_pickle=False)
+
+  def _decode(self, max_side: int, max_bytes: int, progress: bool) -> None:
+    cache = self._frames.parent
+    try:
+      cache.mkdir(parents=True, exist_ok=True)
+      with contextlib.ExitStack() as stack:
+        part, part_path = _temporary(stack, cache)
+        shape, thumbnails = None, []
+        for frame in _decoded(self.path, max_side, progress):
+          if shape is None:
+            shape = frame.shape
+            # Written again with the number of frames: numpy pads the header so
+            # that the first axis may grow.
+            start = _write_npy_header(part, (0, *shape))
+          if frame.shape != shape:
+            raise UserError(
+                f"{self.path}: expected frames of one size, came {shape} and "
+                f"then {frame.shape}"
+            )
+          thumbnails.append(_thumbnail(frame))
+          if len(thumbnails) * frame.size > max_bytes:
+            raise _over_limit(self.path, (len(thumbnails), *shape), max_bytes)
+          part.write(frame.tobytes())
+        part.seek(0)
+        if _write_npy_header(part, (len(thumbnails), *shape)) != start:
+          raise RuntimeError("numpy no longer pads the header of a .npy file")
+        small, small_path = _temporary(stack, cache)
+        np.save(small, np.stack(thumbnails), allow_pickle=False)
+        part.close()
+        small.close()
+        os.replace(small_path, self._thumbnails)
+        os.replace(part_path, self._frames)
+    except OSError as error:
+      raise UserError(
+          f"{cache}: cannot hold the frames of {self.path}: {error.strerror}; "
+          "cache_dir or MCJEPA_CACHE names another folder"
+      ) from error
+
+
+def _over_limit(
+    path: pathlib.Path, shape: tuple[int, ...], limit: int
+) -> UserError:
+  count, height, width, _ = shape
+  return UserError(
+      f"{path}: expected at most {limit} bytes of decoded frames, came more "
+      f"({count} or more of {width}x{height}): raise max_bytes or lower max_side"
+  )
+
+
+def _temporary(stack: contextlib.ExitStack, folder: pathlib.Path):
+  """Returns (file, path) of a new file that is gone unless it is renamed."""
+  handle, path = tempfile.mkstemp(dir=folder, suffix=".part")
+  stack.callback(lambda: pathlib.Path(path).unlink(missing_ok=True))
+  return stack.enter_context(os.fdopen(handle, "wb")), path
+
+
+def _write_npy_header(file, shape: tuple[int, ...]) -> int:
+  np.lib.format.write_array_header_1_0(
+      file, {"descr": "|u1", "fortran_order": False, "shape": shape}
+  )
+  return file.tell()
+
+
+def _thumbnail(frame: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "s s 3"]:
+  size = (_THUMBNAIL, _THUMBNAIL)
+  return cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
+
+
+def _check_container(path: pathlib.Path) -> None:
+  """Raises unless the file is a whole MP4, MOV, AVI, MKV or WebM.
+
+  The decoder takes a cut file for a shorter video, and follows a play list,
+  whatever its suffix, to the files and hosts that it names.
+  """
+  with flow_io.opened(path, "a video") as (file, size):
+    head = file.read(12)
+    if head[:4] == b"\x1a\x45\xdf\xa3":
+      return
+    riff = head[:4] == b"RIFF" and head[8:] == b"AVI "
+    if not riff and head[4:8] not in _MP4_BOXES:
+      raise UserError(
+          f"{path}: expected an MP4, MOV, AVI, MKV or WebM, came {head!r}"
+      )
+    at = 0
+    while size - at >= 8:
+      file.seek(at)
+      head = file.read(16)
+      if riff and head[:4] != b"RIFF":
+        return
+      if riff:
+        length = 8 + int.from_bytes(head[4:8], "little")
+      else:
+        length = int.from_bytes(head[:4], "big")
+        if length < 2:
+          # 0 runs to the end of the file, 1 has its length after its kind.
+          length = int.from_bytes(head[8:], "big") if length else size - at
+      if length < 8 or at + length > size:
+        raise UserError(
+            f"{path}: expected a whole video, came a cut one: its part at byte "
+            f"{at} ends at {at + length}, the file at {size}"
+        )
+      # A RIFF chunk of odd length has a byte of padding that it does not count.
+      at += length + (length % 2 if riff else 0)
+
+
+def _decoded(
+    path: pathlib.Path, max_side: int, progress: bool
+) -> Iterable[UInt8[np.ndarray, "h w 3"]]:
+  """Yields the RGB frames of a video, at most `max_side` long."""
+  # FFmpeg writes its own complaints to stderr, beside the one that follows.
+  os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+  # A name like "concat:a|b" is a protocol to FFmpeg; an absolute path is not.
+  try:
+    video = cv2.VideoCapture(str(path.resolve()), cv2.CAP_FFMPEG)
+  except cv2.error as error:
+    raise UserError(f"{path}: expected a video, came: {error}") from error
+  try:
+    if not video.isOpened():
+      raise UserError(f"{path}: expected a video, came one that does not open")
+    width = int(video.get(cv2.CAP_PROP_FRAME_WIDTH))
+    height = int(video.get(cv2.CAP_PROP_FRAME_HEIGHT))
+    if not 0 < width * height <= flow_io.MAX_PIXELS:
+      raise UserError(
+          f"{path}: expected frames of 1 to {flow_io.MAX_PIXELS} pixels, came "
+          f"{width}x{height}"
+      )
+    # An estimate: right in most MP4s, twice the truth in some AVIs.
+    declared = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
+    count = 0
+    with tqdm.tqdm(
+        desc=f"decoding {path.name}",
+        total=max(declared, 0) or None,
+        unit="frame",
+        delay=2,
+        disable=not progress,
+    ) as bar:
+      while True:
+        came, frame = video.read()
+        if not came:
+          break
+        count += 1
+        scale = max_side / max(frame.shape[:2])
+        if scale < 1:
+          size = [max(1, round(side * scale)) for side in frame.shape[1::-1]]
+          frame = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
+        yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+        bar.update()
+  finally:
+    video.release()
+  if count == 0 or 2 * count < declared - 1:
+    raise UserError(
+        f"{path}: expected some {max(declared, 1)} frames, came {count}"
+    )
+
+
+class FolderFrames:
+  """A sequence of image files in one folder, in order."""
+
+  may_cut = False
+
+  def __init__(self, folder: flow_io.Path, names: Sequence[str], name: str):
+    self.folder = pathlib.Path(folder)
+    self.name = name
+    self._names = tuple(names)
+
+  def __len__(self) -> int:
+    return len(self._names)
+
+  def frame(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns one frame."""
+    return flow_io.read_image(self.folder / self._names[index])
+
+  def frame_id(self, index: int) -> str:
+    """Returns the frame's path under the data set's root, without suffix."""
+    stem = pathlib.Path(self._names[index]).stem
+    return f"{self.name}/{stem}" if self.name else stem
+
+  def thumbnails(self) -> Thumbnails:
+    """Returns a small picture of every frame; decodes them all."""
+    return np.stack(
+        [
+            _thumbnail(flow_io.read_image(self.folder / n, min_side=_THUMBNAIL))
+            for n in self._names
+        ]
+    )
+
+
+class SequencePairs:
+  """Pairs out of sequences, for each first frame and each gap of a range.
+
+  With `skip_cuts` no pair spans a cut; None skips them in videos alone, as the
+  fast motion of a rendered set would pass for cuts. A pair whose change is
+  below `min_change` is left out (0.5 leaves out what stands still). Either
+  decodes every frame of a folder once, for its thumbnail; a video has them.
+  """
+
+  def __init__(
+      self,
+      sequences: Sequence,
+      *,
+      gaps: tuple[int, int] = (1, 1),
+      skip_cuts: bool | None = None,
+      min_change: float = 0.0,
+      progress: bool = True,
+  ):
+    low, high = gaps
+    if not 1 <= low <= high:
+      raise UserError(f"gaps: expected 1 <= low <= high, came {gaps}")
+    self.sequences = list(sequences)
+    index = []
+    bar = tqdm.tqdm(
+        self.sequences, "looking for cuts", delay=2, disable=not progress
+    )
+    for number, sequence in enumerate(bar):
+      skip = sequence.may_cut if skip_cuts is None else skip_cuts
+      small = sequence.thumbnails() if skip or min_change > 0 else None
+      is_cut = cuts(small) if skip else None
+      for gap in range(low, min(high, len(sequence) - 1) + 1):
+        first = np.arange(len(sequence) - gap)
+        if small is not None:
+          keep = change(small[:-gap], small[gap:]) >= min_change
+          if is_cut is not None:
+            keep &= ~sliding_window_view(is_cut, gap).any(axis=1)
+          first = first[keep]
+        rows = np.full((len(first), 3), (number, 0, gap), np.int32)
+        rows[:, 1] = first
+        index.append(rows)
+    self._index = np.concatenate(index or [np.empty((0, 3), np.int32)])
+    if not len(self._index):
+      frames = sum(map(len, self.sequences))
+      raise UserError(
+          f"expected pairs of frames {low} to {high} apart, came none in "
+          f"{frames} frames of {[s.name for s in self.sequences[:9]]}"
+      )
+
+  def __len__(self) -> int:
+    return len(self._index)
+
+  def record_id(self, index: int) -> str:
+    """Returns the first frame's name and the gap."""
+    number, first, gap = self._index[index].tolist()
+    return f"{self.sequences[number].frame_id(first)}+{gap}"
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    number, first, gap = self._index[index].tolist()
+    sequence = self.sequences[number]
+    frame_1, frame_2 = sequence.frame(first), sequence.frame(first + gap)
+    if frame_1.shape != frame_2.shape:
+      ids = sequence.frame_id(first), sequence.frame_id(first + gap)
+      raise UserError(
+          f"{ids[1]}: expected {frame_1.shape[1]}x{frame_1.shape[0]}, the size "
+          f"of {ids[0]}, came {frame_2.shape[1]}x{frame_2.shape[0]}"
+      )
+    return {"frame_1": frame_1, "frame_2": frame_2}
+
+
+def change(
+    x: UInt8[np.ndarray, "t s s 3"], y: UInt8[np.ndarray, "t s s 3"]
+) -> Float32[np.ndarray, " t"]:
+  """Returns the mean absolute difference of each two thumbnails, 0 to 255."""
+  difference = np.abs(x.astype(np.int16) - y)
+  return difference.mean(axis=(1, 2, 3), dtype=np.float32)
+
+
+def cuts(thumbnails: UInt8[np.ndarray, "t s s 3"]) -> Bool[np.ndarray, " t-1"]:
+  """Returns True for each step from a frame to the next that is a cut."""
+  steps = change(thumbnails[:-1], thumbnails[1:])
+  if not len(steps):
+    return np.zeros(0, bool)
+  padded = np.pad(steps, _CUT_WINDOW // 2, mode="reflect")
+  around = np.median(sliding_window_view(padded, _CUT_WINDOW), axis=1)
+  alone = (steps > _CUT) & (steps > _CUT_RATIO * around)
+  return alone | (steps > _SURE_CUT)
+
+
+def videos(
+    path: flow_io.Path,
+    *,
+    max_side: int = 640,
+    cache_dir: flow_io.Path | None = None,
+    max_bytes: int = 16 * 2**30,
+    progress: bool = True,
+) -> list[VideoFrames]:
+  """Returns the video, or all videos in a folder; `max_bytes` is for them all."""
+  path = pathlib.Path(path)
+  files = [path]
+  if path.is_dir():
+    found = [f for f in path.rglob("*") if f.suffix.lower() in VIDEO_SUFFIXES]
+    files = sorted(found, key=_natural)
+  if not files:
+    raise UserError(
+        f"{path}: expected videos ({', '.join(VIDEO_SUFFIXES)}), came none"
+    )
+  sequences = []
+  for file in files:
+    sequences.append(
+        VideoFrames(
+            file,
+            max_side=max_side,
+            cache_dir=cache_dir,
+            max_bytes=max_bytes,
+            progress=progress,
+        )
+    )
+    max_bytes -= sequences[-1].nbytes
+  return sequences
+
+
+def frame_folders(root: flow_io.Path) -> list[FolderFrames]:
+  """Returns all image sequences in a folder and its subfolders.
+
+  Files of one folder whose names differ in the last number alone are a
+  sequence, in steps of its smallest difference, and a missing frame ends it: so
+  DAVIS, Sintel's scenes, FlyingThings3D, HD1K, KITTI's 000000_10 and _11, and
+  the pairs of FlyingChairs are each read as they lie. A gap counts steps.
+  """
+  root = pathlib.Path(root)
+  sequences = []
+  for folder, folders, names in os.walk(root, onerror=_cannot_list):
+    folders[:] = sorted((f for f in folders if f[0] != "."), key=_natural)
+    place = pathlib.Path(folder).relative_to(root).as_posix()
+    for run in _runs(names):
+      sequences.append(FolderFrames(folder, run, "" if place == "." else place))
+  if not sequences:
+    raise UserError(
+        f"{root}: expected numbered images ({', '.join(IMAGE_SUFFIXES)}), at "
+        "least two of a sequence, came none"
+    )
+  return sequences
+
+
+def _cannot_list(error: OSError):
+  raise UserError(
+      f"{error.filename}: expected a folder of frames, came: {error.strerror}"
+  ) from error
+
+
+def _natural(name: flow_io.Path) -> list:
+  """Returns a sort key that puts 9 before 10."""
+  parts = re.split(r"(\d+)", os.fspath(name))
+  return [int(part) if i % 2 else part for i, part in enumerate(parts)]
+
+
+def _runs(names: Iterable[str]) -> list[list[str]]:
+  """Returns the sequences of at least two frames among a folder's files."""
+  numbered: dict[tuple[str, str], dict[int, str]] = {}
+  for name in names:
+    stem, suffix = os.path.splitext(name)
+    found = re.fullmatch(r"(.*?)([0-9]+)(\D*)", stem)
+    if found and suffix.lower() in IMAGE_SUFFIXES and name[0] != ".":
+      rest = (found[1], found[3] + suffix)
+      numbered.setdefault(rest, {})[int(found[2])] = name
+  runs = []
+  for rest in sorted(numbered, key=lambda rest: _natural(rest[0] + rest[1])):
+    numbers = np.array(sorted(numbered[rest]))
+    if len(numbers) < 2:
+      continue
+    steps = np.diff(numbers)
+    breaks = np.flatnonzero(steps != steps.min()) + 1
+    for run in np.split(numbers, breaks):
+      if len(run) > 1:
+        runs.append([numbered[rest][number] for number in run.tolist()])
+  return runs
