@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
   """The defaults: the paper's recipe where it is published."""
   config = ConfigDict()
 
+  config.name = "default"
   config.task = "train"  # "train" or "evaluate"
   config.seed = 0  # initial parameters, order of the data, augmentation
   config.eval_seed = 1_000_003  # held-out procedural examples; never trained on
@@ -68,7 +69,7 @@ def get_config() -> ConfigDict:
   motion.sources = (("sintel", 1.0),)  # (name, weight): whole batches are mixed
   motion.geometry = "crop"  # "crop", or "resize" for whole frames
   motion.downscale = (1.0, 1.0)  # range of the factor applied before the crop
-  motion.gap = 1  # frames between the two of a pair, in videos
+  motion.gaps = (1, 1)  # range of frames between the two of a pair, in videos
   motion.start_step = 33_360  # content only before it: epoch 10
   motion.weight = 0.1  # alpha_flow, on the sum of all terms below
   motion.ramp_steps = 3_336  # all but variance and covariance rise over these
@@ -153,8 +154,9 @@ def get_config() -> ConfigDict:
   config.panel_every = 5_000  # steps between pictures; 0 is never
   config.save_every = 1_000  # steps
   config.keep_last = 2  # checkpoints
-  config.keep_best = ""  # key of the evaluation's results to keep the best by
-  config.keep_best_mode = "min"  # "min" or "max"
+  config.keep_best = 0  # more checkpoints, the best by best_metric
+  config.best_metric = ""  # a key of the evals' results, as flow/sintel_clean/epe
+  config.best_is_larger = False
 
   # flow/SET and knn/SET; the sets' names are listed by a wrong one.
   config.evals = ()

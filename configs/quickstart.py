@@ -9,6 +9,7 @@ from configs import default
 def get_config() -> default.ConfigDict:
   """The quickstart: every loss of the method, on 64x64 images."""
   config = default.get_config()
+  config.name = "quickstart"
   config.num_steps = 600
 
   model = config.model

@@ -71,11 +71,11 @@ def recipe(config: Any) -> step.Recipe:
   )
 
 
-def streams(
-    config: Any, starts: dict[str, int], *, num_workers: int | None = None
-) -> dict[str, pipeline.Stream]:
-  """The streams that the mode reads, by task, each from its next batch."""
-  workers = config.workers if num_workers is None else num_workers
+def streams(config: Any) -> dict[str, pipeline.Stream]:
+  """The streams that the mode reads, by task, each at its first batch.
+
+  No worker runs yet.
+  """
   result = {}
   reads = step.tasks_of_mode(config.mode)
   if "motion" in reads:
@@ -89,7 +89,7 @@ def streams(
                     config.data_root,
                     seed=config.seed,
                     size=tuple(motion.size),
-                    gap=motion.gap,
+                    gaps=tuple(motion.gaps),
                 ),
                 size=tuple(motion.size),
                 weight=weight,
@@ -100,8 +100,7 @@ def streams(
         ],
         batch_size=motion.batch_size,
         seed=config.seed,
-        start=starts["motion"],
-        num_workers=workers,
+        num_workers=config.workers,
     )
   if "content" in reads:
     content = config.content
@@ -119,7 +118,6 @@ def streams(
         ratio=tuple(content.ratio),
         flip=content.flip,
         seed=config.seed,
-        start=starts["content"],
-        num_workers=workers,
+        num_workers=config.workers,
     )
   return result

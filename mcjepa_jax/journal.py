@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxtyping import UInt8
 import numpy as np
+import psutil
 import tensorboardX
 
 from mcjepa_jax import visualize
@@ -49,6 +50,37 @@ class Clock:
     """Seconds so far by name, `other` and their sum `total` included."""
     self._turn()
     return self._seconds | {"total": self._mark - self._started}
+
+
+def process_start() -> float:
+  """When this process began, on the scale of time.perf_counter."""
+  age = time.time() - psutil.Process().create_time()
+  return time.perf_counter() - age
+
+
+def peak_rss_gb() -> float:
+  """Peak resident memory of this process and its live children, in GB.
+
+  A sum of each one's own peak: no less than the tree ever held at once.
+  """
+  this = psutil.Process()
+  total = 0
+  for process in (this, *this.children(recursive=True)):
+    try:
+      status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:
+      continue  # it ended meanwhile, or there is no /proc
+    for line in status.splitlines():
+      if line.startswith("VmHWM:"):
+        total += 1024 * int(line.split()[1])
+  return total / 1e9
+
+
+def save_picture(
+    workdir: pathlib.Path, name: str, image: UInt8[np.ndarray, "h w 3"]
+) -> None:
+  """Writes WORKDIR/pictures/NAME.png."""
+  visualize.save_png(workdir / "pictures" / f"{name}.png", image)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -93,9 +125,7 @@ class Journal:
   ) -> None:
     """Logs a picture, also as WORKDIR/pictures/NAME.png (the newest)."""
     self._board.add_image(name, image, step, dataformats="HWC")
-    folder = self._workdir / "pictures"
-    folder.mkdir(exist_ok=True)
-    visualize.save_png(folder / f"{name}.png", image)
+    save_picture(self._workdir, name, image)
 
   def close(self) -> None:
     """Flushes all."""

@@ -172,23 +172,23 @@ def ramp(
   return jnp.clip((step - start + 1) / num_steps, 0.0, 1.0)
 
 
-def weighted_sum(
+def weighted_sums(
     terms: Mapping[str, Float[Array, ""]],
     *,
     motion_weight: float,
     motion_ramp: Float[Array, ""],
     motion: Mapping[str, Mapping[str, float]],
     content: Mapping[str, float],
-) -> Float[Array, ""]:
-  """The loss: alpha_flow times the motion terms' sum, plus the content terms'."""
-  total = jnp.zeros(())
+) -> dict[str, Float[Array, ""]]:
+  """Each task's loss; motion's holds alpha_flow. Their sum is the step's loss."""
+  losses = {}
   for name, term in terms.items():
     task, kind, *level = name.split("/")
     if task == "content":
-      total += content[kind] * term
+      weight = content[kind]
     else:
       weight = motion_weight * motion[kind][level[0]]
       if kind not in _UNRAMPED:
         weight = weight * motion_ramp
-      total += weight * term
-  return total
+    losses[task] = losses.get(task, 0.0) + weight * term
+  return losses

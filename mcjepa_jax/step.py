@@ -218,7 +218,7 @@ def loss_fn(
     )
     terms |= new_terms
     monitors |= new_monitors
-  loss = objective.weighted_sum(
+  losses = objective.weighted_sums(
       terms,
       motion_weight=recipe.motion_weight,
       motion_ramp=objective.ramp(
@@ -227,6 +227,8 @@ def loss_fn(
       motion=recipe.motion_terms,
       content=recipe.content_terms,
   )
+  loss = sum(losses.values())
+  monitors |= {f"loss/{task}": value for task, value in losses.items()}
   return loss, {"loss": loss} | terms | monitors
 
 

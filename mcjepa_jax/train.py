@@ -11,36 +11,37 @@ import threading
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import psutil
 import tqdm
 
 from mcjepa_jax import (
     assembly,
     checkpoint,
+    command,
     errors,
     evaluate,
     journal,
-    objective,
+    panels,
     sharding,
     step as steps,
     validation,
-    visualize,
 )
 from mcjepa_jax.models import mcjepa
 
-EXIT_PREEMPTED = 75
-EXIT_ALARM = 76
-_PANELS = 4  # pairs in a picture
 
+@dataclasses.dataclass
+class Run:
+  """What the loop needs and does not change."""
 
-class Alarm(RuntimeError):
-  """Training cannot go on: the loss or a gradient is not finite."""
-
-
-class Preempted(RuntimeError):
-  """A SIGTERM came; the state is saved."""
+  config: Any
+  workdir: pathlib.Path
+  model: mcjepa.MCJEPA
+  optimizers: dict[str, Any]
+  abstract: steps.TrainState
+  mesh: jax.sharding.Mesh
+  streams: dict[str, Any]
+  checkpoints: checkpoint.Checkpoints
+  clock: journal.Clock
 
 
 @dataclasses.dataclass
@@ -53,123 +54,30 @@ class Batch:
   streams: dict[str, Any]
 
 
-def batches(
-    config: Any, streams: dict[str, Any], mesh: jax.sharding.Mesh, start: int
-) -> Iterator[Batch]:
-  """The batch of each step from `start` on, as its kind reads it."""
-  for number in range(start, config.num_steps):
-    kind = steps.kind_at(config.mode, number, config.motion.start_step)
-    before = {task: stream.state() for task, stream in streams.items()}
-    arrays, records = {}, {}
-    for task in steps.tasks(kind):
-      new_arrays, records[task] = next(streams[task])
-      arrays |= new_arrays
-    yield Batch(kind, sharding.to_global(arrays, mesh), records, before)
+def set_up_input(
+    config: Any, workdir: pathlib.Path
+) -> tuple[dict[str, Any], jax.sharding.Mesh]:
+  """The streams and the mesh, after every check that needs no compilation.
 
-
-def panels(
-    config: Any,
-    model: mcjepa.MCJEPA,
-    params: Any,
-    mesh: jax.sharding.Mesh,
-    frames: np.ndarray,
-) -> dict[str, np.ndarray]:
-  """Pictures of interleaved u8 frames: flow panels and feature PCA."""
-  frames = frames[: 2 * _PANELS]
-  count = len(frames) // 2
-  predict = evaluate.flow_predictor(model, params, mesh)
-  both = np.stack([frames.reshape(count, 2, *frames.shape[1:])] * 2)
-  both[1] = both[1][:, ::-1]
-  flows = predict(both.reshape(-1, *frames.shape[1:]))
-  visible = objective.motion_mask(
-      jnp.stack([flows[:count], flows[count:]], 1).reshape(
-          -1, *flows.shape[1:]
-      ),
-      occlusion="forward_backward",
-      out_of_frame=True,
-  )
-  visible = np.asarray(visible)[::2]
-  rows = [
-      visualize.flow_panel(
-          frames[2 * i], frames[2 * i + 1], flows[i], visible=visible[i]
-      )
-      for i in range(count)
-  ]
-  return {"flow": visualize.grid(rows, columns=1)}
-
-
-def check_finite(step: int, logs: dict[str, float]) -> None:
-  """Raises Alarm if anything logged is not finite, with all that is not."""
-  bad = [name for name, value in logs.items() if not np.isfinite(value)]
-  if bad:
-    raise Alarm(f"step {step}: not finite: {', '.join(sorted(bad))}")
-
-
-def peak_rss_gb() -> float:
-  """Peak resident memory of this process and its live children, in GB.
-
-  A sum of peaks: at least what the tree ever held at once.
+  Raises:
+    UserError: with all that is wrong with config, data and workdir.
   """
-  total = 0
-  for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+  faults = validation.faults(config, devices=validation.device_count(config))
+  streams = {}
+  for check in (
+      lambda: prepare_workdir(workdir),
+      lambda: check_resume(config, workdir),
+      lambda: streams.update(assembly.streams(config)),
+  ):
     try:
-      status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
-    except OSError:
-      continue
-    for line in status.splitlines():
-      if line.startswith("VmHWM:"):
-        total += 1024 * int(line.split()[1])
-  return total / 1e9
-
-
-def compiled_steps(
-    config: Any,
-    model: mcjepa.MCJEPA,
-    optimizers: dict[str, Any],
-    abstract: steps.TrainState,
-    mesh: jax.sharding.Mesh,
-) -> dict[str, Callable[..., Any]]:
-  """The jitted step of each kind that this run has."""
-  recipe = assembly.recipe(config)
-  starts = config.motion.start_step
-  kinds = {
-      steps.kind_at(config.mode, number, starts)
-      for number in (0, starts, starts + 1)
-      if number < config.num_steps
-  }
-  return {
-      kind: steps.jit_train_step(
-          steps.make_train_step(model, optimizers, recipe, kind), abstract, mesh
-      )
-      for kind in kinds
-  }
-
-
-def resumable_config(config: Any) -> dict[str, Any]:
-  """The part of a config that a resumed run must share, flat."""
-  flat = validation.flatten(config)
-  return {
-      key: value
-      for key, value in flat.items()
-      if key.split(".")[0] not in validation.OPERATIONAL
-  }
-
-
-def check_resume(config: Any, workdir: pathlib.Path) -> None:
-  """Raises UserError if the workdir holds a run of another config."""
-  path = workdir / "config.json"
-  if not path.exists():
-    return
-  saved = json.loads(path.read_text())
-  ours = json.loads(json.dumps(resumable_config(config)))
-  faults = [
-      f"{key}: the run in {workdir} has {saved.get(key)!r}, this config"
-      f" {ours.get(key)!r}; use another workdir"
-      for key in sorted(saved.keys() | ours.keys())
-      if saved.get(key) != ours.get(key)
-  ]
+      check()
+    except errors.UserError as error:
+      faults.extend(error.messages)
+  faults.extend(evaluate.check(config))
   if faults:
-    raise errors.UserError(*faults)
+    raise errors.UserError(*dict.fromkeys(faults))
+  journal.write_json(workdir / "config.json", resumable_config(config))
+  return streams, sharding.make_mesh(config.mesh.devices)
 
 
 def prepare_workdir(workdir: pathlib.Path) -> None:
@@ -185,49 +93,218 @@ def prepare_workdir(workdir: pathlib.Path) -> None:
     ) from error
 
 
-def finish(
-    config: Any,
-    workdir: pathlib.Path,
-    model: mcjepa.MCJEPA,
-    state: steps.TrainState,
-    mesh: jax.sharding.Mesh,
-    clock: journal.Clock,
-) -> dict[str, Any]:
+def resumable_config(config: Any) -> dict[str, Any]:
+  """The part of a config that a resumed run must share, flat."""
+  return {
+      key: value
+      for key, value in validation.flatten(config).items()
+      if key.split(".")[0] not in validation.OPERATIONAL
+  }
+
+
+def check_resume(config: Any, workdir: pathlib.Path) -> None:
+  """Raises UserError if the workdir holds a run of another config."""
+  path = workdir / "config.json"
+  if not path.exists():
+    return
+  saved = json.loads(path.read_text())
+  # Through JSON, where a tuple is a list.
+  ours = json.loads(json.dumps(resumable_config(config)))
+  faults = [
+      f"{key}: the run in {workdir} has {saved.get(key)!r}, this config"
+      f" {ours.get(key)!r}; use another workdir"
+      for key in sorted(saved.keys() | ours.keys())
+      if saved.get(key) != ours.get(key)
+  ]
+  if faults:
+    raise errors.UserError(*faults)
+
+
+def first_state(run: Run) -> steps.TrainState:
+  """A new state, made straight into its shardings."""
+  config = run.config
+  state = jax.jit(
+      lambda: steps.init_state(run.model, run.optimizers, config.seed),
+      out_shardings=jax.tree.map(lambda leaf: leaf.sharding, run.abstract),
+  )()
+  if config.init_checkpoint:
+    encoder = checkpoint.restore_params(
+        config.init_checkpoint, {"encoder": run.abstract.params["encoder"]}
+    )
+    state = state.replace(params=state.params | encoder)
+  return state
+
+
+def batches(run: Run, start: int) -> Iterator[Batch]:
+  """The batch of each step from `start` on, as its kind reads it."""
+  config = run.config
+  for number in range(start, config.num_steps):
+    kind = steps.kind_at(config.mode, number, config.motion.start_step)
+    before = {task: stream.state() for task, stream in run.streams.items()}
+    arrays, records = {}, {}
+    for task in steps.tasks(kind):
+      new_arrays, records[task] = next(run.streams[task])
+      arrays |= new_arrays
+    yield Batch(kind, sharding.to_global(arrays, run.mesh), records, before)
+
+
+def compiled_steps(run: Run) -> dict[str, Callable[..., Any]]:
+  """The jitted step of each kind that this run has."""
+  config = run.config
+  start = config.motion.start_step
+  kinds = {
+      steps.kind_at(config.mode, number, start)
+      for number in (0, start, start + 1)
+      if number < config.num_steps
+  }
+  recipe = assembly.recipe(config)
+  return {
+      kind: steps.jit_train_step(
+          steps.make_train_step(run.model, run.optimizers, recipe, kind),
+          run.abstract,
+          run.mesh,
+      )
+      for kind in kinds
+  }
+
+
+def check_finite(number: int, logs: dict[str, float]) -> None:
+  """Stops with all that is not finite; the newest checkpoint is from before."""
+  bad = sorted(name for name, x in logs.items() if not np.isfinite(x))
+  if bad:
+    raise command.Stop(
+        command.EXIT_ALARM, f"step {number}: not finite: {', '.join(bad)}"
+    )
+
+
+def save(run: Run, state: steps.TrainState, streams: dict[str, Any]) -> None:
+  """Starts an asynchronous checkpoint of the state and the streams."""
+  config = run.config
+  metrics = {}
+  if config.keep_best:
+    with run.clock.span("evaluate"):
+      metrics = evaluations(run, state)
+  run.checkpoints.save(
+      int(state.step),
+      state,
+      streams,
+      {
+          "config": config.name,
+          "model": config.model.to_dict(),
+          "content_size": config.content.size,
+          "motion_size": list(config.motion.size),
+          "seed": config.seed,
+          "versions": evaluate.versions(),
+      },
+      metrics,
+  )
+
+
+def evaluations(run: Run, state: steps.TrainState) -> dict[str, float]:
+  """The evals of the config for a state."""
+  initial = jax.jit(lambda: mcjepa.init_params(run.model, run.config.seed))()
+  return evaluate.run_evals(
+      run.config, run.model, state.params, initial, run.mesh
+  )
+
+
+class Progress:
+  """The bar and the logs; numbers are those of the step before."""
+
+  def __init__(self, run: Run, start: int):
+    config = run.config
+    self._run = run
+    self._bar = tqdm.tqdm(
+        total=config.num_steps, initial=start, unit="step", smoothing=0.1
+    )
+    self._examples = sum(
+        config[task].batch_size for task in steps.tasks_of_mode(config.mode)
+    )
+    self.log = journal.Journal(
+        run.workdir, step=start, records=config.log_records
+    )
+
+  def report(self, number: int, logs: dict[str, jax.Array]) -> None:
+    """Fetches what a step logged, checks and shows it."""
+    values = {k: float(v) for k, v in jax.device_get(logs).items()}
+    check_finite(number, values)
+    config = self._run.config
+    self._bar.update()
+    rate = (self._bar.format_dict["rate"] or 0.0) * self._examples
+    losses = [f"loss {values['loss']:.3f}"]
+    for task in steps.tasks_of_mode(config.mode):
+      if f"loss/{task}" in values:
+        losses.append(f"{task} {values[f'loss/{task}']:.3f}")
+    self._bar.set_postfix_str(f"{', '.join(losses)}, {rate:.0f} examples/s")
+    if number % config.log_every == 0 or number + 1 == config.num_steps:
+      seconds = {
+          f"seconds/{name}": value
+          for name, value in self._run.clock.seconds().items()
+      }
+      rate = {"examples_per_second": rate}
+      self.log.scalars(number, values | rate | seconds)
+
+  def note(self, text: str) -> None:
+    """Prints a line above the bar."""
+    self._bar.write(text)
+
+  def close(self) -> None:
+    """Ends the bar and the logs."""
+    self._bar.close()
+    self.log.close()
+
+
+def draw(run: Run, state: steps.TrainState, log: journal.Journal) -> None:
+  """Logs the pictures of a state, on the first batch of each stream."""
+  with run.clock.span("pictures"):
+    number = int(state.step)
+    # Not the loop's own iteration: pictures leave the order of data alone.
+    firsts = {task: stream[0][0] for task, stream in run.streams.items()}
+    pictures = panels.of_state(run.model, state.params, run.mesh, firsts)
+    for name, picture in pictures.items():
+      log.picture(number, name, picture)
+
+
+def finish(run: Run, state: steps.TrainState) -> dict[str, Any]:
   """Evaluates the trained parameters and writes the results."""
-  with clock.span("evaluate"):
-    initial = jax.jit(lambda: mcjepa.init_params(model, config.seed))()
-    results = evaluate.run_evals(config, model, state.params, initial, mesh)
-  seconds = clock.seconds()
-  install = os.environ.get("MCJEPA_INSTALL_SECONDS")
-  if install:
-    results["seconds/install"] = float(install)
-  results |= {f"seconds/{name}": value for name, value in seconds.items()}
-  # The step's time is what training is; the budget's name for it.
-  results["seconds/train"] = seconds.get("step", 0.0) + seconds.get("input", 0.0)
-  results["peak_rss_gb"] = peak_rss_gb()
+  with run.clock.span("evaluate"):
+    results = evaluations(run, state)
+  curves = panels.of_logs(journal.read_lines(run.workdir / "metrics.jsonl"))
+  for name, picture in curves.items():
+    journal.save_picture(run.workdir, name, picture)
+  spent = run.clock.seconds()
+  install = float(os.environ.get("MCJEPA_INSTALL_SECONDS", 0.0))
   results |= {
-      "meta/config": config.name,
+      "seconds/install": install,
+      "seconds/compile": spent.get("compile", 0.0),
+      "seconds/train": sum(
+          spent.get(part, 0.0) for part in ("step", "input", "checkpoint")
+      ),
+      "seconds/evaluate": spent.get("evaluate", 0.0)
+      + spent.get("pictures", 0.0),
+      "seconds/total": spent["total"] + install,
+      "peak_rss_gb": journal.peak_rss_gb(),
+      "meta/config": run.config.name,
       "meta/step": int(state.step),
       "meta/commit": evaluate.commit(),
       "meta/devices": evaluate.describe_devices(),
       "meta/versions": evaluate.versions(),
   }
-  journal.write_json(workdir / "results.json", results)
+  journal.write_json(run.workdir / "results.json", results)
   return results
 
 
 def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
-  """Trains to `config.num_steps`, resuming what the workdir holds.
+  """The results of the final evaluation, after training to `num_steps`.
 
-  Returns the results of the final evaluation, which WORKDIR/results.json
-  holds too.
+  Resumes what the workdir holds; a finished one is only read.
 
   Raises:
     UserError: the config, the data or the workdir cannot be used.
-    Alarm: something is not finite; the newest checkpoint is from before.
-    Preempted: SIGTERM came; the state is saved.
+    Stop: something is not finite (76), or SIGTERM came and the state is saved
+      (75).
   """
-  clock = journal.Clock()
+  clock = journal.Clock(journal.process_start())
   streams, mesh = set_up_input(config, workdir)
   model, optimizers = assembly.model(config), assembly.optimizers(config)
   abstract = steps.abstract_state(
@@ -237,17 +314,12 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
       min_bytes=int(config.mesh.shard_min_mib * 2**20),
       seed=config.seed,
   )
-  meta = {
-      "config": config.name,
-      "model": config.model.to_dict(),
-      "seed": config.seed,
-      "versions": evaluate.versions(),
-  }
   with checkpoint.Checkpoints(
-      workdir / "checkpoints",
+      workdir,
       keep_last=config.keep_last,
       keep_best=config.keep_best,
-      best_mode=config.keep_best_mode,
+      metric=config.best_metric,
+      larger_is_better=config.best_is_larger,
   ) as checkpoints:
     newest = checkpoints.latest_step()
     if newest == config.num_steps and (workdir / "results.json").exists():
@@ -255,16 +327,87 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
       print(f"Finished at step {newest}; to train again, use another workdir.")
       print(evaluate.table(results))
       return results
-    with clock.span("restore" if newest is not None else "initialise"):
-      state = first_state(config, model, optimizers, abstract, mesh)
-      if newest is not None:
-        state, saved = checkpoints.restore(newest, abstract)
+    run = Run(config, workdir, model, optimizers, abstract, mesh, streams,
+              checkpoints, clock)  # fmt: skip
+    with clock.span("initialise"):
+      if newest is None:
+        state = first_state(run)
+      else:
+        state, saved, _ = checkpoints.restore(newest, abstract)
         for task, stream in streams.items():
           stream.restore(saved[task])
-    state = run_loop(
-        config, workdir, model, optimizers, abstract, mesh, state, streams,
-        checkpoints, meta, clock,
-    )  # fmt: skip
-    results = finish(config, workdir, model, state, mesh, clock)
+        print(f"Resumed at step {newest} of {config.num_steps}.")
+    try:
+      state = run_loop(run, state)
+    finally:
+      for stream in streams.values():
+        stream.close()
+    results = finish(run, state)
   print(evaluate.table(results))
+  print(f"Pictures and curves: {workdir / 'pictures'}")
   return results
+
+
+def run_loop(run: Run, state: steps.TrainState) -> steps.TrainState:
+  """The trained state: evaluate, save, next batch, dispatch, report.
+
+  A report is of the step BEFORE the one dispatched, so that the host never
+  waits. A checkpoint holds the streams as of the next batch to be consumed:
+  the queue runs ahead, so each queued batch carries its streams' states.
+  """
+  config, clock = run.config, run.clock
+  start = int(state.step)
+  for stream in run.streams.values():
+    stream.start()  # the workers fill their queues while the step compiles
+  compiled, source = compiled_steps(run), batches(run, start)
+  queue: deque[Batch] = deque()
+  progress = Progress(run, start)
+  stop = threading.Event()
+  handler = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+  pending, warm = None, set()
+  try:
+    for number in range(start, config.num_steps):
+      if number > start:
+        if config.eval_every and number % config.eval_every == 0:
+          with clock.span("evaluate"):
+            progress.log.scalars(number, evaluations(run, state))
+        if config.panel_every and number % config.panel_every == 0:
+          draw(run, state, progress.log)
+        if stop.is_set() or number % config.save_every == 0:
+          with clock.span("checkpoint"):
+            save(run, state, queue[0].streams)
+        if stop.is_set():
+          run.checkpoints.wait_until_finished()
+          raise command.Stop(
+              command.EXIT_PREEMPTED, f"SIGTERM: saved at step {number}"
+          )
+      with clock.span("input"):
+        while len(queue) <= config.prefetch and (batch := next(source, None)):
+          queue.append(batch)
+        batch = queue.popleft()
+        progress.log.records(number, batch.records)
+      with clock.span("step" if batch.kind in warm else "compile"):
+        state, logs = compiled[batch.kind](state, batch.arrays)
+        if batch.kind not in warm:
+          jax.block_until_ready(logs)
+      if not warm:
+        total = clock.seconds()["total"]
+        progress.note(f"First step finished {total:.0f} s after the start.")
+      warm.add(batch.kind)
+      with clock.span("step"):
+        if pending:
+          progress.report(*pending)
+      pending = (number, logs)
+    if pending:
+      with clock.span("step"):
+        progress.report(*pending)
+    if start < config.num_steps:
+      with clock.span("checkpoint"):
+        states = {task: stream.state() for task, stream in run.streams.items()}
+        save(run, state, states)
+        run.checkpoints.wait_until_finished()
+    draw(run, state, progress.log)
+  finally:
+    progress.close()
+    signal.signal(signal.SIGTERM, handler)
+  return state

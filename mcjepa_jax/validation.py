@@ -20,8 +20,9 @@ OPERATIONAL = frozenset({
     "eval_batch_size",
     "eval_max_pixels",
     "evals",
+    "best_is_larger",
+    "best_metric",
     "keep_best",
-    "keep_best_mode",
     "keep_last",
     "knn_size",
     "log_every",
@@ -75,16 +76,15 @@ def faults(config: Any, *, devices: int | None = None) -> list[str]:
   expect("motion.geometry", *one_of("crop", "resize"))
   expect("motion.smoothness.form", *one_of("arflow", "uflow"))
   expect("motion.smoothness.order", lambda x: x in (1, 2), "1 or 2")
-  expect("keep_best_mode", *one_of("min", "max"))
   for key in ("num_steps", "accumulate", "motion.batch_size",
               "content.batch_size", "content.size", "log_every", "save_every",
-              "keep_last", "prefetch", "motion.gap", "eval_batch_size",
+              "keep_last", "prefetch", "eval_batch_size",
               "eval_max_pixels", "knn_size",
               "model.estimator.factor", "model.estimator.projection"):  # fmt: skip
     expect(key, positive, "a positive number")
   for key in ("seed", "eval_seed", "workers", "eval_every", "panel_every",
               "motion.start_step", "motion.ramp_steps", "motion.weight",
-              "motion.occlusion_start", "optimizer.clip_norm"):  # fmt: skip
+              "motion.occlusion_start", "optimizer.clip_norm", "keep_best"):  # fmt: skip
     expect(key, not_negative, "0 or more")
   for key in ("encoder", "estimator"):
     expect(f"optimizer.{key}.learning_rate", positive, "a positive number")

@@ -14,16 +14,7 @@ from mcjepa_jax.data import flow_datasets, image_datasets, synthetic, video
 # A training run never sees all: an epoch is longer than the quickstart.
 _TRAIN_PAIRS = 1_000_000
 _TRAIN_IMAGES = 1_000_000
-_FLOW_SETS = (
-    "middlebury",
-    "sintel_clean",
-    "sintel_final",
-    "flying_chairs",
-    "kitti_2012",
-    "kitti_2015",
-)
-
-
+_STILL = 0.5  # mean change, of 255, under which a video's pair is left out
 def choice(table: dict[str, Any], name: str, key: str) -> Any:
   """The entry of a literal table, or an error that lists its names."""
   if name not in table:
@@ -39,20 +30,32 @@ def motion(
     *,
     seed: int,
     size: tuple[int, int],
-    gap: int = 1,
+    gaps: tuple[int, int] = (1, 1),
 ) -> Any:
-  """The frame pairs of a training source: {frame_1, frame_2}, no labels."""
+  """The frame pairs of a training source: {frame_1, frame_2}, no labels.
+
+  `gaps` is the range of frames between the two of a pair, in sequences.
+  """
+
+  def folders(*parts):
+    return lambda root: video.SequencePairs(
+        video.frame_folders(root.joinpath(*parts)), gaps=gaps
+    )
+
   table = {
-      "synthetic": lambda folder: synthetic.Pairs(
-          size=size, seed=_train_seed(seed), num_examples=_TRAIN_PAIRS
+      "synthetic": lambda root: train_pairs(seed, size, _TRAIN_PAIRS),
+      "video": lambda root: video.SequencePairs(
+          video.videos(root / "video"), gaps=gaps, min_change=_STILL
       ),
-      "video": lambda folder: video.video_pairs(folder / "video", gap=gap),
-      "frames": lambda folder: video.frame_pairs(folder / "frames", gap=gap),
-      "davis": lambda folder: video.frame_pairs(
-          folder / "DAVIS" / "JPEGImages" / "480p", gap=gap
+      "frames": folders("frames"),
+      "davis": folders("DAVIS", "JPEGImages", "480p"),
+      "sintel_clean": folders("MPI-Sintel", "training", "clean"),
+      "sintel_final": folders("MPI-Sintel", "training", "final"),
+      # Unrelated pairs: each is a sequence of two.
+      "flying_chairs": lambda root: video.SequencePairs(
+          video.frame_folders(root / "FlyingChairs_release" / "data"),
+          skip_cuts=False,
       ),
-      "sintel": lambda folder: flow_datasets.sintel_frames(folder, gap=gap),
-      "flying_chairs": flow_datasets.flying_chairs_frames,
   }
   make = choice(table, name, "motion.sources")
   return make(_root(root, name))
@@ -61,9 +64,7 @@ def motion(
 def images(name: str, root: str, *, seed: int, size: int) -> Any:
   """The images of a training source: {image}, labels never read."""
   table = {
-      "synthetic": lambda folder: synthetic.Images(
-          size=(size, size), seed=_train_seed(seed), num_examples=_TRAIN_IMAGES
-      ),
+      "synthetic": lambda folder: train_images(seed, size, _TRAIN_IMAGES),
       "imagenet": lambda folder: image_datasets.ImageFolder(
           folder / "imagenet" / "train"
       ),
@@ -85,7 +86,7 @@ def flow_pairs(
   """
   table = {
       set_name: functools.partial(flow_datasets.open_flow_set, set_name)
-      for set_name in _FLOW_SETS
+      for set_name in flow_datasets.FLOW_SETS
   }
   table["synthetic"] = lambda folder: synthetic.Pairs(
       size=size, seed=seed, num_examples=count

@@ -113,7 +113,7 @@ def run(
     }
     for i, example in enumerate(group):
       record, truth = example["record"], example["flow"]
-      valid = example["valid"][..., 0] > 0
+      valid = example["valid"]
       truths.append(truth)
       valids.append(valid)
       records.append(record)

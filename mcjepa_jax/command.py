@@ -1,0 +1,216 @@
+"""Command lines: flags, configs with overrides, faults as lines, exit codes."""
+
+import ast
+from collections.abc import Callable, Sequence
+import dataclasses
+import difflib
+import importlib.util
+import pathlib
+import sys
+import traceback
+from typing import Any
+
+from mcjepa_jax.errors import UserError
+
+EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 75
+EXIT_ALARM = 76
+
+
+class Stop(RuntimeError):
+  """Ends a command with an exit code of its own and one line that says why."""
+
+  def __init__(self, code: int, message: str):
+    super().__init__(message)
+    self.code = code
+
+
+@dataclasses.dataclass
+class Arguments:
+  """A command line, split."""
+
+  flags: dict[str, list[str]]  # of `--name=value`, `--name v1 v2`, `--name`
+  overrides: list[tuple[str, str]]  # of `--config.KEY=VALUE`
+
+
+def split(argv: Sequence[str], known: Sequence[str]) -> Arguments:
+  """The flags and overrides of a command line; `debug` is always known.
+
+  Raises:
+    UserError: a flag that is not known, or a word that no flag takes.
+  """
+  known = (*known, "debug")
+  arguments, faults = Arguments({}, []), []
+  values: list[str] | None = None
+  for word in argv:
+    if not word.startswith("--"):
+      if values is None:
+        faults.append(f"{word}: expected a flag, --NAME=VALUE")
+      else:
+        values.append(word)
+      continue
+    name, equals, value = word[2:].partition("=")
+    if name.startswith("config.") and "config" in known:
+      if not equals:
+        faults.append(f"--{name}: expected --{name}=VALUE")
+      arguments.overrides.append((name.removeprefix("config."), value))
+      values = None
+    elif name in known:
+      values = arguments.flags.setdefault(name, [])
+      if equals:
+        values.append(value)
+    else:
+      faults.append(f"--{name}: no such flag{_nearest(name, known, '--')}")
+      values = []
+  if faults:
+    raise UserError(*faults)
+  return arguments
+
+
+def _nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
+  close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+  if close:
+    return f"; did you mean {prefix}{close[0]}?"
+  return f"; there are {', '.join(prefix + k for k in sorted(known))}"
+
+
+def load_config(path: str, overrides: Sequence[tuple[str, str]]) -> Any:
+  """The config of a Python file's get_config, with overrides applied.
+
+  Raises:
+    UserError: no such file, no config in it, or overrides with a key that it
+      has not or a value of another type; all of them are named.
+  """
+  file = pathlib.Path(path)
+  if not file.is_file():
+    raise UserError(f"--config: no file {path}")
+  # The file's own imports, `from configs import default`, as from its root.
+  root = str(file.resolve().parent.parent)
+  if root not in sys.path:
+    sys.path.insert(0, root)
+  spec = importlib.util.spec_from_file_location(f"_config_{file.stem}", file)
+  if spec is None:
+    raise UserError(f"--config: expected a .py file, got {path}")
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    config = module.get_config()
+  except Exception as error:  # whatever the user's file raises
+    raise UserError(
+        f"--config: {path}: {type(error).__name__}: {error}"
+    ) from error
+  faults = []
+  for key, text in overrides:
+    try:
+      override(config, key, text)
+    except UserError as error:
+      faults.extend(error.messages)
+  if faults:
+    raise UserError(*faults)
+  return config
+
+
+def keys(config: Any, prefix: str = "") -> list[str]:
+  """The keys of a config's leaves, `part.key`."""
+  result = []
+  for key, value in config.items():
+    if hasattr(value, "items"):
+      result += keys(value, f"{prefix}{key}.")
+    else:
+      result.append(f"{prefix}{key}")
+  return result
+
+
+def override(config: Any, key: str, text: str) -> None:
+  """Sets one leaf of a config from text, as the type that it has.
+
+  Raises:
+    UserError: no such key (the nearest is named), or another type.
+  """
+  if key not in keys(config):
+    raise UserError(f"--config.{key}: no such key{_nearest_key(config, key)}")
+  *parents, name = key.split(".")
+  for parent in parents:
+    config = config[parent]
+  old = config[name]
+  value: Any = text
+  if isinstance(old, bool):
+    value = {"true": True, "false": False}.get(text.lower(), text)
+  elif not isinstance(old, str):
+    try:
+      value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+      pass  # kept as text: the type below does not fit then
+    if isinstance(old, float) and type(value) is int:
+      value = float(value)
+    if isinstance(old, tuple) and isinstance(value, list):
+      value = tuple(value)
+  if type(value) is not type(old):
+    raise UserError(
+        f"--config.{key}: expected {type(old).__name__}, as {old!r}, got"
+        f" {text!r}"
+    )
+  config[name] = value
+
+
+def _nearest_key(config: Any, key: str) -> str:
+  known = keys(config)
+  close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+  # A right last part under a wrong parent is nearer than letters tell.
+  close = close or [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+  return f"; did you mean --config.{close[0]}?" if close else ""
+
+
+def guarded(function: Callable[[], Any], *, debug: bool) -> int:
+  """The exit code of a function, its faults printed as `error: ...` lines."""
+  try:
+    function()
+  except UserError as error:
+    if debug:
+      traceback.print_exc()
+    sys.stdout.flush()
+    for message in error.messages:
+      print("error:", " ".join(message.split()), file=sys.stderr)
+    return EXIT_USER_ERROR
+  except Stop as stop:
+    if debug:
+      traceback.print_exc()
+    print(stop, file=sys.stderr)
+    return stop.code
+  return 0
+
+
+def run(
+    argv: Sequence[str] | None, function: Callable[[Any, pathlib.Path], None]
+) -> int:
+  """The exit code of `function(config, workdir)` for a command line."""
+  argv = sys.argv[1:] if argv is None else argv
+
+  def body():
+    arguments = split(argv, ("config", "workdir"))
+    faults = [
+        f"--{name}: expected --{name}={hint}"
+        for name, hint in (("config", "FILE.py"), ("workdir", "FOLDER"))
+        if len(arguments.flags.get(name, ())) != 1
+    ]
+    if faults:
+      raise UserError(*faults)
+    config = load_config(arguments.flags["config"][0], arguments.overrides)
+    set_up_jax(config.compilation_cache)
+    function(config, pathlib.Path(arguments.flags["workdir"][0]).expanduser())
+
+  return guarded(body, debug="--debug" in argv)
+
+
+def set_up_jax(compilation_cache: str) -> None:
+  """Turns the persistent compilation cache on, and lets Grain's flags be read."""
+  # Imported here, so that a misspelt flag is told at once.
+  from absl import flags
+  import jax
+
+  # Grain's workers read absl's flags, which only app.run would parse.
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+  if compilation_cache and not jax.config.jax_compilation_cache_dir:
+    folder = pathlib.Path(compilation_cache).expanduser() / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
