@@ -144,6 +144,16 @@ def test_best_constant_flow_leaves_a_start_on_a_data_point():
   truth = _flow((0, 0), (1, 0), (1, 0), (1, 0), (-3, 0))
   constant = metrics.best_constant_flow([truth], [_all(truth)])
   np.testing.assert_allclose(constant, (1, 0), atol=1e-5)
+  # By hand: pull 0.4, stiffness 2 / 3, and the vector holds half of the pull.
+  step = metrics.best_constant_flow([truth], [_all(truth)], max_steps=1)
+  np.testing.assert_allclose(step, (0.3, 0), rtol=1e-6)
+
+
+def test_best_constant_flow_stays_on_the_best_data_point():
+  # The mean is the first vector, whose weight of 3 outdoes a pull of 1.
+  truth = _flow((0, 0), (0, 0), (0, 0), (2, 0), (-1, 0), (-1, 0))
+  constant = metrics.best_constant_flow([truth], [_all(truth)])
+  np.testing.assert_array_equal(constant, (0, 0))
   same = _flow((2.5, -1), (2.5, -1), (2.5, -1))
   np.testing.assert_array_equal(
       metrics.best_constant_flow([same], [_all(same)]), (2.5, -1)
