@@ -13,9 +13,9 @@ _PACKAGE = "mcjepa_jax"
 
 # A module imports lower layers only. `errors` is open to all.
 _LAYERS = (
-    # 0: arrays in, arrays out.
+    # 0: arrays in, arrays out; text in, plain values out.
     """flow_ops metrics vicreg visualize photometry data.flow_io data.transforms
-    data.synthetic models.convnext models.vit""",
+    data.synthetic models.convnext models.vit command hlo""",
     # 1: losses, models and sources made of these; the means of training.
     """flow_losses models.flow_decoder data.flow_datasets data.image_datasets
     data.video optimizer sharding checkpoint journal""",
@@ -28,9 +28,11 @@ _LAYERS = (
     "assembly validation",
     # 5: what commands share.
     "evaluate",
-    # 6: the commands.
+    # 6: pictures of what a model gives.
+    "panels",
+    # 7: the commands.
     "train predict preflight replay compare export report",
-    # 7: the command that picks one.
+    # 8: the command that picks one.
     "main",
 )
 _LAYER = {

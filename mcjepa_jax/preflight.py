@@ -1,0 +1,292 @@
+"""Compiles the training step for a topology that need not be here.
+
+  python -m mcjepa_jax.preflight --config=configs/quickstart.py \
+    --topology=v5e:2x2
+
+Topologies are a TPU's kind and layout (v4:2x2x2, v5e:4x4, v5p:2x2x1, v6e:2x4)
+or `cpu:N`, N emulated devices. The last line of stdout is a JSON object:
+
+  topology, devices    as asked; how many devices that is
+  step                 the kind of step: the one that needs most memory
+  images, pairs        a step, of all devices together
+  finest_stride        of the estimated flow
+  gib_per_device       arguments, results, temporaries and program
+  gib_limit            what the compiler lets a program use
+  fits                 whether it does
+  flops_per_step       of all devices together
+  hbm_bytes            read and written per device, as the compiler counts
+  collective_bytes     per device and kind of collective
+  compile_seconds, host_peak_gb
+
+Exit code: 0 if it fits, 1 if it does not, 2 for a fault of the input.
+"""
+
+from collections.abc import Sequence
+import concurrent.futures
+from concurrent.futures import process
+import dataclasses
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import re
+import resource
+import sys
+import time
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from mcjepa_jax import (
+    assembly,
+    command,
+    errors,
+    hlo,
+    sharding,
+    step as steps,
+    validation,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chip:
+  """A kind of TPU chip; two cores of a megacore chip are one device."""
+
+  gib: float  # the limit that libtpu 0.0.42 names when a program exceeds it
+  axes: int  # of the network
+  megacore: bool = False
+
+
+# Nominally 32, 16, 95 and 32 GiB (cloud.google.com/tpu/docs/system-architecture).
+_CHIPS = {
+    "v4": _Chip(gib=30.75, axes=3, megacore=True),
+    "v5e": _Chip(gib=15.75, axes=2),
+    "v5p": _Chip(gib=95.74, axes=3, megacore=True),
+    "v6e": _Chip(gib=31.25, axes=2),
+}
+_OUT_OF_MEMORY = re.compile(r"(?:Used |memory required[^(]*\()([\d.]+)([KMGT])")
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+  """A number of devices of one kind, in a layout."""
+
+  name: str
+  kind: str
+  layout: tuple[int, ...]
+
+  @property
+  def devices(self) -> int:
+    """How many devices there are."""
+    return math.prod(self.layout)
+
+
+def parse_topology(name: str) -> Topology:
+  """The topology that a name such as `v5e:4x4` or `cpu:8` stands for.
+
+  Raises:
+    UserError: it is none, or its compiler is not installed.
+  """
+  kind, _, layout = name.partition(":")
+  axes = {"cpu": 1} | {kind: chip.axes for kind, chip in _CHIPS.items()}
+  if kind not in axes or not re.fullmatch(
+      r"[1-9]\d*" + r"x[1-9]\d*" * (axes[kind] - 1), layout
+  ):
+    examples = ["cpu:8"] + [
+        f"{kind}:" + "x".join(["2"] * chip.axes)
+        for kind, chip in _CHIPS.items()
+    ]
+    raise errors.UserError(
+        f"--topology: expected a name such as {', '.join(examples)};"
+        f" got {name!r}"
+    )
+  if kind != "cpu" and importlib.util.find_spec("libtpu") is None:
+    raise errors.UserError(
+        f"--topology: {name} needs libtpu, which is not installed:"
+        " pip install 'jax[tpu]' (Linux on x86-64 only)"
+    )
+  return Topology(name, kind, tuple(int(n) for n in layout.split("x")))
+
+
+def _devices(topology: Topology) -> list[Any]:
+  """The devices to compile for, in a process that has used no backend yet."""
+  # The cpu backend serves constants; a tpu backend would want a TPU.
+  jax.config.update("jax_platforms", "cpu")
+  # A program for another machine is no use to this one's cache.
+  jax.config.update("jax_enable_compilation_cache", False)
+  if topology.kind == "cpu":
+    jax.config.update("jax_num_cpu_devices", topology.devices)
+    return jax.devices()
+  os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "true"
+  # libtpu otherwise asks the cloud's metadata server who it is.
+  os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+  # Each operation chooses its form by the default backend.
+  jax.default_backend = lambda: "tpu"
+  options = {}
+  if _CHIPS[topology.kind].megacore:
+    options["chip_config_name"] = "megacore"
+  if topology.devices == 1:
+    options["chips_per_host_bounds"] = (1, 1, 1)
+  try:
+    description = topologies.get_topology_desc(
+        platform="tpu", topology_name=topology.name, **options
+    )
+  except jax.errors.JaxRuntimeError as error:
+    raise errors.UserError(f"--topology: {error}") from error
+  return list(description.devices)
+
+
+def _gib(memory: Any) -> float:
+  size = (
+      memory.argument_size_in_bytes
+      + memory.output_size_in_bytes
+      - memory.alias_size_in_bytes  # donated: results in arguments' place
+      + memory.temp_size_in_bytes
+      + memory.generated_code_size_in_bytes
+  )
+  return size / 2**30
+
+
+def _compiled(
+    config: Any, mesh: jax.sharding.Mesh, kind: str
+) -> dict[str, Any]:
+  """What the compiler says of one kind of step, the one that train runs."""
+  model, optimizers = assembly.model(config), assembly.optimizers(config)
+  abstract = steps.abstract_state(
+      model,
+      optimizers,
+      mesh,
+      min_bytes=int(config.mesh.shard_min_mib * 2**20),
+      seed=config.seed,
+  )
+  step = steps.jit_train_step(
+      steps.make_train_step(model, optimizers, assembly.recipe(config), kind),
+      abstract,
+      mesh,
+  )
+  batch = steps.batch_shapes(
+      kind,
+      pairs=config.motion.batch_size,
+      frame_size=config.motion.size,
+      images=config.content.batch_size,
+      view_size=config.content.size,
+  )
+  report = {
+      "step": kind,
+      "images": config.content.batch_size if "views" in batch else 0,
+      "pairs": config.motion.batch_size if "frames" in batch else 0,
+      "finest_stride": config.model.estimator.finest_stride,
+      "flops_per_step": None,
+      "hbm_bytes": None,
+      "collective_bytes": None,
+  }
+  start = time.perf_counter()
+  try:
+    compiled = step.lower(abstract, batch).compile()
+  except jax.errors.JaxRuntimeError as error:
+    asked = _OUT_OF_MEMORY.search(str(error))
+    if "RESOURCE_EXHAUSTED" not in str(error) or not asked:
+      raise
+    unit = {"K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 2.0**10}[asked[2]]
+    report["gib_per_device"] = float(asked[1]) * unit
+  else:
+    cost = compiled.cost_analysis()
+    # XLA counts a loop's body once: the micro-batches are such a loop.
+    loops = config.accumulate
+    report |= {
+        "gib_per_device": _gib(compiled.memory_analysis()),
+        "flops_per_step": cost["flops"] * loops * mesh.size,
+        "hbm_bytes": cost["bytes accessed"] * loops,
+        "collective_bytes": hlo.collective_bytes(compiled.as_text()),
+    }
+  report["compile_seconds"] = time.perf_counter() - start
+  return report
+
+
+def _report(config: Any, topology: Topology) -> dict[str, Any]:
+  """The report, made in a process that has used no backend yet."""
+  mesh = jax.make_mesh(
+      (topology.devices,),
+      (sharding.AXIS,),
+      axis_types=(jax.sharding.AxisType.Auto,),
+      devices=_devices(topology),
+  )
+  start = config.motion.start_step
+  # The steps before flow starts need less than those that follow.
+  kinds = {steps.kind_at(config.mode, start + i, start) for i in (0, 1)}
+  report = max(
+      (_compiled(config, mesh, kind) for kind in sorted(kinds)),
+      key=lambda report: report["gib_per_device"],
+  )
+  if topology.kind == "cpu":
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = memory / 2**30 / topology.devices
+  else:
+    limit = _CHIPS[topology.kind].gib
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return (
+      {"topology": topology.name, "devices": topology.devices}
+      | report
+      | {
+          "gib_limit": limit,
+          "fits": report["gib_per_device"] <= limit,
+          # Linux counts in KiB, macOS in bytes.
+          "host_peak_gb": peak * (1024 if sys.platform == "linux" else 1) / 1e9,
+      }
+  )
+
+
+def preflight(config: Any, topology: str) -> dict[str, Any]:
+  """The report on a config's step on a topology, compiled in a new process.
+
+  Raises:
+    UserError: the topology is none, or the config does not fit it.
+  """
+  parsed = parse_topology(topology)
+  faults = validation.faults(config, devices=parsed.devices)
+  if faults:
+    raise errors.UserError(*faults)
+  context = multiprocessing.get_context("spawn")
+  with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+    try:
+      return pool.submit(_report, config, parsed).result()
+    except process.BrokenProcessPool as error:
+      raise command.Stop(
+          1, "The compiler was killed: it may want more memory than is here."
+      ) from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """The exit code of the command; its report is printed."""
+  argv = sys.argv[1:] if argv is None else argv
+
+  def body():
+    arguments = command.split(argv, ("config", "topology"))
+    faults = [
+        f"--{name}: expected --{name}={hint}"
+        for name, hint in (("config", "FILE.py"), ("topology", "KIND:LAYOUT"))
+        if len(arguments.flags.get(name, ())) != 1
+    ]
+    if faults:
+      raise errors.UserError(*faults)
+    config = command.load_config(
+        arguments.flags["config"][0], arguments.overrides
+    )
+    report = preflight(config, arguments.flags["topology"][0])
+    print(json.dumps(report), flush=True)
+    if not report["fits"]:
+      raise command.Stop(
+          1,
+          f"Does not fit: {report['gib_per_device']:.2f} GiB per device, of"
+          f" {report['gib_limit']:.2f}.",
+      )
+
+  return command.guarded(body, debug="--debug" in argv)
+
+
+if __name__ == "__main__":
+  raise SystemExit(main())
