@@ -176,7 +176,12 @@ def _npz_members(
         )
       file.seek(max(entry.header_offset, 0))
       header = file.read(30)
-      if len(header) < 30 or header[:4] != b"PK\x03\x04":
+      # The index may point before the file's beginning.
+      if (
+          entry.header_offset < 0
+          or len(header) < 30
+          or header[:4] != b"PK\x03\x04"
+      ):
         raise UserError(f"{path}: {name!r} does not lie where its index says")
       start = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
       if start + entry.file_size > size:
@@ -199,7 +204,8 @@ def _npy_header(
           (2, 0): np.lib.format.read_array_header_2_0,
       }[version]
       shape, _, dtype = read(file)
-    except (ValueError, KeyError, RecursionError) as error:
+    # A hostile header raises whatever Python's own parser raises.
+    except Exception as error:
       raise UserError(f"{path}: expected .npy arrays, came: {error}") from error
     offset = file.tell()
   if len(shape) != 1 or shape[0] < 0 or dtype.hasobject or not dtype.itemsize:

@@ -30,6 +30,10 @@ import tqdm
 from mcjepa_jax.data import flow_io
 from mcjepa_jax.errors import UserError
 
+# FFmpeg complains to stderr, beside the one error that follows; it reads this
+# at its first video.
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".webp", ".bmp")
 
@@ -233,13 +237,14 @@ def _decoded(
     path: pathlib.Path, max_side: int, progress: bool
 ) -> Iterable[UInt8[np.ndarray, "h w 3"]]:
   """Yields the RGB frames of a video, at most `max_side` long."""
-  # FFmpeg writes its own complaints to stderr, beside the one that follows.
-  os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-  # A name like "concat:a|b" is a protocol to FFmpeg; an absolute path is not.
+  log_level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
   try:
+    # "concat:a|b" is a protocol to FFmpeg; an absolute path never is.
     video = cv2.VideoCapture(str(path.resolve()), cv2.CAP_FFMPEG)
   except cv2.error as error:
     raise UserError(f"{path}: expected a video, came: {error}") from error
+  finally:
+    cv2.utils.logging.setLogLevel(log_level)
   try:
     if not video.isOpened():
       raise UserError(f"{path}: expected a video, came one that does not open")

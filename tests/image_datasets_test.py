@@ -1,0 +1,193 @@
+"""Image sets: labels, places, and hostile .npz files."""
+
+import io
+import pickle
+import zipfile
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from mcjepa_jax.data import image_datasets
+from mcjepa_jax.errors import UserError
+
+
+def _encoded(value, size=(6, 4), kind="PNG"):
+  file = io.BytesIO()
+  Image.new("RGB", size, (value, 0, 255)).save(file, kind)
+  return file.getvalue()
+
+
+def _write(path, value=0, **kwargs):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_bytes(_encoded(value, **kwargs))
+
+
+def _arrays(values=(10, 20, 30), labels=(1, 0, 1)):
+  images = [_encoded(value) for value in values]
+  return {
+      "data": np.frombuffer(b"".join(images), np.uint8),
+      "offsets": np.cumsum([0, *map(len, images)]),
+      "labels": np.array(labels, np.int32),
+      "classes": np.array(["cat", "dog"]),
+  }
+
+
+def _npz(path, **changes):
+  arrays = {**_arrays(), **changes}
+  np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
+  return path
+
+
+def test_labels_are_the_places_of_sorted_class_folders(tmp_path):
+  _write(tmp_path / "n02" / "b.JPEG", 9)
+  _write(tmp_path / "n02" / "a.png", 8)
+  _write(tmp_path / "n01" / "c.jpg", 7)
+  (tmp_path / "n01" / "notes.txt").write_text("no image")
+  (tmp_path / ".hidden").mkdir()
+  images = image_datasets.ImageFolder(tmp_path)
+  ids = [images.record_id(i) for i in range(len(images))]
+  assert ids == ["n01/c.jpg", "n02/a.png", "n02/b.JPEG"]
+  assert images.classes == ["n01", "n02"]
+  assert [int(images[i]["label"]) for i in range(3)] == [0, 1, 1]
+  assert [images[i]["image"][0, 0, 0] for i in range(3)] == [7, 8, 9]
+
+
+def test_a_flat_folder_has_no_labels(tmp_path):
+  _write(tmp_path / "é.png", 3)
+  images = image_datasets.ImageFolder(tmp_path)
+  assert images.record_id(0) == "é.png"
+  assert set(images[0]) == {"image"}
+
+
+def test_min_side_reaches_the_decoder(tmp_path):
+  _write(tmp_path / "a.jpg", size=(64, 48), kind="JPEG")
+  images = image_datasets.ImageFolder(tmp_path, min_side=24)
+  assert images[0]["image"].shape == (24, 32, 3)
+
+
+def test_folders_that_are_no_set_of_images_are_refused(tmp_path):
+  with pytest.raises(UserError, match="none: expected a folder"):
+    image_datasets.ImageFolder(tmp_path / "none")
+  with pytest.raises(UserError, match="expected images, came none"):
+    image_datasets.ImageFolder(tmp_path)
+  (tmp_path / "n01").mkdir()
+  with pytest.raises(UserError, match="n01: expected images, came none"):
+    image_datasets.ImageFolder(tmp_path)
+  _write(tmp_path / "a.png")
+  with pytest.raises(UserError, match="a.png beside n01"):
+    image_datasets.ImageFolder(tmp_path)
+
+
+def test_a_corrupt_image_is_named(tmp_path):
+  _write(tmp_path / "n01" / "a.png")
+  (tmp_path / "n01" / "b.png").write_bytes(_encoded(0)[:45])
+  images = image_datasets.ImageFolder(tmp_path)
+  with pytest.raises(UserError, match="n01/b.png"):
+    images[1]
+
+
+def test_npz_images_are_read_in_place(tmp_path):
+  images = image_datasets.NpzImages(_npz(tmp_path / "a.npz"))
+  assert len(images) == 3 and images.classes == ["cat", "dog"]
+  assert [images[i]["image"][0, 0, 0] for i in range(3)] == [10, 20, 30]
+  assert [int(images[i]["label"]) for i in range(3)] == [1, 0, 1]
+  assert images.record_id(2) == images.record_id(-1) == "000002"
+  with pytest.raises(IndexError):
+    images[3]
+  assert pickle.loads(pickle.dumps(images))[1]["image"][0, 0, 0] == 20
+
+
+def test_a_corrupt_image_of_an_npz_is_numbered(tmp_path):
+  data = _arrays()["data"].copy()
+  data[_arrays()["offsets"][1]] = 0
+  images = image_datasets.NpzImages(_npz(tmp_path / "a.npz", data=data))
+  assert images[0]["label"] == 1
+  with pytest.raises(UserError, match="a.npz, image 1: expected an image"):
+    images[1]
+
+
+@pytest.mark.parametrize(
+    "changes, fault",
+    [
+        ({"labels": None}, "an array 'labels'"),
+        ({"labels": np.int32([0, 1])}, "3 labels"),
+        ({"labels": np.int32([0, 1, 2])}, "labels below 2"),
+        ({"labels": np.int32([0, 1, -1])}, "labels below 2"),
+        ({"labels": np.int64([0, 1, 2**40])}, "int32 holds"),
+        ({"labels": np.float32([0, 1, 0])}, "array of int32"),
+        ({"labels": np.array([0, "x", 1], object)}, "no objects"),
+        ({"classes": np.int32([0, 1])}, "array of str"),
+        ({"data": np.zeros((2, 2), np.uint8)}, "one axis"),
+        ({"data": np.zeros(9, np.int8)}, "uint8"),
+        ({"offsets": np.int64([0, 9, 5, 60])}, "rise from 0"),
+        ({"offsets": np.int64([])}, "rise from 0"),
+        ({"offsets": np.int64([-5, 9, 20, 60])}, "rise from 0"),
+        ({"offsets": np.int64([0, 9, 20, 2**50])}, "rise from 0"),
+    ],
+)
+def test_npz_arrays_that_do_not_fit_together_are_refused(
+    tmp_path, changes, fault
+):
+  path = _npz(tmp_path / "a.npz", **changes)
+  with pytest.raises(UserError, match=f"a.npz: .*{fault}"):
+    image_datasets.NpzImages(path)
+
+
+def test_a_compressed_npz_is_refused_before_it_is_unpacked(tmp_path):
+  np.savez_compressed(tmp_path / "a.npz", **_arrays())
+  with pytest.raises(UserError, match="'data' as np.savez stores it"):
+    image_datasets.NpzImages(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"descr": "|u1", "fortran_order": False, "shape": (2**40,)},
+        {"descr": "|u1", "fortran_order": False, "shape": (-1,)},
+        {"descr": "|V0", "fortran_order": False, "shape": (2**40,)},
+    ],
+)
+def test_an_array_header_that_lies_is_refused(tmp_path, header):
+  member = io.BytesIO()
+  np.lib.format.write_array_header_1_0(member, header)
+  with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+    for name in ("data", "offsets", "labels", "classes"):
+      archive.writestr(f"{name}.npy", member.getvalue())
+  with pytest.raises(UserError, match="a.npz: expected"):
+    image_datasets.NpzImages(tmp_path / "a.npz")
+
+
+def test_every_cut_npz_is_refused(tmp_path):
+  whole = _npz(tmp_path / "a.npz").read_bytes()
+  for size in range(0, len(whole), 29):
+    (tmp_path / "b.npz").write_bytes(whole[:size])
+    with pytest.raises(UserError, match="b.npz"):
+      image_datasets.NpzImages(tmp_path / "b.npz")
+
+
+def test_random_damage_ends_in_a_user_error_or_in_images(tmp_path):
+  whole = np.frombuffer(_npz(tmp_path / "a.npz").read_bytes(), np.uint8)
+  rng = np.random.default_rng(0)
+  refused = 0
+  for _ in range(300):
+    damaged = whole.copy()
+    damaged[rng.integers(0, len(whole), 8)] = rng.integers(0, 256, 8)
+    (tmp_path / "b.npz").write_bytes(damaged.tobytes())
+    try:
+      images = image_datasets.NpzImages(tmp_path / "b.npz")
+      for i in range(len(images)):
+        images.__getitem__(i)
+    except UserError:
+      refused += 1
+  assert refused > 30
+
+
+def test_real_samples_have_their_classes(shared_data):
+  cifar = image_datasets.NpzImages(shared_data / "cifar10" / "train.npz")
+  assert len(cifar) == 10_000 and cifar.classes[0] == "airplane"
+  assert cifar[9_999]["image"].shape == (32, 32, 3)
+  folder = image_datasets.ImageFolder(shared_data / "imagenet" / "train")
+  assert len(folder) == len(folder.classes) == 1000
+  assert folder.record_id(0) == "n01440764/n01440764_0.JPEG"
+  assert min(folder[999]["image"].shape[:2]) == 160

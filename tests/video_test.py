@@ -1,0 +1,260 @@
+"""Pairs out of videos and folders: what is paired, skipped and refused."""
+
+import os
+import pickle
+import time
+
+import cv2
+import numpy as np
+from PIL import Image
+import pytest
+
+from mcjepa_jax.data import video
+from mcjepa_jax.errors import UserError
+
+
+def _moving(count, *, seed=0, size=(48, 64), speed=2):
+  """Frames of smooth noise that moves `speed` pixels a frame."""
+  rng = np.random.default_rng(seed)
+  height, width = size
+  wide = rng.integers(0, 256, (6, 12 + count * speed // 8, 3), np.uint8)
+  wide = cv2.resize(wide, (width + count * speed, height))
+  return [wide[:, t * speed : t * speed + width] for t in range(count)]
+
+
+def _write_video(path, frames, code="MJPG"):
+  size = frames[0].shape[1::-1]
+  writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*code), 25, size)
+  for frame in frames:
+    writer.write(np.ascontiguousarray(frame[..., ::-1]))
+  writer.release()
+  return path
+
+
+def _write_frames(folder, names, size=(8, 6)):
+  folder.mkdir(parents=True, exist_ok=True)
+  for value, name in enumerate(names):
+    Image.new("RGB", size, (value, 0, 0)).save(folder / name)
+
+
+def _open(path, tmp_path, **kwargs):
+  return video.videos(path, cache_dir=tmp_path / "cache", **kwargs)
+
+
+def _ids(pairs):
+  return [pairs.record_id(i) for i in range(len(pairs))]
+
+
+@pytest.mark.parametrize("name, code", [("a.avi", "MJPG"), ("a.mp4", "mp4v")])
+def test_video_frames_are_rgb_in_order(tmp_path, name, code):
+  frames = _moving(7)
+  _write_video(tmp_path / name, frames, code)
+  (opened,) = _open(tmp_path / name, tmp_path)
+  assert len(opened) == 7
+  for t, frame in enumerate(frames):
+    others = [np.abs(opened.frame(t).astype(int) - f).mean() for f in frames]
+    assert np.argmin(others) == t and others[t] < 12
+    flipped = np.abs(opened.frame(t).astype(int) - frame[..., ::-1]).mean()
+    assert flipped > 2 * others[t]
+
+
+def test_video_pairs_hold_two_frames_and_nothing_else(tmp_path):
+  path = _write_video(tmp_path / "a.avi", _moving(5))
+  pairs = video.SequencePairs(_open(path, tmp_path), gaps=(1, 2))
+  assert _ids(pairs) == [
+      *("a/000000+1", "a/000001+1", "a/000002+1", "a/000003+1"),
+      *("a/000000+2", "a/000001+2", "a/000002+2"),
+  ]
+  assert set(pairs[5]) == {"frame_1", "frame_2"}
+  np.testing.assert_array_equal(
+      pairs[5]["frame_1"], pairs.sequences[0].frame(1)
+  )
+  np.testing.assert_array_equal(
+      pairs[5]["frame_2"], pairs.sequences[0].frame(3)
+  )
+
+
+def test_a_video_is_decoded_once_and_again_when_it_changes(tmp_path):
+  path = _write_video(tmp_path / "a.avi", _moving(3))
+  _open(path, tmp_path)
+  before = {f: f.stat().st_mtime_ns for f in (tmp_path / "cache").iterdir()}
+  assert sorted(len(f.suffixes) for f in before) == [1, 2]
+  (opened,) = _open(path, tmp_path)
+  after = {f: f.stat().st_mtime_ns for f in (tmp_path / "cache").iterdir()}
+  assert before == after
+  assert len(pickle.dumps(opened)) < 5000
+  _write_video(path, _moving(4))
+  os.utime(path, (time.time() + 9,) * 2)
+  assert len(_open(path, tmp_path)[0]) == 4
+
+
+def test_large_frames_are_made_smaller_and_small_ones_kept(tmp_path):
+  path = _write_video(tmp_path / "a.avi", _moving(3))
+  assert _open(path, tmp_path, max_side=32)[0].frame(0).shape == (24, 32, 3)
+  assert _open(path, tmp_path, max_side=640)[0].frame(0).shape == (48, 64, 3)
+
+
+def test_the_byte_limit_holds_for_all_videos_of_a_folder(tmp_path):
+  folder = tmp_path / "films"
+  folder.mkdir()
+  for name in ("a10.avi", "a9.avi"):
+    _write_video(folder / name, _moving(4))
+  one = 4 * 48 * 64 * 3
+  opened = _open(folder, tmp_path, max_bytes=2 * one)
+  assert [v.name for v in opened] == ["a9", "a10"]
+  for name in ("new", "cache"):
+    with pytest.raises(UserError, match="a10.avi: expected at most .*max_side"):
+      video.videos(folder, cache_dir=tmp_path / name, max_bytes=2 * one - 1)
+  assert not list((tmp_path / "new").glob("*.part"))
+
+
+def test_a_cut_between_two_scenes_is_not_paired_over(tmp_path):
+  frames = _moving(8) + _moving(8, seed=1)
+  opened = _open(_write_video(tmp_path / "a.avi", frames), tmp_path)
+  assert np.flatnonzero(video.cuts(opened[0].thumbnails())).tolist() == [7]
+  pairs = video.SequencePairs(opened, gaps=(1, 3))
+  assert len(pairs) == 15 + 14 + 13 - (1 + 2 + 3)
+  assert not {"a/000007+1", "a/000006+2", "a/000007+3"} & set(_ids(pairs))
+  kept = video.SequencePairs(opened, gaps=(1, 3), skip_cuts=False)
+  assert len(kept) == 15 + 14 + 13
+
+
+def test_fast_motion_is_no_cut_but_a_lone_step_as_large_is():
+  rest = np.full((12, 32, 32, 3), 100, np.uint8)
+  fast = rest + (np.arange(12) % 2 * 20)[:, None, None, None].astype(np.uint8)
+  assert not video.cuts(fast).any()
+  rest[6:] += 20
+  assert np.flatnonzero(video.cuts(rest)).tolist() == [5]
+  rest[6:] -= 9
+  assert not video.cuts(rest).any()
+  assert not video.cuts(rest[:1]).size
+
+
+def test_pairs_that_stand_still_are_left_out_on_request(tmp_path):
+  frames = _moving(4) + _moving(4)[-1:] * 3
+  opened = _open(_write_video(tmp_path / "a.avi", frames), tmp_path)
+  assert len(video.SequencePairs(opened)) == 6
+  pairs = video.SequencePairs(opened, min_change=0.5)
+  assert _ids(pairs) == ["a/000000+1", "a/000001+1", "a/000002+1"]
+  with pytest.raises(UserError, match="came none in 7 frames"):
+    video.SequencePairs(opened, min_change=250.0)
+
+
+@pytest.mark.parametrize("gaps", [(0, 1), (2, 1), (-1, -1)])
+def test_gaps_that_are_no_range_are_refused(gaps):
+  with pytest.raises(UserError, match="gaps: expected"):
+    video.SequencePairs([], gaps=gaps)
+
+
+@pytest.mark.parametrize("name, code", [("a.avi", "MJPG"), ("a.mp4", "mp4v")])
+def test_cut_videos_are_refused_in_one_message(tmp_path, capfd, name, code):
+  whole = _write_video(tmp_path / name, _moving(20), code).read_bytes()
+  for size in (0, 4, 40, len(whole) // 2, len(whole) - 9):
+    (tmp_path / name).write_bytes(whole[:size])
+    with pytest.raises(UserError, match=name):
+      _open(tmp_path / name, tmp_path)
+  assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"#EXTM3U\n#EXTINF:1,\nfile:///etc/hostname\n",
+        b"\x00\x00\x00\x10ftypisom\x00\x00\x00\x00",
+        b"\x00\x00\x00\x01mdat\xff\xff\xff\xff\xff\xff\xff\xff",
+        b"\x1a\x45\xdf\xa3" + bytes(99),
+        b"RIFF\x04\x00\x00\x00AVI ",
+    ],
+)
+def test_files_that_are_no_video_are_refused(tmp_path, data):
+  (tmp_path / "a.mp4").write_bytes(data)
+  with pytest.raises(UserError, match="a.mp4: expected"):
+    _open(tmp_path / "a.mp4", tmp_path)
+  assert not list(tmp_path.glob("cache/*"))
+
+
+def test_missing_videos_and_caches_are_named(tmp_path):
+  with pytest.raises(UserError, match="none.mp4"):
+    _open(tmp_path / "none.mp4", tmp_path)
+  with pytest.raises(UserError, match="expected videos"):
+    _open(tmp_path, tmp_path)
+  path = _write_video(tmp_path / "a.avi", _moving(3))
+  (tmp_path / "file").write_bytes(b"")
+  with pytest.raises(UserError, match="MCJEPA_CACHE"):
+    video.videos(path, cache_dir=tmp_path / "file" / "cache")
+  (opened,) = _open(path, tmp_path)
+  for file in (tmp_path / "cache").iterdir():
+    file.write_bytes(file.read_bytes()[:-1])
+  with pytest.raises(UserError, match="came cut"):
+    opened.frame(2)
+  with pytest.raises(UserError, match="delete it"):
+    _open(path, tmp_path)
+
+
+def test_a_folder_of_scenes_pairs_neighbours_in_natural_order(tmp_path):
+  for scene in ("scene_10", "scene_9"):
+    _write_frames(tmp_path / scene, ["8.png", "9.png", "10.png"])
+  _write_frames(tmp_path / ".hidden", ["1.png", "2.png"])
+  pairs = video.SequencePairs(video.frame_folders(tmp_path))
+  assert _ids(pairs) == [
+      *("scene_9/8+1", "scene_9/9+1", "scene_10/8+1", "scene_10/9+1"),
+  ]
+  assert pairs[1]["frame_1"][0, 0, 0] == 1
+  assert pairs[1]["frame_2"][0, 0, 0] == 2
+  assert set(pairs[1]) == {"frame_1", "frame_2"}
+
+
+@pytest.mark.parametrize(
+    "names, ids",
+    [
+        (
+            ["00001_img1.ppm", "00001_img2.ppm", "00002_img1.ppm"],
+            ["00001_img1+1"],
+        ),
+        (
+            ["000000_10.png", "000000_11.png", "000001_10.png"],
+            ["000000_10+1"],
+        ),
+        (
+            ["00000.jpg", "00005.jpg", "00015.jpg", "00020.jpg"],
+            ["00000+1", "00015+1"],
+        ),
+        (["left_01_rgb.png", "left_02_rgb.png"], ["left_01_rgb+1"]),
+        (["frame_1.png", "frame_2.png", "notes.txt"], ["frame_1+1"]),
+    ],
+)
+def test_names_that_differ_in_the_last_number_are_a_sequence(
+    tmp_path, names, ids
+):
+  _write_frames(tmp_path, [n for n in names if n != "notes.txt"])
+  (tmp_path / "notes_1.txt").write_text("")
+  pairs = video.SequencePairs(video.frame_folders(tmp_path))
+  assert _ids(pairs) == ids
+
+
+def test_folders_without_a_sequence_are_refused(tmp_path):
+  with pytest.raises(UserError, match="expected numbered images"):
+    video.frame_folders(tmp_path)
+  with pytest.raises(UserError, match="none: expected a folder of frames"):
+    video.frame_folders(tmp_path / "none")
+
+
+def test_frames_of_two_sizes_are_both_named(tmp_path):
+  _write_frames(tmp_path / "s", ["1.png"])
+  _write_frames(tmp_path / "s", ["2.png"], size=(6, 8))
+  pairs = video.SequencePairs(video.frame_folders(tmp_path))
+  with pytest.raises(UserError, match="s/2: expected 8x6.*s/1, came 6x8"):
+    pairs[0]
+
+
+def test_real_samples_are_whole_and_without_cuts(shared_data, tmp_path):
+  opened = _open(shared_data / "video", tmp_path, max_side=64)
+  sizes = {v.name: len(v) for v in opened}
+  assert sizes == {"bigbuckbunny": 132, "carphone_pristine": 120, "vtest": 341}
+  assert len(video.SequencePairs(opened)) == 132 + 120 + 341 - 3
+  davis = video.frame_folders(shared_data / "DAVIS" / "JPEGImages" / "480p")
+  assert [s.name for s in davis] == ["blackswan", "car-shadow"]
+  assert len(video.SequencePairs(davis)) == 49 + 39
+  assert not any(video.cuts(s.thumbnails()).any() for s in davis)
+  chairs = video.frame_folders(shared_data / "FlyingChairs_release")
+  assert len(video.SequencePairs(chairs)) == 4
