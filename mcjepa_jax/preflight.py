@@ -140,6 +140,15 @@ def _devices(topology: Topology) -> list[Any]:
   return list(description.devices)
 
 
+def gib_asked(message: str) -> float | None:
+  """The memory that an out-of-memory error of the compiler names, if it is one."""
+  asked = _OUT_OF_MEMORY.search(message)
+  if "RESOURCE_EXHAUSTED" not in message or not asked:
+    return None
+  unit = {"K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 2.0**10}[asked[2]]
+  return float(asked[1]) * unit
+
+
 def _gib(memory: Any) -> float:
   size = (
       memory.argument_size_in_bytes
@@ -188,11 +197,9 @@ def _compiled(
   try:
     compiled = step.lower(abstract, batch).compile()
   except jax.errors.JaxRuntimeError as error:
-    asked = _OUT_OF_MEMORY.search(str(error))
-    if "RESOURCE_EXHAUSTED" not in str(error) or not asked:
+    report["gib_per_device"] = gib_asked(str(error))
+    if report["gib_per_device"] is None:
       raise
-    unit = {"K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 2.0**10}[asked[2]]
-    report["gib_per_device"] = float(asked[1]) * unit
   else:
     cost = compiled.cost_analysis()
     # XLA counts a loop's body once: the micro-batches are such a loop.

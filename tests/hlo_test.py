@@ -1,0 +1,127 @@
+"""Bytes of collectives, read from programs written here and compiled ones."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mcjepa_jax import hlo
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ("f32[3,4]{1,0:T(8,128)}", 48),
+        ("bf16[5]{0}", 10),
+        ("pred[]", 1),
+        ("s4[3]{0}", 2),
+        ("(f32[2]{0}, /*index=1*/(u8[3]{0:T(8,128)S(1)}, s32[]))", 15),
+        ("f8e4m3fn[6]{0}", 6),
+        ("token[]", 0),
+    ],
+)
+def test_shape_counts_all_arrays_without_padding(shape: str, expected: int):
+  assert hlo.shape_bytes(shape) == expected
+
+
+_HEADER = "HloModule m, entry_computation_layout={(f32[4])->f32[4]}\n\n"
+
+
+def test_counts_the_larger_of_what_goes_in_and_out():
+  text = _HEADER + """
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  %g = f32[16]{0} all-gather(%a), channel_id=1, dimensions={0}
+  ROOT %s = f32[4]{0} reduce-scatter(%g), channel_id=2, dimensions={0}
+}
+"""
+  assert hlo.collective_bytes(text) == {"all-gather": 64, "reduce-scatter": 64}
+
+
+def test_counts_a_start_and_its_done_once():
+  text = _HEADER + """
+ENTRY %main (a: f32[4]) -> f32[16] {
+  %a = f32[4]{0} parameter(0)
+  %g = (f32[4]{0}, f32[16]{0}) all-gather-start(%a), dimensions={0}
+  ROOT %d = f32[16]{0} all-gather-done(%g)
+}
+"""
+  assert hlo.collective_bytes(text) == {"all-gather": 64}
+
+
+def test_counts_a_collective_that_several_fusions_carry_once():
+  text = _HEADER + """
+%first (p: f32[4]) -> f32[16] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %g = f32[16]{0} all-gather(%p), channel_id=7, dimensions={0}
+}
+
+%second (q: f32[4]) -> f32[16] {
+  %q = f32[4]{0} parameter(0)
+  ROOT %h = f32[16]{0} all-gather(%q), channel_id=7, dimensions={0}
+}
+
+ENTRY %main (a: f32[4]) -> f32[16] {
+  %a = f32[4]{0} parameter(0)
+  %x = f32[16]{0} fusion(%a), kind=kCustom, calls=%first
+  ROOT %y = f32[16]{0} fusion(%a), kind=kCustom, calls=%second
+}
+"""
+  assert hlo.collective_bytes(text) == {"all-gather": 64}
+
+
+@pytest.mark.parametrize(
+    "annotation", ["", ', backend_config={"known_trip_count":{"n":"5"}}']
+)
+def test_counts_a_loop_as_often_as_it_runs(annotation: str):
+  text = _HEADER + f"""
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {{
+  %p = (s32[], f32[4]{{0}}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[4]{{0}} get-tuple-element(%p), index=1
+  %r = f32[4]{{0}} all-reduce(%x), channel_id=1, to_apply=%add
+  ROOT %t = (s32[], f32[4]{{0}}) tuple(%i, %r)
+}}
+
+%condition (c: (s32[], f32[4])) -> pred[] {{
+  %c = (s32[], f32[4]{{0}}) parameter(0)
+  %j = s32[] get-tuple-element(%c), index=0
+  %n = s32[] constant(5)
+  ROOT %lt = pred[] compare(%j, %n), direction=LT
+}}
+
+ENTRY %main (a: (s32[], f32[4])) -> (s32[], f32[4]) {{
+  %a = (s32[], f32[4]{{0}}) parameter(0)
+  ROOT %w = (s32[], f32[4]{{0}}) while(%a), condition=%condition, body=%body{annotation}
+}}
+"""
+  assert hlo.collective_bytes(text) == {"all-reduce": 80}
+
+
+def test_compiled_gradient_reduces_each_parameter_once():
+  mesh = jax.make_mesh((8,), ("data",), devices=jax.devices("cpu"))
+  split = jax.NamedSharding(mesh, jax.P("data"))
+  whole = jax.NamedSharding(mesh, jax.P())
+
+  def loss(w, x):
+    return jnp.sum((x @ w) ** 2)
+
+  compiled = (
+      jax.jit(jax.grad(loss), in_shardings=(whole, split), out_shardings=whole)
+      .lower(jnp.zeros((6, 5)), jnp.zeros((16, 6)))
+      .compile()
+  )
+  assert hlo.collective_bytes(compiled.as_text()) == {"all-reduce": 6 * 5 * 4}
+
+
+def test_compiled_loop_repeats_its_collective():
+  mesh = jax.make_mesh((8,), ("data",), devices=jax.devices("cpu"))
+  split = jax.NamedSharding(mesh, jax.P("data"))
+
+  def total(x):
+    def body(_, y):
+      return jnp.sin(y + jnp.sum(x * y))
+
+    return jax.lax.fori_loop(0, 3, body, jnp.float32(0.5))
+
+  compiled = jax.jit(total, in_shardings=split).lower(jnp.zeros(16)).compile()
+  assert hlo.collective_bytes(compiled.as_text()) == {"all-reduce": 3 * 4}

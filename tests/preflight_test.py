@@ -1,0 +1,178 @@
+"""Preflight compiles the step that train runs, and says whether it fits."""
+
+import concurrent.futures
+import importlib.util
+import json
+import re
+from typing import Any
+
+import jax
+import pytest
+
+from configs import quickstart
+from mcjepa_jax import assembly, preflight, sharding, step as steps
+from mcjepa_jax.errors import UserError
+
+_KEYS = {
+    "topology",
+    "devices",
+    "step",
+    "images",
+    "pairs",
+    "finest_stride",
+    "gib_per_device",
+    "gib_limit",
+    "fits",
+    "flops_per_step",
+    "hbm_bytes",
+    "collective_bytes",
+    "compile_seconds",
+    "host_peak_gb",
+}
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+
+
+def _small_config(mode: str) -> Any:
+  config = quickstart.get_config()
+  config.mode = mode
+  config.model.encoder.update(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16))
+  config.model.expander.widths = (16, 16)
+  config.model.estimator.channels = (8, 8, 8, 8, 8)
+  config.motion.update(batch_size=4, size=(64, 64))
+  config.content.update(batch_size=8, size=32)
+  return config
+
+
+@pytest.mark.parametrize(
+    ("name", "devices"),
+    [("cpu:8", 8), ("v5e:4x4", 16), ("v4:2x2x4", 16), ("v6e:1x1", 1)],
+)
+@needs_libtpu
+def test_topology_knows_its_devices(name: str, devices: int):
+  assert preflight.parse_topology(name).devices == devices
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "v5e", "v5e:", "v5e:2x2x2", "v4:2x2", "v9:2x2", "cpu:0", "v5e:0x2"],
+)
+def test_no_topology_is_a_fault_that_names_the_known(name: str):
+  with pytest.raises(UserError, match="--topology: expected .*v5e:2x2"):
+    preflight.parse_topology(name)
+
+
+def test_missing_libtpu_is_a_fault_that_says_so(monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(UserError, match="libtpu"):
+    preflight.parse_topology("v5e:2x2")
+  assert preflight.parse_topology("cpu:2").devices == 2
+
+
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory"
+            " required for HLO temporaries (123.52G) exceeds available HBM"
+            " (15.75G).",
+            123.52,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used"
+            " 23.01G of 15.75G hbm. Exceeded hbm capacity by 7.26G.",
+            23.01,
+        ),
+    ],
+)
+def test_reads_what_the_compiler_asked_for(message: str, gib: float):
+  assert preflight.gib_asked(message) == pytest.approx(gib)
+
+
+def test_batch_that_the_devices_do_not_divide_is_a_fault():
+  with pytest.raises(UserError, match="content.batch_size: 8 .*3 devices"):
+    preflight.preflight(_small_config("content"), "cpu:3")
+
+
+def test_reports_on_emulated_devices():
+  config = _small_config("content")
+  report = preflight.preflight(config, "cpu:2")
+  assert set(report) == _KEYS
+  assert report["fits"]
+  assert (report["devices"], report["images"], report["pairs"]) == (2, 8, 0)
+  assert report["flops_per_step"] > 0
+  # Each gradient of the encoder and the expander is reduced over the devices.
+  mesh = sharding.make_mesh(1)
+  model, optimizers = assembly.model(config), assembly.optimizers(config)
+  state = steps.abstract_state(model, optimizers, mesh, min_bytes=2**40)
+  moved = jax.tree.leaves([state.params[g] for g in ("encoder", "expander")])
+  size = sum(leaf.size * leaf.dtype.itemsize for leaf in moved)
+  assert size <= sum(report["collective_bytes"].values()) < 2 * size
+
+
+def _exit_code(monkeypatch, *, fits: bool) -> int:
+  report = {"fits": fits, "gib_per_device": 3.0, "gib_limit": 2.0}
+  monkeypatch.setattr(preflight, "preflight", lambda *_: report)
+  return preflight.main(
+      ["--config=configs/quickstart.py", "--topology=v5e:2x2"]
+  )
+
+
+def test_exit_code_says_whether_it_fits(monkeypatch, capsys):
+  assert _exit_code(monkeypatch, fits=True) == 0
+  assert _exit_code(monkeypatch, fits=False) == 1
+  out, err = capsys.readouterr()
+  assert json.loads(out.splitlines()[-1])["gib_limit"] == 2.0
+  assert err == "Does not fit: 3.00 GiB per device, of 2.00.\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "fault"),
+    [
+        (["--config=configs/quickstart.py"], "--topology: expected"),
+        (["--config=none.py", "--topology=cpu:2"], "no file none.py"),
+        (["--topology=cpu:2", "--topolgy=x"], "did you mean --topology"),
+    ],
+)
+def test_faults_of_the_command_line_exit_with_2(argv, fault, capsys):
+  assert preflight.main(argv) == 2
+  lines = capsys.readouterr().err.splitlines()
+  assert any(re.search(fault, line) for line in lines)
+  assert all(line.startswith("error: ") for line in lines)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_two_tpu_programs_compile_at_once():
+  config = _small_config("content")
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    small, large = pool.map(
+        lambda topology: preflight.preflight(config, topology),
+        ["v5e:2x2", "v5p:2x2x2"],
+    )
+  assert set(small) == set(large) == _KEYS
+  assert small["fits"] and large["fits"]
+  assert (small["devices"], large["devices"]) == (4, 8)
+  assert (small["gib_limit"], large["gib_limit"]) == (15.75, 95.74)
+  assert small["collective_bytes"]["all-reduce"] > 0
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_too_large_a_batch_does_not_fit():
+  config = _small_config("content")
+  config.content.batch_size = 2**17
+  config.content.size = 128
+  report = preflight.preflight(config, "v5e:2x2")
+  assert not report["fits"]
+  assert report["gib_per_device"] > report["gib_limit"]
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_joint_step_compiles_for_a_tpu():
+  report = preflight.preflight(_small_config("combined"), "v5e:2x2")
+  assert report["fits"]
+  assert (report["images"], report["pairs"]) == (8, 4)
