@@ -34,38 +34,15 @@ def _name(path: tuple[Any, ...]) -> str:
   return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _is_key(leaf: Any) -> bool:
-  return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _to_arrays(state: Any) -> Any:
-  """Returns the state with the words of its PRNG keys in the keys' place."""
+def _on_devices(abstract: Any) -> Any:
+  """Returns the shapes, each with a sharding: its own, or one device."""
+  one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return jax.tree.map(
-      lambda x: jax.random.key_data(x) if _is_key(x) else x, state
+      lambda x: jax.ShapeDtypeStruct(
+          x.shape, x.dtype, sharding=x.sharding or one
+      ),
+      abstract,
   )
-
-
-def _abstract_arrays(abstract: Any) -> Any:
-  """Returns the shapes of _to_arrays, each with a sharding."""
-
-  def leaf(x):
-    sharding = x.sharding or jax.sharding.SingleDeviceSharding(
-        jax.local_devices()[0]
-    )
-    if _is_key(x):
-      x = jax.eval_shape(jax.random.key_data, x)
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-  return jax.tree.map(leaf, abstract)
-
-
-def _from_arrays(state: Any, abstract: Any) -> Any:
-  def leaf(x, like):
-    if not _is_key(like):
-      return x
-    return jax.random.wrap_key_data(x, impl=jax.random.key_impl(like))
-
-  return jax.tree.map(leaf, state, abstract)
 
 
 def _steps(folder: epath.Path) -> list[int]:
@@ -116,7 +93,7 @@ def restore_params(path: str | os.PathLike, abstract_params: Any) -> Any:
     UserError: no checkpoint, or one of another architecture.
   """
   step = locate(path)
-  abstract = {"params": _abstract_arrays(abstract_params)}
+  abstract = {"params": _on_devices(abstract_params)}
   _check_architecture(
       step,
       abstract,
@@ -270,7 +247,7 @@ class Checkpoints:
     return self._manager.save(
         step,
         args=ocp.args.Composite(
-            state=ocp.args.StandardSave(_to_arrays(state)),
+            state=ocp.args.StandardSave(state),
             streams=ocp.args.JsonSave(dict(streams)),
             meta=ocp.args.JsonSave({**meta, "step": step}),
         ),
@@ -289,7 +266,7 @@ class Checkpoints:
         architecture, which is found before anything is loaded.
     """
     path = locate(self._folder / str(step))
-    abstract = _abstract_arrays(abstract_state)
+    abstract = _on_devices(abstract_state)
     _check_architecture(path, abstract)
     try:
       restored = self._manager.restore(
@@ -302,8 +279,7 @@ class Checkpoints:
       )
     except _STORAGE_ERRORS as error:
       raise _unreadable(path, error) from error
-    state = _from_arrays(restored["state"], abstract_state)
-    return state, restored["streams"], restored["meta"]
+    return restored["state"], restored["streams"], restored["meta"]
 
   def wait_until_finished(self) -> None:
     """Waits for the save under way; raises what it failed with."""

@@ -33,8 +33,8 @@ _MIN_SHARED_MEMORY = 2**22
 
 Arrays = dict[str, UInt8[np.ndarray, "n h w 3"]]
 
-# First word of each stream's random seeds, so that motion and content never
-# draw the same numbers.
+# First word of what is added to the seed, so that motion and content never draw
+# the same numbers.
 _STREAM = {"motion": 0, "content": 1}
 
 
@@ -51,6 +51,12 @@ class MotionSource:
   scale: tuple[float, float] = (1.0, 1.0)  # of the frame before the crop
   flip: bool = True
   swap: bool = True
+
+
+def _random(seed: int, place: tuple[int, ...]) -> np.random.SeedSequence:
+  # As a spawn key, since zeros are filled in after a short entropy: (seed, 0)
+  # and (seed, 0, 0, 0) are one generator.
+  return np.random.SeedSequence(seed, spawn_key=place)
 
 
 class _Records:
@@ -75,13 +81,14 @@ class _Geometry:
   """Applies a transform with the generator of one place in the stream."""
 
   transform: Callable[..., np.ndarray]
-  seed: tuple[int, ...]
+  seed: int
+  place: tuple[int, int]  # stream, source
 
   def __call__(
       self, index: int, element: tuple[str, list[np.ndarray]]
   ) -> tuple[str, np.ndarray]:
     record, images = element
-    rng = np.random.default_rng((*self.seed, index))
+    rng = np.random.default_rng(_random(self.seed, (*self.place, index)))
     try:
       return record, self.transform(*images, rng)
     except UserError as error:
@@ -100,7 +107,8 @@ def _batches(
     transform: Callable[..., np.ndarray],
     *,
     key: str,
-    seed: tuple[int, ...],
+    seed: int,
+    place: tuple[int, int],
     batch_size: int,
     host_index: int,
     host_count: int,
@@ -108,15 +116,20 @@ def _batches(
   """Returns this host's rows of the endless batches of one source."""
   # Grain adds the epoch to the seed: with the config's own seed, epoch 1 of
   # seed 0 would be epoch 0 of seed 1.
-  shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+  shuffle_seed = int(_random(seed, place).generate_state(1)[0])
   return (
       grain.MapDataset.source(records)
       .shuffle(seed=shuffle_seed)
       .repeat()
       # After repeat, so that the index, and with it the crop, is new in each
       # epoch.
-      .map_with_index(_Geometry(transform, seed))
-      .batch(batch_size // host_count, batch_fn=functools.partial(_stack, key))
+      .map_with_index(_Geometry(transform, seed, place))
+      .batch(
+          batch_size // host_count,
+          # Grain's length of the other kind overflows at one row.
+          drop_remainder=True,
+          batch_fn=functools.partial(_stack, key),
+      )
       # Part h of batch k is small batch k * host_count + h: consecutive rows,
       # so that the hosts' parts in order are the batch of a single host.
       .slice(slice(host_index, None, host_count))
@@ -156,8 +169,8 @@ def _flatten(tree: Any, path: str = "") -> dict[str, Any]:
 class Stream(Iterator):
   """Iterates over (arrays, records) from any batch on.
 
-  Workers start with the first `next`, or with `start`. `stream[k]` is batch k,
-  computed in this process.
+  `stream[k]` is batch k, computed in this process. Workers start with the first
+  `next`, or before it with `start`.
   """
 
   def __init__(
@@ -225,8 +238,11 @@ class Stream(Iterator):
           ),
           worker_init_fn=_exit_with_parent,
       )
-    self._running.append(iter(dataset))
-    self._running[0].start_prefetch()
+    iterator = iter(dataset)
+    # Makes the iterators of the workers, which else wait for the first `next`.
+    iterator.get_state()
+    iterator.start_prefetch()
+    self._running.append(iterator)
 
   def state(self) -> dict[str, Any]:
     """Returns, as JSON, the place of the batch that `next` returns next.
@@ -339,7 +355,8 @@ def motion_stream(
               swap=source.swap,
           ),
           key="frames",
-          seed=(seed, _STREAM["motion"], number),
+          seed=seed,
+          place=(_STREAM["motion"], number),
           batch_size=batch_size,
           host_index=host_index,
           host_count=host_count,
@@ -399,7 +416,8 @@ def content_stream(
           _Records(name, dataset, ("image",)),
           functools.partial(transforms.two_views, **geometry),
           key="views",
-          seed=(seed, _STREAM["content"], 0),
+          seed=seed,
+          place=(_STREAM["content"], 0),
           batch_size=batch_size,
           host_index=host_index,
           host_count=host_count,

@@ -1,0 +1,303 @@
+"""Batches depend on the seed and the index alone."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from mcjepa_jax.data import pipeline, transforms
+from mcjepa_jax.errors import UserError
+
+
+class Records:
+  """Pairs and images whose pixels tell the record, with labels of noise."""
+
+  def __init__(self, length: int, *, noise: int = 0, side: int = 20):
+    self._length = length
+    self._noise = np.random.default_rng(noise)
+    self._side = side
+
+  def __len__(self) -> int:
+    return self._length
+
+  def record_id(self, index: int) -> str:
+    return f"{index:03d}"
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    image = np.random.default_rng(index).integers(
+        0, 256, (self._side, self._side, 3), dtype=np.uint8
+    )
+    image[..., 0] = index
+    other = image.copy()
+    other[..., 0] = index + 100
+    return {
+        "frame_1": image,
+        "frame_2": other,
+        "image": image,
+        "flow": self._noise.normal(size=(self._side, self._side, 2)),
+        "valid": self._noise.random((self._side, self._side, 1)),
+        "label": self._noise.integers(10),
+    }
+
+
+class Broken(Records):
+  """Its first element is a fault that tells what the worker's JAX has done."""
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    started = bridge is not None and bridge.backends_are_initialized()
+    raise UserError(f"a.png: {os.getpid()}, backends started: {started}")
+
+
+def motion(length: int = 10, *, seed: int = 0, batch_size: int = 4, **options):
+  source = pipeline.MotionSource("made", Records(length), (16, 16), swap=False)
+  return pipeline.motion_stream(
+      [source], batch_size=batch_size, seed=seed, **options
+  )
+
+
+def content(length: int = 10, *, seed: int = 0, batch_size: int = 4, **options):
+  return pipeline.content_stream(
+      Records(length), size=8, batch_size=batch_size, seed=seed, **options
+  )
+
+
+def assert_same(batch, other):
+  assert batch[1] == other[1]
+  assert batch[0].keys() == other[0].keys()
+  for key, array in batch[0].items():
+    np.testing.assert_array_equal(array, other[0][key])
+
+
+def test_a_pair_is_two_neighbouring_frames():
+  arrays, records = motion()[3]
+  assert arrays["frames"].shape == (8, 16, 16, 3)
+  assert arrays["frames"].dtype == np.uint8
+  numbers = [int(record.removeprefix("made/")) for record in records]
+  red = arrays["frames"][:, 0, 0, 0]
+  np.testing.assert_array_equal(red[0::2], numbers)
+  np.testing.assert_array_equal(red[1::2], np.array(numbers) + 100)
+  np.testing.assert_array_equal(
+      arrays["frames"][0::2, ..., 1:], arrays["frames"][1::2, ..., 1:]
+  )
+
+
+def test_the_views_of_an_image_are_neighbours_and_differ():
+  arrays, records = content()[3]
+  views = arrays["views"]
+  assert views.shape == (8, 8, 8, 3)
+  assert views.dtype == np.uint8
+  numbers = [int(record.removeprefix("images/")) for record in records]
+  np.testing.assert_array_equal(views[:, 0, 0, 0], np.repeat(numbers, 2))
+  assert all((views[0::2] != views[1::2]).any((1, 2, 3)))
+
+
+@pytest.mark.parametrize("stream", [motion, content])
+def test_each_epoch_holds_every_record_once_in_an_order_of_its_own(stream):
+  records = [r for k in range(6) for r in stream(12)[k][1]]
+  assert len(set(records[:12])) == len(set(records[12:])) == 12
+  assert records[:12] != records[12:]
+
+
+@pytest.mark.parametrize("stream", [motion, content])
+def test_a_record_is_cut_anew_in_each_epoch(stream):
+  cuts = [next(iter(stream(1, batch_size=1)[k][0].values())) for k in range(4)]
+  assert len({cut.tobytes() for cut in cuts}) == 4
+
+
+@pytest.mark.parametrize("stream", [motion, content])
+def test_another_seed_gives_another_order_and_other_cuts(stream):
+  ours, others = stream(12, seed=0)[0], stream(12, seed=1)[0]
+  assert ours[1] != others[1]
+  first = [next(iter(stream(1, seed=s)[0][0].values())) for s in (0, 1)]
+  assert (first[0] != first[1]).any()
+
+
+def test_streams_and_sources_share_no_randomness(monkeypatch):
+  draws = []
+
+  def draw(*arguments, **_):
+    draws.append(int(arguments[-1].integers(2**62)))
+    return np.zeros((2, 1, 1, 3), np.uint8)
+
+  monkeypatch.setattr(transforms, "pair_frames", draw)
+  monkeypatch.setattr(transforms, "two_views", draw)
+  sources = [
+      pipeline.MotionSource(name, Records(40), (16, 16)) for name in "ab"
+  ]
+  pairs = pipeline.motion_stream(sources, batch_size=40, seed=5)
+  images = content(40, batch_size=40, seed=5)
+  orders = [
+      [record[-3:] for record in records]
+      for records in (pairs[0][1], pairs[1][1], images[0][1])
+  ]
+  assert len(set(draws)) == len(draws) == 120
+  assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+@pytest.mark.parametrize("stream", [motion, content])
+def test_the_parts_of_the_hosts_are_the_batch_of_one_host(stream):
+  parts = [stream(host_index=h, host_count=2) for h in range(2)]
+  for k in (0, 3, 7):
+    whole = stream()[k]
+    halves = [part[k] for part in parts]
+    joined = {
+        key: np.concatenate([half[0][key] for half in halves])
+        for key in whole[0]
+    }
+    assert_same((joined, halves[0][1] + halves[1][1]), whole)
+
+
+def test_sources_take_turns_by_weight_with_a_size_of_their_own():
+  sources = [
+      pipeline.MotionSource("much", Records(5), (8, 12), weight=0.3),
+      pipeline.MotionSource("little", Records(7), (12, 8), weight=0.1),
+  ]
+  stream = pipeline.motion_stream(sources, batch_size=3, seed=0)
+  names = []
+  for k in range(40):
+    arrays, records = stream[k]
+    (name,) = {record.split("/")[0] for record in records}
+    size = (8, 12) if name == "much" else (12, 8)
+    assert arrays["frames"].shape == (6, *size, 3)
+    names.append(name)
+  assert names.count("much") == 30
+
+
+def test_no_label_enters_a_batch():
+  for key, make in (
+      (
+          "frames",
+          lambda data: pipeline.motion_stream(
+              [pipeline.MotionSource("a", data, (16, 16))], batch_size=4, seed=0
+          ),
+      ),
+      (
+          "views",
+          lambda data: pipeline.content_stream(
+              data, size=8, batch_size=4, seed=0
+          ),
+      ),
+  ):
+    batches = [make(Records(10, noise=noise))[1] for noise in (0, 1)]
+    assert set(batches[0][0]) == {key}
+    assert_same(*batches)
+
+
+def test_workers_continue_anywhere_in_the_order_of_one_process():
+  stream = motion()
+  with stream:
+    for k in range(3):
+      assert_same(next(stream), stream[k])
+    state = stream.state()
+  assert state["next_batch"] == 3
+  with motion(num_workers=2) as continued:
+    continued.restore(state)
+    for k in range(3, 8):
+      assert continued.state() == {**state, "next_batch": k}
+      assert_same(next(continued), stream[k])
+  with motion(start=6) as late:
+    assert_same(next(late), stream[6])
+
+
+def test_restoring_over_other_data_names_every_difference():
+  state = motion(10, seed=0, batch_size=4).state()
+  with pytest.raises(UserError) as caught:
+    motion(11, seed=3, batch_size=8).restore(state)
+  message = str(caught.value)
+  assert "motion" in message
+  assert "batch_size was 4, is 8" in message
+  assert "seed was 0, is 3" in message
+  assert "sources[0].length was 10, is 11" in message
+  assert "size was" not in message.replace("batch_size", "")
+
+
+def test_a_worker_passes_on_a_fault_and_starts_no_backend():
+  stream = pipeline.content_stream(
+      Broken(4), size=8, batch_size=2, seed=0, num_workers=1
+  )
+  with stream, pytest.raises(UserError, match="^a.png: ") as caught:
+    next(stream)
+  assert caught.value.messages == (str(caught.value),)
+  assert "backends started: False" in str(caught.value)
+  assert f"{os.getpid()}," not in str(caught.value)
+
+
+def test_a_pair_that_cannot_be_cut_is_named():
+  class Uneven(Records):
+
+    def __getitem__(self, index):
+      element = super().__getitem__(index)
+      return element | {"frame_2": element["frame_2"][1:]}
+
+  source = pipeline.MotionSource("cats", Uneven(1), (8, 8))
+  stream = pipeline.motion_stream([source], batch_size=1, seed=0)
+  with pytest.raises(UserError, match="cats/000: .*19x20"):
+    next(stream)
+
+
+def test_what_no_stream_can_have_is_refused_at_once():
+  sources = [
+      pipeline.MotionSource("a", Records(0), (8, 8)),
+      pipeline.MotionSource("a", Records(1), (8, 8), weight=0.0),
+  ]
+  with pytest.raises(UserError) as caught:
+    pipeline.motion_stream(sources, batch_size=3, seed=0, host_count=2)
+  assert [m.split('"a" ')[-1] for m in caught.value.messages] == [
+      "is named twice",
+      "is empty",
+      "must be positive, got 0.0",
+      "batch size of the motion stream must be a positive multiple of the "
+      "number of hosts, 2, got 3",
+  ]
+  with pytest.raises(UserError, match="at least one source"):
+    pipeline.motion_stream([], batch_size=2, seed=0)
+
+
+_KILLED = """
+import multiprocessing, os, signal
+from absl import flags
+from mcjepa_jax.data import pipeline, synthetic
+flags.FLAGS.mark_as_parsed()
+images = synthetic.Images(size=(16, 16), seed=0, num_examples=4)
+stream = pipeline.content_stream(
+    images, size=8, batch_size=2, seed=0, num_workers=1
+)
+next(stream)
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def _runs(pid: str) -> bool:
+  try:
+    state = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")")[1]
+  except (FileNotFoundError, ProcessLookupError):
+    return False
+  return state.split()[0] != "Z"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_worker_outlives_a_killed_process(tmp_path):
+  # To a file: a pipe would stay open, and be waited for, until the workers end.
+  with open(tmp_path / "workers", "w+") as output:
+    process = subprocess.run(
+        [sys.executable, "-c", _KILLED],
+        cwd=pathlib.Path(__file__).parent.parent,
+        stdout=output,
+        timeout=120,
+        check=False,
+    )
+    output.seek(0)
+    workers = output.read().split()
+  assert process.returncode == -signal.SIGKILL
+  assert workers
+  deadline = time.monotonic() + 10
+  while any(map(_runs, workers)) and time.monotonic() < deadline:
+    time.sleep(0.1)
+  assert not any(map(_runs, workers))
