@@ -1,7 +1,9 @@
 """Flow and image files: round trips, documented bytes, hostile headers."""
 
+import contextlib
 import io
 import struct
+import tracemalloc
 import zlib
 
 import cv2
@@ -231,14 +233,30 @@ def test_images_that_lie_about_their_size_or_kind_are_refused(tmp_path, data):
     flow_io.read_image(path)
 
 
+def test_an_image_chunk_that_lies_about_its_size_takes_no_memory(tmp_path):
+  path = tmp_path / "a.png"
+  Image.new("RGB", (64, 64)).save(path)
+  data = bytearray(path.read_bytes())
+  at = data.index(b"IDAT")
+  data[at - 4 : at] = (2**31 - 1).to_bytes(4, "big")
+  path.write_bytes(data)
+  tracemalloc.start()
+  with contextlib.suppress(UserError):
+    flow_io.read_image(path)
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert peak < 2**24
+
+
 def test_images_over_the_pixel_limit_are_refused(tmp_path):
   Image.new("L", (100, 10)).save(tmp_path / "a.png")
   with pytest.raises(UserError, match="999 pixels.* came 100x10"):
     flow_io.read_image(tmp_path / "a.png", max_pixels=999)
 
 
-def test_16_bit_gray_is_refused_rather_than_clipped(tmp_path):
-  cv2.imwrite(str(tmp_path / "a.png"), np.full((2, 2), 300, np.uint16))
+@pytest.mark.parametrize("shape", [(2, 2), (2, 2, 3)])
+def test_16_bit_pngs_are_refused_rather_than_clipped(tmp_path, shape):
+  cv2.imwrite(str(tmp_path / "a.png"), np.full(shape, 300, np.uint16))
   with pytest.raises(UserError, match="8 bits"):
     flow_io.read_image(tmp_path / "a.png")
 

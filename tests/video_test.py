@@ -12,6 +12,10 @@ import pytest
 from mcjepa_jax.data import video
 from mcjepa_jax.errors import UserError
 
+CODES = pytest.mark.parametrize(
+    "name, code", [("a.avi", "MJPG"), ("a.mp4", "mp4v"), ("a.mkv", "mp4v")]
+)
+
 
 def _moving(count, *, seed=0, size=(48, 64), speed=2):
   """Frames of smooth noise that moves `speed` pixels a frame."""
@@ -45,7 +49,7 @@ def _ids(pairs):
   return [pairs.record_id(i) for i in range(len(pairs))]
 
 
-@pytest.mark.parametrize("name, code", [("a.avi", "MJPG"), ("a.mp4", "mp4v")])
+@CODES
 def test_video_frames_are_rgb_in_order(tmp_path, name, code):
   frames = _moving(7)
   _write_video(tmp_path / name, frames, code)
@@ -62,8 +66,8 @@ def test_video_pairs_hold_two_frames_and_nothing_else(tmp_path):
   path = _write_video(tmp_path / "a.avi", _moving(5))
   pairs = video.SequencePairs(_open(path, tmp_path), gaps=(1, 2))
   assert _ids(pairs) == [
-      *("a/000000+1", "a/000001+1", "a/000002+1", "a/000003+1"),
-      *("a/000000+2", "a/000001+2", "a/000002+2"),
+      *("a.avi/000000+1", "a.avi/000001+1", "a.avi/000002+1", "a.avi/000003+1"),
+      *("a.avi/000000+2", "a.avi/000001+2", "a.avi/000002+2"),
   ]
   assert set(pairs[5]) == {"frame_1", "frame_2"}
   np.testing.assert_array_equal(
@@ -101,7 +105,7 @@ def test_the_byte_limit_holds_for_all_videos_of_a_folder(tmp_path):
     _write_video(folder / name, _moving(4))
   one = 4 * 48 * 64 * 3
   opened = _open(folder, tmp_path, max_bytes=2 * one)
-  assert [v.name for v in opened] == ["a9", "a10"]
+  assert [v.name for v in opened] == ["a9.avi", "a10.avi"]
   for name in ("new", "cache"):
     with pytest.raises(UserError, match="a10.avi: expected at most .*max_side"):
       video.videos(folder, cache_dir=tmp_path / name, max_bytes=2 * one - 1)
@@ -114,7 +118,9 @@ def test_a_cut_between_two_scenes_is_not_paired_over(tmp_path):
   assert np.flatnonzero(video.cuts(opened[0].thumbnails())).tolist() == [7]
   pairs = video.SequencePairs(opened, gaps=(1, 3))
   assert len(pairs) == 15 + 14 + 13 - (1 + 2 + 3)
-  assert not {"a/000007+1", "a/000006+2", "a/000007+3"} & set(_ids(pairs))
+  assert not {"a.avi/000007+1", "a.avi/000006+2", "a.avi/000007+3"} & set(
+      _ids(pairs)
+  )
   kept = video.SequencePairs(opened, gaps=(1, 3), skip_cuts=False)
   assert len(kept) == 15 + 14 + 13
 
@@ -135,7 +141,7 @@ def test_pairs_that_stand_still_are_left_out_on_request(tmp_path):
   opened = _open(_write_video(tmp_path / "a.avi", frames), tmp_path)
   assert len(video.SequencePairs(opened)) == 6
   pairs = video.SequencePairs(opened, min_change=0.5)
-  assert _ids(pairs) == ["a/000000+1", "a/000001+1", "a/000002+1"]
+  assert _ids(pairs) == ["a.avi/000000+1", "a.avi/000001+1", "a.avi/000002+1"]
   with pytest.raises(UserError, match="came none in 7 frames"):
     video.SequencePairs(opened, min_change=250.0)
 
@@ -146,7 +152,7 @@ def test_gaps_that_are_no_range_are_refused(gaps):
     video.SequencePairs([], gaps=gaps)
 
 
-@pytest.mark.parametrize("name, code", [("a.avi", "MJPG"), ("a.mp4", "mp4v")])
+@CODES
 def test_cut_videos_are_refused_in_one_message(tmp_path, capfd, name, code):
   whole = _write_video(tmp_path / name, _moving(20), code).read_bytes()
   for size in (0, 4, 40, len(whole) // 2, len(whole) - 9):
@@ -171,6 +177,26 @@ def test_files_that_are_no_video_are_refused(tmp_path, data):
   with pytest.raises(UserError, match="a.mp4: expected"):
     _open(tmp_path / "a.mp4", tmp_path)
   assert not list(tmp_path.glob("cache/*"))
+
+
+def test_all_damaged_videos_of_a_folder_are_named_at_once(tmp_path):
+  for name in ("b/x.mp4", "a/x.avi", "a/.x.avi", "notes.txt"):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"no video at all")
+  with pytest.raises(UserError) as caught:
+    _open(tmp_path, tmp_path)
+  first, second = caught.value.messages
+  assert "a/x.avi: expected" in first and "b/x.mp4: expected" in second
+
+
+def test_videos_of_one_name_in_two_folders_keep_apart(tmp_path):
+  for folder, count in (("a", 2), ("b", 3)):
+    (tmp_path / folder).mkdir()
+    _write_video(tmp_path / folder / "x.avi", _moving(count))
+  pairs = video.SequencePairs(_open(tmp_path, tmp_path))
+  assert _ids(pairs) == [
+      *("a/x.avi/000000+1", "b/x.avi/000000+1", "b/x.avi/000001+1")
+  ]
 
 
 def test_missing_videos_and_caches_are_named(tmp_path):
@@ -248,10 +274,10 @@ def test_frames_of_two_sizes_are_both_named(tmp_path):
 
 
 def test_real_samples_are_whole_and_without_cuts(shared_data, tmp_path):
-  opened = _open(shared_data / "video", tmp_path, max_side=64)
-  sizes = {v.name: len(v) for v in opened}
-  assert sizes == {"bigbuckbunny": 132, "carphone_pristine": 120, "vtest": 341}
-  assert len(video.SequencePairs(opened)) == 132 + 120 + 341 - 3
+  for name, count in (("carphone_pristine.mp4", 120), ("vtest.avi", 341)):
+    opened = _open(shared_data / "video" / name, tmp_path, max_side=64)
+    assert len(opened[0]) == count
+    assert len(video.SequencePairs(opened)) == count - 1
   davis = video.frame_folders(shared_data / "DAVIS" / "JPEGImages" / "480p")
   assert [s.name for s in davis] == ["blackswan", "car-shadow"]
   assert len(video.SequencePairs(davis)) == 49 + 39

@@ -40,6 +40,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".webp", ".bmp")
 _THUMBNAIL = 32
 # What an MP4 or MOV may begin with.
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
+# The header of an MKV or WebM, and all the rest.
+_EBML = (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67")
 _SURE_CUT = 40.0
 _CUT = 12.0
 _CUT_RATIO = 4.0
@@ -75,9 +77,10 @@ class VideoFrames:
       cache_dir: flow_io.Path | None = None,
       max_bytes: int = 16 * 2**30,
       progress: bool = True,
+      name: str | None = None,
   ):
     self.path = pathlib.Path(path)
-    self.name = self.path.stem
+    self.name = name or self.path.name
     cache = pathlib.Path(cache_dir or default_cache_dir())
     # The container is looked at each time: it is cheap, and names the fault.
     _check_container(self.path)
@@ -86,7 +89,7 @@ class VideoFrames:
         f"{self.path.resolve()}|{stamp.st_size}|{stamp.st_mtime_ns}|{max_side}"
     )
     digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
-    self._frames = cache / f"{self.name}-{digest[:16]}.npy"
+    self._frames = cache / f"{self.path.stem}-{digest[:16]}.npy"
     self._thumbnails = self._frames.with_suffix(".thumbnails.npy")
     if not (self._frames.is_file() and self._thumbnails.is_file()):
       self._decode(max_side, max_bytes, progress)
@@ -122,7 +125,7 @@ class VideoFrames:
     return pixels.reshape(self._shape[1:])
 
   def frame_id(self, index: int) -> str:
-    """Returns a name of the frame that does not depend on the folder."""
+    """Returns the video's name and the frame's number."""
     return f"{self.name}/{index:06d}"
 
   def thumbnails(self) -> Thumbnails:
@@ -204,33 +207,51 @@ def _check_container(path: pathlib.Path) -> None:
   """
   with flow_io.opened(path, "a video") as (file, size):
     head = file.read(12)
-    if head[:4] == b"\x1a\x45\xdf\xa3":
-      return
-    riff = head[:4] == b"RIFF" and head[8:] == b"AVI "
-    if not riff and head[4:8] not in _MP4_BOXES:
+    if head[:4] == b"RIFF" and head[8:] == b"AVI ":
+      part_length = _riff_length
+    elif head[:4] == _EBML[0]:
+      part_length = _ebml_length
+    elif head[4:8] in _MP4_BOXES:
+      part_length = _mp4_length
+    else:
       raise UserError(
           f"{path}: expected an MP4, MOV, AVI, MKV or WebM, came {head!r}"
       )
     at = 0
     while size - at >= 8:
       file.seek(at)
-      head = file.read(16)
-      if riff and head[:4] != b"RIFF":
-        return
-      if riff:
-        length = 8 + int.from_bytes(head[4:8], "little")
-      else:
-        length = int.from_bytes(head[:4], "big")
-        if length < 2:
-          # 0 runs to the end of the file, 1 has its length after its kind.
-          length = int.from_bytes(head[8:], "big") if length else size - at
+      length = part_length(file.read(16), size - at)
       if length < 8 or at + length > size:
         raise UserError(
             f"{path}: expected a whole video, came a cut one: its part at byte "
             f"{at} ends at {at + length}, the file at {size}"
         )
-      # A RIFF chunk of odd length has a byte of padding that it does not count.
-      at += length + (length % 2 if riff else 0)
+      at += length
+
+
+def _riff_length(head: bytes, left: int) -> int:
+  if head[:4] != b"RIFF":
+    return left
+  length = 8 + int.from_bytes(head[4:8], "little")
+  # A chunk of odd length has a byte of padding that it does not count.
+  return length + 1 if length % 2 and length < left else length
+
+
+def _mp4_length(head: bytes, left: int) -> int:
+  length = int.from_bytes(head[:4], "big")
+  if length == 1:
+    return int.from_bytes(head[8:], "big")
+  return length or left
+
+
+def _ebml_length(head: bytes, left: int) -> int:
+  if head[:4] not in _EBML:
+    return left
+  # As many zero bits as the size has bytes after its first; all ones: unknown.
+  count = 9 - head[4].bit_length()
+  largest = 2 ** (7 * count) - 1
+  length = int.from_bytes(head[4 : 4 + count], "big") & largest
+  return left if length == largest else 4 + count + length
 
 
 def _decoded(
@@ -414,19 +435,30 @@ def videos(
 ) -> list[VideoFrames]:
   """Returns the video, or all videos in a folder; `max_bytes` is for them all."""
   path = pathlib.Path(path)
-  files = [path]
+  files, root = [path], path.parent
   if path.is_dir():
-    found = [f for f in path.rglob("*") if f.suffix.lower() in VIDEO_SUFFIXES]
+    root = path
+    found = (f for f in path.rglob("[!.]*") if f.is_file())
+    found = (f for f in found if f.suffix.lower() in VIDEO_SUFFIXES)
     files = sorted(found, key=_natural)
   if not files:
     raise UserError(
         f"{path}: expected videos ({', '.join(VIDEO_SUFFIXES)}), came none"
     )
+  faults = []
+  for file in files:
+    try:
+      _check_container(file)
+    except UserError as error:
+      faults.extend(error.messages)
+  if faults:
+    raise UserError(*faults)
   sequences = []
   for file in files:
     sequences.append(
         VideoFrames(
             file,
+            name=file.relative_to(root).as_posix(),
             max_side=max_side,
             cache_dir=cache_dir,
             max_bytes=max_bytes,
