@@ -345,7 +345,7 @@ def scene_layers(
       rotation=rng.uniform(-0.04, 0.04),
       log_zoom=rng.uniform(-0.04, 0.04),
       color=rng.uniform(0.3, 0.7, 3),
-      **_waves(rng, 24, (8, 36), 0.1, 0.6),
+      **_waves(rng, 24, (8.0, 36.0), 0.1, 0.6),
   )
   radius = rng.uniform(23, 28)
   main = Layer(
@@ -366,7 +366,7 @@ def scene_layers(
       angle=rng.uniform(0, 2 * np.pi),
       offset=rng.random(2),
       bend=tuple(rng.uniform(0, 2 * np.pi, 2)),
-      **_waves(rng, 12, (6, 14), 0.04, 1.0),
+      **_waves(rng, 12, (6.0, 14.0), 0.04, 1.0),
   )
   others = []
   for segment in range(2, 2 + rng.integers(0, 3)):
@@ -380,7 +380,7 @@ def scene_layers(
             radius=rng.uniform(5, 8),
             harmonics=_harmonics(rng, 0.12),
             color=rng.uniform(0.2, 0.8, 3),
-            **_waves(rng, 12, (6, 14), 0.12, 0.6),
+            **_waves(rng, 12, (6.0, 14.0), 0.12, 0.6),
         )
     )
   behind = int(rng.integers(0, len(others) + 1))
