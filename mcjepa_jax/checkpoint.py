@@ -121,6 +121,7 @@ def _read(step: epath.Path, item: str, handler: Any, args: Any) -> Any:
 
 def _unreadable(step: epath.Path, error: Exception) -> UserError:
   reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+  reason = reason.split(" [tensorstore_spec")[0]
   return UserError(f"checkpoint {step} cannot be read: {reason}")
 
 
@@ -150,7 +151,11 @@ def _check_architecture(
   differences = [
       f"{name} is {_describe(found.get(name))}, "
       f"expected {_describe(expected.get(name))}"
-      for name in sorted(found.keys() | expected.keys())
+      # Parameters before the optimizer's copies of them.
+      for name in sorted(
+          found.keys() | expected.keys(),
+          key=lambda name: (not name.startswith("params/"), name),
+      )
       if _describe(found.get(name)) != _describe(expected.get(name))
   ]
   if differences:
@@ -216,6 +221,9 @@ class Checkpoints:
         self._folder,
         options=ocp.CheckpointManagerOptions(
             preservation_policy=_policies.AnyPreservationPolicy(keep),
+            # Without it Orbax writes no metrics, and forgets on restart which
+            # steps were the best.
+            best_fn=goodness,
             cleanup_tmp_directories=True,
         ),
     )
@@ -251,7 +259,7 @@ class Checkpoints:
             streams=ocp.args.JsonSave(dict(streams)),
             meta=ocp.args.JsonSave({**meta, "step": step}),
         ),
-        metrics=None if metrics is None else dict(metrics),
+        metrics=dict(metrics or {}),
         # The caller decides when; Orbax would refuse a step below its newest.
         force=True,
     )

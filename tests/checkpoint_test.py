@@ -1,0 +1,297 @@
+"""What was saved comes back bit for bit, or not at all."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+import numpy as np
+import optax
+import pytest
+
+from mcjepa_jax import checkpoint
+from mcjepa_jax.errors import UserError
+
+
+class State(struct.PyTreeNode):
+  """The shape of a train state."""
+
+  step: jax.Array
+  params: dict
+  opt_state: dict
+  key: jax.Array
+
+
+STREAMS = {"motion": {"next_batch": 7, "fingerprint": {"sizes": [8, 16]}}}
+
+
+def make_state(*, width: int = 4, seed: int = 0, tx=None) -> State:
+  rng = np.random.default_rng(seed)
+  tx = tx or optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+  params = {
+      "encoder": {
+          "kernel": jnp.asarray(rng.normal(size=(8, width)), jnp.float32),
+          "scale": jnp.asarray(rng.normal(size=width), jnp.bfloat16),
+      },
+      "estimator": {"bias": jnp.full((3,), jnp.nan)},
+  }
+  opt_state = {group: tx.init(tree) for group, tree in params.items()}
+  key = jax.random.key_data(jax.random.key(seed))
+  return State(jnp.int32(2**31 - 1), params, opt_state, key)
+
+
+def shapes(state, shardings=None):
+  """What eval_shape gives, with shardings or without."""
+  shardings = shardings or jax.tree.map(lambda _: None, state)
+  return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      state,
+      shardings,
+  )
+
+
+def assert_bit_equal(state, other):
+  assert jax.tree.structure(state) == jax.tree.structure(other)
+  for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
+    assert x.dtype == y.dtype
+    assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def save(workdir, steps=(3,), *, state=None, metrics=None, **options):
+  """Writes steps that differ in nothing and returns their state."""
+  state = make_state() if state is None else state
+  with checkpoint.Checkpoints(workdir, **options) as checkpoints:
+    for step in steps:
+      assert checkpoints.save(
+          step,
+          state,
+          STREAMS,
+          {"model": {"width": 4}},
+          metrics and metrics[step],
+      )
+  return state
+
+
+def test_state_streams_and_meta_come_back_bit_for_bit(tmp_path):
+  state = save(tmp_path)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.latest_step() == 3
+    restored, streams, meta = checkpoints.restore(3, shapes(state))
+  assert_bit_equal(restored, state)
+  assert streams == STREAMS
+  assert meta == {"model": {"width": 4}, "step": 3}
+  assert checkpoint.read_meta(tmp_path) == meta
+
+
+@pytest.mark.parametrize("before, after", [(8, 1), (1, 8), (8, 2)])
+def test_a_state_moves_to_another_number_of_devices(tmp_path, before, after):
+  state = make_state()
+
+  def shardings(count):
+    mesh = jax.make_mesh(
+        (count,),
+        ("data",),
+        axis_types=(AxisType.Auto,),
+        devices=jax.devices()[:count],
+    )
+    return jax.tree.map(
+        lambda x: NamedSharding(
+            mesh, PartitionSpec(*["data"] * (x.shape[:1] == (8,)))
+        ),
+        state,
+    )
+
+  save(tmp_path, state=jax.device_put(state, shardings(before)))
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    abstract = shapes(state, shardings(after))
+    restored, _, _ = checkpoints.restore(3, abstract)
+  assert_bit_equal(restored, state)
+  kernel = restored.params["encoder"]["kernel"]
+  assert kernel.sharding == abstract.params["encoder"]["kernel"].sharding
+  assert len(kernel.sharding.device_set) == after
+
+
+def test_the_last_and_the_best_steps_stay(tmp_path):
+  losses = {1: 3.0, 2: 1.0, 3: np.nan, 4: 2.0, 5: 4.0, 6: 5.0}
+  metrics = {step: {"loss": loss} for step, loss in losses.items()}
+  save(tmp_path, range(1, 6), metrics=metrics, keep_last=1, keep_best=2)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.all_steps() == [2, 4, 5]
+  # The metrics are on disk: what was best before a restart still is.
+  save(tmp_path, [6], metrics=metrics, keep_last=2, keep_best=1)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.all_steps() == [2, 5, 6]
+
+
+def test_the_largest_metric_can_be_the_best(tmp_path):
+  metrics = {1: {"top1": 1.0}, 2: {"top1": 3.0}, 3: {}, 4: {"top1": 2.0}}
+  save(
+      tmp_path,
+      range(1, 5),
+      metrics=metrics,
+      keep_best=1,
+      metric="top1",
+      larger_is_better=True,
+  )
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.all_steps() == [2, 4]
+
+
+def test_a_step_is_written_once(tmp_path):
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.save(1, make_state(seed=0), {}, {})
+    assert not checkpoints.save(1, make_state(seed=1), {}, {})
+  restored = checkpoint.restore_params(tmp_path, shapes(make_state().params))
+  assert_bit_equal(restored, make_state(seed=0).params)
+
+
+def test_updates_in_place_do_not_reach_a_save_under_way(tmp_path):
+  state = {"params": {"a": jnp.arange(2_000_000, dtype=jnp.float32)}}
+  expected = np.array(state["params"]["a"])
+  update = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, state, {}, {})
+    for _ in range(5):
+      state = update(state)
+    checkpoints.wait_until_finished()
+    restored, _, _ = checkpoints.restore(1, shapes(state))
+  np.testing.assert_array_equal(restored["params"]["a"], expected)
+
+
+_KILLED = """
+import os, signal, sys
+import jax.numpy as jnp
+from mcjepa_jax import checkpoint
+checkpoints = checkpoint.Checkpoints(sys.argv[1], keep_last=2)
+for step, size in ((1, 10), (2, 8_000_000)):
+  params = {"a": jnp.full(size, float(step))}
+  checkpoints.save(step, {"params": params}, {"motion": step}, {})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_step_torn_by_a_kill_is_never_chosen(tmp_path):
+  process = subprocess.run(
+      [sys.executable, "-c", _KILLED, str(tmp_path)],
+      cwd=pathlib.Path(__file__).parent.parent,
+      timeout=120,
+      check=False,
+  )
+  assert process.returncode == -signal.SIGKILL
+  folder = tmp_path / "checkpoints"
+  (torn,) = [p for p in folder.iterdir() if p.name.startswith("2")]
+  assert checkpoint.read_meta(tmp_path)["step"] == 1
+  with pytest.raises(UserError, match="no complete checkpoint"):
+    checkpoint.read_meta(torn)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.latest_step() == 1
+    abstract = {"params": {"a": jax.ShapeDtypeStruct((10,), jnp.float32)}}
+    restored, streams, _ = checkpoints.restore(1, abstract)
+    assert streams == {"motion": 1}
+    assert float(restored["params"]["a"][0]) == 1.0
+    # The next attempt at the same step is not in its way.
+    assert checkpoints.save(2, restored, {"motion": 2}, {})
+  assert sorted(p.name for p in folder.iterdir() if "tmp" in p.name) == []
+  assert checkpoint.read_meta(tmp_path)["step"] == 2
+
+
+@pytest.mark.parametrize("form", ["", "checkpoints", "checkpoints/3"])
+def test_parameters_are_read_without_their_optimizer(tmp_path, form):
+  state = save(tmp_path, state=make_state(tx=optax.sgd(0.1, momentum=0.9)))
+  params = checkpoint.restore_params(tmp_path / form, shapes(state.params))
+  assert_bit_equal(params, state.params)
+  encoder = {"encoder": shapes(state.params)["encoder"]}
+  part = checkpoint.restore_params(tmp_path / form, encoder)
+  assert_bit_equal(part, {"encoder": state.params["encoder"]})
+
+
+def test_one_step_is_read_by_its_path(tmp_path):
+  save(tmp_path, [3, 12], keep_last=2)
+  assert checkpoint.read_meta(tmp_path)["step"] == 12
+  path = tmp_path / "checkpoints" / "3"
+  assert checkpoint.read_meta(path)["step"] == 3
+  relative = os.path.relpath(path)
+  assert checkpoint.read_meta(relative)["step"] == 3
+
+
+def test_another_architecture_is_named_by_its_first_parameters(tmp_path):
+  save(tmp_path)
+  other = shapes(make_state(width=5))
+  other.params["estimator"]["extra"] = other.params["estimator"].pop("bias")
+  with pytest.raises(UserError) as caught:
+    checkpoint.restore_params(tmp_path, other.params)
+  (message,) = caught.value.messages
+  assert "params/encoder/kernel is float32[8, 4], expected float32[8, 5]" in (
+      message
+  )
+  assert "params/encoder/scale is bfloat16[4], expected bfloat16[5]" in message
+  assert "params/estimator/bias is float32[3], expected nothing" in message
+  assert "params/estimator/extra is nothing, expected float32[3]" in message
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    with pytest.raises(
+        UserError, match=r"kernel is float32\[8, 4\], .* and 4 more$"
+    ):
+      checkpoints.restore(3, other)
+  missing = {"encoder": shapes(make_state().params)["encoder"]}
+  del missing["encoder"]["scale"]
+  with pytest.raises(UserError, match="encoder/scale is .* expected nothing"):
+    checkpoint.restore_params(tmp_path, missing)
+
+
+def test_another_optimizer_is_refused_on_resuming(tmp_path):
+  save(tmp_path, state=make_state(tx=optax.sgd(0.1, momentum=0.9)))
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    with pytest.raises(UserError, match="opt_state/encoder"):
+      checkpoints.restore(3, shapes(make_state()))
+
+
+def test_a_path_without_a_checkpoint_is_named(tmp_path):
+  with pytest.raises(UserError, match="nowhere does not exist"):
+    checkpoint.read_meta(tmp_path / "nowhere")
+  (tmp_path / "file").write_text("no checkpoint")
+  for path in (tmp_path, tmp_path / "file"):
+    with pytest.raises(UserError, match=f"{path} holds no complete checkpoint"):
+      checkpoint.read_meta(path)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.latest_step() is None
+    with pytest.raises(UserError, match="checkpoints/5 does not exist"):
+      checkpoints.restore(5, {})
+
+
+# Reads of other arrays may still end after Orbax has raised.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("file", ["_METADATA", "manifest.ocdbt"])
+@pytest.mark.parametrize("fault", ["cut", "gone"])
+def test_a_damaged_checkpoint_is_named(tmp_path, file, fault):
+  state = save(tmp_path)
+  path = tmp_path / "checkpoints" / "3" / "state" / file
+  if fault == "cut":
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  else:
+    path.unlink()
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    with pytest.raises(UserError, match="checkpoints/3 "):
+      checkpoints.restore(3, shapes(state))
+  with pytest.raises(UserError, match="checkpoints/3 "):
+    checkpoint.restore_params(tmp_path, shapes(state.params))
+
+
+def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
+  (tmp_path / "file").write_text("in the way")
+  workdir = tmp_path / "file" / "run"
+  with pytest.raises(UserError, match=f"{workdir} cannot be written: Not a"):
+    checkpoint.Checkpoints(workdir)
+
+
+def test_a_save_that_fails_in_the_background_surfaces(tmp_path):
+  checkpoints = checkpoint.Checkpoints(tmp_path)
+  checkpoints.save(1, make_state(), {"motion": {1, 2}}, {})
+  with pytest.raises(TypeError, match="not JSON serializable"):
+    checkpoints.close()
+  with pytest.raises(UserError, match="no complete checkpoint"):
+    checkpoint.read_meta(tmp_path)
