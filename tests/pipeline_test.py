@@ -251,7 +251,7 @@ def test_what_no_stream_can_have_is_refused_at_once():
   assert [m.split('"a" ')[-1] for m in caught.value.messages] == [
       "is named twice",
       "is empty",
-      "must be positive, got 0.0",
+      "needs a positive weight, got 0.0",
       "batch size of the motion stream must be a positive multiple of the "
       "number of hosts, 2, got 3",
   ]

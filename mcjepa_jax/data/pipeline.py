@@ -59,21 +59,37 @@ def _random(seed: int, place: tuple[int, ...]) -> np.random.SeedSequence:
   return np.random.SeedSequence(seed, spawn_key=place)
 
 
-class _Records:
-  """The images of a data set and their record's name, without its labels."""
+@dataclasses.dataclass(frozen=True)
+class _Source:
+  """The images of a data set with their record's name, without its labels."""
 
-  def __init__(self, name: str, dataset: Any, keys: Sequence[str]):
-    self._name = name
-    self._dataset = dataset
-    self._keys = keys
+  name: str
+  dataset: Any
+  weight: float
+  keys: tuple[str, ...]
+  transform: functools.partial
 
   def __len__(self) -> int:
-    return len(self._dataset)
+    return len(self.dataset)
 
   def __getitem__(self, index: int) -> tuple[str, list[np.ndarray]]:
-    element = self._dataset[index]
-    record = f"{self._name}/{self._dataset.record_id(index)}"
-    return record, [element[key] for key in self._keys]
+    element = self.dataset[index]
+    return self.record(index), [element[key] for key in self.keys]
+
+  def record(self, index: int) -> str:
+    return f"{self.name}/{self.dataset.record_id(index)}"
+
+  def fingerprint(self) -> dict[str, Any]:
+    return {
+        "name": self.name,
+        "weight": self.weight,
+        "length": len(self),
+        "ends": [self.record(0), self.record(len(self) - 1)],
+    } | {
+        # As JSON gives it back.
+        k: list(v) if isinstance(v, tuple) else v
+        for k, v in self.transform.keywords.items()
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,10 +119,9 @@ def _stack(
 
 
 def _batches(
-    records: _Records,
-    transform: Callable[..., np.ndarray],
-    *,
+    source: _Source,
     key: str,
+    *,
     seed: int,
     place: tuple[int, int],
     batch_size: int,
@@ -118,12 +133,12 @@ def _batches(
   # seed 0 would be epoch 0 of seed 1.
   shuffle_seed = int(_random(seed, place).generate_state(1)[0])
   return (
-      grain.MapDataset.source(records)
+      grain.MapDataset.source(source)
       .shuffle(seed=shuffle_seed)
       .repeat()
       # After repeat, so that the index, and with it the crop, is new in each
       # epoch.
-      .map_with_index(_Geometry(transform, seed, place))
+      .map_with_index(_Geometry(source.transform, seed, place))
       .batch(
           batch_size // host_count,
           # Grain's length of the other kind overflows at one row.
@@ -284,41 +299,68 @@ class Stream(Iterator):
 
 
 def _check(
-    stream: str,
-    sources: Sequence[tuple[str, Any, float]],
-    *,
-    batch_size: int,
-    host_count: int,
+    kind: str, sources: Sequence[_Source], *, batch_size: int, host_count: int
 ) -> None:
-  """Raises UserError for what no stream of (name, dataset, weight) can have."""
+  """Raises UserError for all that no stream can have."""
   faults = []
   if not sources:
-    faults.append(f"the {stream} stream needs at least one source, got none")
-  names = [name for name, _, _ in sources]
-  for name, dataset, weight in sources:
-    if names.count(name) > 1:
-      faults.append(f'{stream} source "{name}" is named twice')
-    if not len(dataset):
-      faults.append(f'{stream} source "{name}" is empty')
-    if weight <= 0:
-      faults.append(
-          f'weight of {stream} source "{name}" must be positive, got {weight}'
-      )
+    faults.append(f"the {kind} stream needs at least one source, got none")
+  names = [source.name for source in sources]
+  for source in sources:
+    who = f'{kind} source "{source.name}"'
+    if names.count(source.name) > 1:
+      faults.append(f"{who} is named twice")
+    if not len(source):
+      faults.append(f"{who} is empty")
+    if source.weight <= 0:
+      faults.append(f"{who} needs a positive weight, got {source.weight}")
   if batch_size < 1 or batch_size % host_count:
     faults.append(
-        f"batch size of the {stream} stream must be a positive multiple of the "
+        f"batch size of the {kind} stream must be a positive multiple of the "
         f"number of hosts, {host_count}, got {batch_size}"
     )
   if faults:
     raise UserError(*dict.fromkeys(faults))
 
 
-def _fingerprint(name: str, dataset: Any, **geometry: Any) -> dict[str, Any]:
-  records = [dataset.record_id(0), dataset.record_id(len(dataset) - 1)]
-  geometry = {
-      k: list(v) if isinstance(v, tuple) else v for k, v in geometry.items()
-  }
-  return {"name": name, "length": len(dataset), "ends": records} | geometry
+def _stream(
+    kind: str,
+    key: str,
+    sources: Sequence[_Source],
+    *,
+    batch_size: int,
+    seed: int,
+    start: int,
+    num_workers: int,
+    prefetch: int,
+    host_index: int,
+    host_count: int,
+) -> Stream:
+  _check(kind, sources, batch_size=batch_size, host_count=host_count)
+  parts = [
+      _batches(
+          source,
+          key,
+          seed=seed,
+          place=(_STREAM[kind], number),
+          batch_size=batch_size,
+          host_index=host_index,
+          host_count=host_count,
+      )
+      for number, source in enumerate(sources)
+  ]
+  return Stream(
+      grain.MapDataset.mix(parts, [source.weight for source in sources]),
+      {
+          "stream": kind,
+          "seed": seed,
+          "batch_size": batch_size,
+          "sources": [source.fingerprint() for source in sources],
+      },
+      start=start,
+      num_workers=num_workers,
+      prefetch=prefetch,
+  )
 
 
 def motion_stream(
@@ -337,16 +379,13 @@ def motion_stream(
   Each batch is of one source, the same on every host; sources take turns in the
   proportion of their weights.
   """
-  _check(
-      "motion",
-      [(s.name, s.dataset, s.weight) for s in sources],
-      batch_size=batch_size,
-      host_count=host_count,
-  )
-  parts = [
-      _batches(
-          _Records(source.name, source.dataset, ("frame_1", "frame_2")),
-          functools.partial(
+  cut = [
+      _Source(
+          name=source.name,
+          dataset=source.dataset,
+          weight=source.weight,
+          keys=("frame_1", "frame_2"),
+          transform=functools.partial(
               transforms.pair_frames,
               size=source.size,
               mode=source.mode,
@@ -354,33 +393,20 @@ def motion_stream(
               flip=source.flip,
               swap=source.swap,
           ),
-          key="frames",
-          seed=seed,
-          place=(_STREAM["motion"], number),
-          batch_size=batch_size,
-          host_index=host_index,
-          host_count=host_count,
       )
-      for number, source in enumerate(sources)
-  ]
-  described = [
-      {
-          f.name: getattr(source, f.name)
-          for f in dataclasses.fields(MotionSource)
-      }
       for source in sources
   ]
-  return Stream(
-      grain.MapDataset.mix(parts, [source.weight for source in sources]),
-      {
-          "stream": "motion",
-          "seed": seed,
-          "batch_size": batch_size,
-          "sources": [_fingerprint(**fields) for fields in described],
-      },
+  return _stream(
+      "motion",
+      "frames",
+      cut,
+      batch_size=batch_size,
+      seed=seed,
       start=start,
       num_workers=num_workers,
       prefetch=prefetch,
+      host_index=host_index,
+      host_count=host_count,
   )
 
 
@@ -404,31 +430,18 @@ def content_stream(
 
   Each image gives two random resized crops of size x size.
   """
-  _check(
-      "content",
-      [(name, dataset, 1.0)],
-      batch_size=batch_size,
-      host_count=host_count,
+  cut = functools.partial(
+      transforms.two_views, size=size, scale=scale, ratio=ratio, flip=flip
   )
-  geometry = {"size": size, "scale": scale, "ratio": ratio, "flip": flip}
-  return Stream(
-      _batches(
-          _Records(name, dataset, ("image",)),
-          functools.partial(transforms.two_views, **geometry),
-          key="views",
-          seed=seed,
-          place=(_STREAM["content"], 0),
-          batch_size=batch_size,
-          host_index=host_index,
-          host_count=host_count,
-      ),
-      {
-          "stream": "content",
-          "seed": seed,
-          "batch_size": batch_size,
-          "sources": [_fingerprint(name, dataset, **geometry)],
-      },
+  return _stream(
+      "content",
+      "views",
+      [_Source(name, dataset, 1.0, ("image",), cut)],
+      batch_size=batch_size,
+      seed=seed,
       start=start,
       num_workers=num_workers,
       prefetch=prefetch,
+      host_index=host_index,
+      host_count=host_count,
   )
