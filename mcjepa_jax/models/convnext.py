@@ -6,6 +6,7 @@ Parameters are float32; `dtype` is what the layers compute in.
 """
 
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -34,6 +35,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 _INIT = nn.initializers.normal(0.02)
 
 _DEPTHWISE_FORM = {"cpu": "shifts", "gpu": "grouped", "tpu": "grouped"}
+# The largest map, in positions, for which "toeplitz" is the faster form.
+_TOEPLITZ_POSITIONS = {"cpu": 64, "gpu": 0, "tpu": 0}
 
 
 def depthwise_conv(
@@ -42,12 +45,15 @@ def depthwise_conv(
     *,
     form: str | None = None,
 ) -> Float[Array, "n h w c"]:
-  """The cross-correlation of each channel with its own kernel, zero-padded."""
-  form = form or _DEPTHWISE_FORM[jax.default_backend()]
-  return {"grouped": _grouped, "shifts": _shifts}[form](x, kernel)
+  """Each channel correlated with its own odd-sized kernel, zero-padded."""
+  if form is None:
+    backend = jax.default_backend()
+    small = x.shape[1] * x.shape[2] <= _TOEPLITZ_POSITIONS[backend]
+    form = "toeplitz" if small else _DEPTHWISE_FORM[backend]
+  return _DEPTHWISE[form](x, kernel)
 
 
-def _grouped(x, kernel):
+def _depthwise_grouped(x, kernel):
   return lax.conv_general_dilated(
       x,
       kernel,
@@ -58,7 +64,35 @@ def _grouped(x, kernel):
   )
 
 
-def _shifts(x, kernel):
+def _taps(window: int, outputs: int, taps: int) -> np.ndarray:
+  """[window, outputs, taps], 1 where an output reads a place by a tap.
+
+  The window is as long as the outputs (the rest is zero padding), or longer by
+  taps - 1.
+  """
+  first = (outputs + taps - 1 - window) // 2
+  offset = np.arange(window)[:, None] - np.arange(outputs) + first
+  return (offset[..., None] == np.arange(taps)).astype(np.float32)
+
+
+def _toeplitz(kernel, window, outputs):
+  """[c, window positions, output positions]: the convolution as a matrix."""
+  kh, kw, _, c = kernel.shape
+  rows, columns = map(_taps, window, outputs, (kh, kw))
+  matrix = jnp.einsum("xwj,ijc->cixw", columns, kernel[:, :, 0])
+  matrix = jnp.einsum("yhi,cixw->cyxhw", rows, matrix)
+  return matrix.reshape(c, math.prod(window), math.prod(outputs))
+
+
+def _depthwise_toeplitz(x, kernel):
+  n, h, w, c = x.shape
+  matrix = _toeplitz(kernel, (h, w), (h, w))
+  y = x.reshape(n, h * w, c).transpose(2, 0, 1) @ matrix
+  return y.transpose(1, 2, 0).reshape(x.shape)
+
+
+@jax.custom_vjp
+def _depthwise_shifts(x, kernel):
   kh, kw = kernel.shape[:2]
   h, w = x.shape[1:3]
   padding = ((0, 0), (kh // 2, kh // 2), (kw // 2, kw // 2), (0, 0))
@@ -69,6 +103,65 @@ def _shifts(x, kernel):
       for j in range(kw)
   )
   return functools.reduce(jnp.add, terms)
+
+
+def _depthwise_shifts_forward(x, kernel):
+  return _depthwise_shifts(x, kernel), (x, kernel)
+
+
+def _depthwise_shifts_backward(residuals, dy):
+  x, kernel = residuals
+  return (
+      _depthwise_shifts(dy, kernel[::-1, ::-1]),
+      _depthwise_kernel_gradient(x, dy, kernel),
+  )
+
+
+_depthwise_shifts.defvjp(_depthwise_shifts_forward, _depthwise_shifts_backward)
+
+
+def _depthwise_kernel_gradient(x, dy, kernel, *, tile=8):
+  """The gradient by the Toeplitz matrix of a tile, summed over tiles.
+
+  A matrix product per channel over all tiles does about four times the sums
+  that are needed, and is still faster than 49 reductions over the map.
+  """
+  n, h, w, c = x.shape
+  kh, kw = kernel.shape[:2]
+  if max(kh, kw) > tile + 1:
+    raise ValueError(f"kernels of up to {tile + 1} taps, got {kh}x{kw}")
+  a, b = -(-h // tile), -(-w // tile)
+  bottom, right = a * tile - h, b * tile - w
+  dy = jnp.pad(dy, ((0, 0), (0, bottom), (0, right), (0, 0)))
+  dy = dy.reshape(n, a, tile, b, tile, c).transpose(5, 0, 1, 3, 2, 4)
+  top, left = kh // 2, kw // 2
+  padding = ((top, tile - top + bottom), (left, tile - left + right))
+  x = jnp.pad(x, ((0, 0), *padding, (0, 0))).transpose(3, 0, 1, 2)
+  # A window is a tile and the first taps - 1 of the next one.
+  x = x.reshape(c, n, a + 1, tile, -1)
+  x = jnp.concatenate([x[:, :, :-1], x[:, :, 1:, : kh - 1]], axis=3)
+  x = x.reshape(c, n, a, -1, b + 1, tile)
+  x = jnp.concatenate([x[..., :-1, :], x[..., 1:, : kw - 1]], axis=5)
+  x = x.transpose(0, 1, 2, 4, 3, 5)
+  gram = jnp.einsum(
+      "cmp,cmq->cpq",
+      x.reshape(c, n * a * b, -1),
+      dy.reshape(c, n * a * b, -1),
+  )
+  matrix = functools.partial(
+      _toeplitz,
+      window=(tile + kh - 1, tile + kw - 1),
+      outputs=(tile, tile),
+  )
+  (gradient,) = jax.linear_transpose(matrix, kernel)(gram)
+  return gradient
+
+
+_DEPTHWISE = {
+    "grouped": _depthwise_grouped,
+    "shifts": _depthwise_shifts,
+    "toeplitz": _depthwise_toeplitz,
+}
 
 
 class Conv(nn.Module):
@@ -112,7 +205,9 @@ class DepthwiseConv(nn.Module):
 
 
 def _gelu(x):
-  return nn.gelu(x, approximate=False)
+  # Exact, as nn.gelu's erfc form is, whose gradient is four times slower on
+  # CPU (29 ms against 7 for 5.2M values).
+  return 0.5 * x * (1 + lax.erf(x * math.sqrt(0.5)))
 
 
 class Mlp(nn.Module):
@@ -124,8 +219,10 @@ class Mlp(nn.Module):
   def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
     dense = functools.partial(nn.Dense, kernel_init=_INIT, dtype=self.dtype)
     c = x.shape[-1]
-    x = dense(4 * c, name="fc1")(x)
-    return dense(c, name="fc2")(_gelu(x))
+    # Flat: of four axes, XLA on CPU copies a transpose of the gradient for the
+    # kernel's own gradient (28 ms against 8 for 32 -> 128 at 40,960 places).
+    y = _gelu(dense(4 * c, name="fc1")(x.reshape(-1, c)))
+    return dense(c, name="fc2")(y).reshape(x.shape)
 
 
 class Block(nn.Module):
