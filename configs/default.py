@@ -66,7 +66,7 @@ def get_config() -> ConfigDict:
   config.motion = motion = ConfigDict()
   motion.batch_size = 8  # pairs a step
   motion.size = (384, 832)  # h, w; multiples of 32
-  motion.sources = (("sintel", 1.0),)  # (name, weight): whole batches are mixed
+  motion.sources = (("sintel_clean", 1.0),)  # (name, weight): whole batches are mixed
   motion.geometry = "crop"  # "crop", or "resize" for whole frames
   motion.downscale = (1.0, 1.0)  # range of the factor applied before the crop
   motion.gaps = (1, 1)  # range of frames between the two of a pair, in videos

@@ -79,7 +79,7 @@ def to_uint8(image: Shaped[np.ndarray, "*n"]) -> UInt8[np.ndarray, "*n"]:
   return np.round(255 * np.clip(image.astype(float), 0, 1)).astype(np.uint8)
 
 
-def _warp(
+def warp(
     image: Shaped[np.ndarray, "h w 3"], flow: Shaped[np.ndarray, "h w 2"]
 ) -> Float[np.ndarray, "h w 3"]:
   """Returns image(p + flow(p)), bilinear, black outside the image."""
@@ -130,7 +130,7 @@ def flow_panel(
   known = np.isfinite(length) & (length < _UNKNOWN_FLOW)
   max_flow = float(length.max(initial=0, where=known)) or 1.0
   frame_1, frame_2 = to_uint8(frame_1), to_uint8(frame_2)
-  warped = np.round(_warp(frame_2, flow)).astype(np.uint8)
+  warped = np.round(warp(frame_2, flow)).astype(np.uint8)
   tiles = {
       "frame 1": frame_1,
       "frame 2": frame_2,

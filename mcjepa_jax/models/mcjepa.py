@@ -99,7 +99,11 @@ def build(
 ) -> MCJEPA:
   """The model that a config's `model` part describes."""
   dtype = jnp.dtype(dtype)
-  encoder = dict(encoder)
+  # What a checkpoint says of its model comes as JSON, which has no tuples.
+  encoder, expander, estimator = (
+      {k: tuple(v) if isinstance(v, list) else v for k, v in part.items()}
+      for part in (encoder, expander, estimator)
+  )
   encoder["layer_scale"] = encoder.get("layer_scale") or None
   backbone = convnext.ConvNeXt(**encoder, dtype=dtype)
   return MCJEPA(

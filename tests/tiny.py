@@ -1,0 +1,82 @@
+"""A config so small that its step compiles in seconds, and its parts."""
+
+import functools
+
+import jax
+import numpy as np
+
+from configs import default, quickstart
+from mcjepa_jax import assembly, sharding, step as steps
+
+
+def config(module=quickstart, **changes) -> default.ConfigDict:
+  """A config of a module shrunk to 32x32 images and three narrow stages.
+
+  Changes are `motion__weight=2.0` for `motion.weight`.
+  """
+  result = module.get_config()
+  with result.unlocked():
+    result.model.encoder.update(depths=(1, 1, 1), dims=(8, 8, 16))
+    result.model.expander.widths = (16, 16, 16)
+    result.model.estimator.update(
+        factor=0.07,
+        projection=8,
+        radius=2,
+        channels=(128, 64),
+        finest_stride=8,
+        context=False,
+    )
+    result.model.dtype = "float32"
+  result.motion.size = (32, 32)
+  result.motion.batch_size = 4
+  result.motion.sources = (("synthetic", 1.0),)
+  result.motion.occlusion_start = 0
+  # Two estimated levels, 16 and 8; one stride a term: compiling is what costs.
+  for kind, weights in result.motion.terms.items():
+    stride = 1 if kind in ("reconstruction", "smoothness") else 8
+    weights.update({f"stride_{s}": 0.0 for s in (1, 2, 4, 8, 16, 32)})
+    weights[f"stride_{stride}"] = 0.5
+  if not result.motion.photometric.census:
+    result.motion.photometric.update(l1=0.15, ssim=0.85)
+  result.content.batch_size = 4
+  result.content.size = 32
+  result.content.source = "synthetic"
+  result.num_steps = 4
+  result.workers = 0
+  result.panel_every = 0
+  result.evals = ()
+  for group in (result.optimizer.encoder, result.optimizer.estimator):
+    group.warmup_steps = 0
+  for key, value in changes.items():
+    *parents, name = key.split("__")
+    part = result
+    for parent in parents:
+      part = part[parent]
+    part[name] = value
+  return result
+
+
+@functools.cache
+def batch(pairs: int = 4, images: int = 4) -> dict[str, np.ndarray]:
+  """A fixed batch of both tasks, of the procedural set."""
+  streams = assembly.streams(
+      config(motion__batch_size=pairs, content__batch_size=images)
+  )
+  return streams["motion"][0][0] | streams["content"][0][0]
+
+
+def state_and_step(cfg, kind, *, devices=1, min_mib=4.0):
+  """A new state over a mesh, the jitted step of a kind, and the mesh."""
+  mesh = sharding.make_mesh(devices)
+  model, optimizers = assembly.model(cfg), assembly.optimizers(cfg)
+  abstract = steps.abstract_state(
+      model, optimizers, mesh, min_bytes=int(min_mib * 2**20)
+  )
+  state = jax.jit(
+      lambda: steps.init_state(model, optimizers, cfg.seed),
+      out_shardings=jax.tree.map(lambda x: x.sharding, abstract),
+  )()
+  function = steps.make_train_step(
+      model, optimizers, assembly.recipe(cfg), kind
+  )
+  return state, steps.jit_train_step(function, abstract, mesh), mesh

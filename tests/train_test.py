@@ -1,0 +1,239 @@
+"""The command as a user has it: trains, is killed, resumes bit for bit."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_STEPS = 9
+_CONFIG = f"""
+from configs import quickstart
+from tests import tiny
+
+def get_config():
+  config = tiny.config(quickstart, num_steps={_STEPS}, workers=1, save_every=4,
+                       keep_last=9, log_every=1, log_records=True,
+                       model__encoder__drop_path=0.5, motion__jitter__p=0.5)
+  return config.lock()
+"""
+
+
+@pytest.fixture(scope="module")
+def config_path(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("run") / "configs"
+  folder.mkdir()
+  path = folder / "tiny_run.py"
+  path.write_text(_CONFIG)
+  return path
+
+
+def _command(config_path, workdir, *overrides):
+  return [
+      sys.executable, "-m", "mcjepa_jax.main", f"--config={config_path}",
+      f"--workdir={workdir}", *overrides,
+  ]  # fmt: skip
+
+
+def _environment():
+  return os.environ | {
+      "JAX_PLATFORMS": "cpu",
+      "XLA_FLAGS": "",
+      "PYTHONPATH": str(_ROOT),
+  }
+
+
+def _run(config_path, workdir, *overrides):
+  run = subprocess.run(
+      _command(config_path, workdir, *overrides),
+      env=_environment(),
+      cwd=_ROOT,
+      capture_output=True,
+      text=True,
+  )
+  assert run.returncode == 0, run.stderr[-3000:]
+  return run
+
+
+def _lines(path):
+  if not path.exists():
+    return []
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _killed(config_path, workdir, *, after):
+  """Ends a run by SIGKILL once the records of step `after` are written."""
+  process = subprocess.Popen(
+      _command(config_path, workdir),
+      env=_environment(),
+      cwd=_ROOT,
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.DEVNULL,
+  )
+  deadline = time.monotonic() + 300
+  while time.monotonic() < deadline:
+    steps = [line["step"] for line in _lines_so_far(workdir / "records.jsonl")]
+    saved = (workdir / "checkpoints" / "4").is_dir()
+    if saved and steps and steps[-1] >= after:
+      break
+    assert process.poll() is None, "the run ended before it could be killed"
+    time.sleep(0.005)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+
+
+def _lines_so_far(path):
+  text = path.read_text() if path.exists() else ""
+  return [json.loads(x) for x in text.split("\n")[:-1]]
+
+
+def _state(workdir, step):
+  folder = workdir / "checkpoints" / str(step)
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    state = checkpointer.restore(folder / "state")
+  with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+    streams = checkpointer.restore(
+        folder / "streams", args=ocp.args.JsonRestore()
+    )
+  return state, streams
+
+
+def _flat(tree, prefix=""):
+  if isinstance(tree, dict):
+    return {
+        k: v
+        for key, value in tree.items()
+        for k, v in _flat(value, f"{prefix}/{key}").items()
+    }
+  if isinstance(tree, (list, tuple)):
+    return _flat(dict(enumerate(tree)), prefix)
+  return {} if tree is None else {prefix: np.asarray(tree)}
+
+
+def _differences(a, b):
+  a, b = _flat(a), _flat(b)
+  assert a.keys() == b.keys()
+  return [key for key in a if not np.array_equal(a[key], b[key])]
+
+
+@pytest.fixture(scope="module")
+def whole(config_path, tmp_path_factory):
+  """The workdir of a run that nothing interrupted."""
+  workdir = tmp_path_factory.mktemp("whole")
+  _run(config_path, workdir)
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def resumed(config_path, tmp_path_factory):
+  """The workdir of a run killed between two saves and started again."""
+  workdir = tmp_path_factory.mktemp("resumed")
+  _killed(config_path, workdir, after=5)
+  run = _run(config_path, workdir)
+  assert "Resumed at step 4 of 9" in run.stdout
+  return workdir
+
+
+def test_a_killed_and_resumed_run_equals_the_uninterrupted_bit_for_bit(
+    whole, resumed
+):
+  state, streams = _state(whole, _STEPS)
+  other_state, other_streams = _state(resumed, _STEPS)
+  assert not _differences(state, other_state)
+  assert streams == other_streams
+  assert set(_flat(state)) >= {"/step", "/key"}
+
+
+def test_a_resumed_run_reads_the_same_records_at_every_step(whole, resumed):
+  records = _lines(whole / "records.jsonl")
+  assert [line["step"] for line in records] == list(range(_STEPS))
+  assert records == _lines(resumed / "records.jsonl")
+
+
+def test_the_logs_of_a_resumed_run_are_those_of_the_uninterrupted(
+    whole, resumed
+):
+  losses = [
+      [(line["step"], line["loss"]) for line in _lines(w / "metrics.jsonl")]
+      for w in (whole, resumed)
+  ]
+  assert losses[0] == losses[1]
+  assert [step for step, _ in losses[0]] == list(range(_STEPS))
+
+
+def test_without_the_iterators_a_resumed_run_differs(
+    config_path, whole, tmp_path
+):
+  import shutil
+
+  workdir = tmp_path / "control"
+  shutil.copytree(whole, workdir)
+  for step in (8, _STEPS):
+    shutil.rmtree(workdir / "checkpoints" / str(step))
+  (workdir / "results.json").unlink()
+  # All is restored but the place in the streams.
+  streams = workdir / "checkpoints" / "4" / "streams" / "metadata"
+  content = json.loads(streams.read_text())
+  for task in content:
+    assert content[task]["next_batch"] == 4
+    content[task]["next_batch"] = 0
+  streams.write_text(json.dumps(content))
+  _run(config_path, workdir)
+  assert _differences(_state(whole, _STEPS)[0], _state(workdir, _STEPS)[0])
+
+
+def test_a_finished_run_says_so_and_trains_nothing(config_path, whole):
+  before = (whole / "metrics.jsonl").read_text()
+  run = _run(config_path, whole)
+  assert "Finished at step 9" in run.stdout
+  assert (whole / "metrics.jsonl").read_text() == before
+
+
+def test_the_parts_of_the_wall_clock_add_up(whole):
+  line = _lines(whole / "metrics.jsonl")[-1]
+  parts = {k: v for k, v in line.items() if k.startswith("seconds/")}
+  total = parts.pop("seconds/total")
+  assert abs(sum(parts.values()) - total) < 0.01
+  assert {"seconds/compile", "seconds/step", "seconds/input"} <= set(parts)
+
+
+def test_a_workdir_of_another_config_is_refused(config_path, whole):
+  run = subprocess.run(
+      _command(config_path, whole, "--config.content.batch_size=8"),
+      env=_environment(),
+      cwd=_ROOT,
+      capture_output=True,
+      text=True,
+  )
+  assert run.returncode == 2
+  assert "error: content.batch_size: the run in" in run.stderr
+  assert "has 4, this config 8" in run.stderr
+
+
+def test_sigterm_saves_and_the_code_is_75(config_path, tmp_path):
+  workdir = tmp_path / "term"
+  process = subprocess.Popen(
+      _command(config_path, workdir, "--config.num_steps=100000"),
+      env=_environment(),
+      cwd=_ROOT,
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.PIPE,
+      text=True,
+  )
+  deadline = time.monotonic() + 300
+  while not _lines_so_far(workdir / "records.jsonl"):
+    assert time.monotonic() < deadline and process.poll() is None
+    time.sleep(0.05)
+  process.send_signal(signal.SIGTERM)
+  _, stderr = process.communicate()
+  assert process.returncode == 75
+  assert "SIGTERM: saved at step" in stderr
+  step = int(stderr.rsplit("saved at step ", 1)[1].split()[0])
+  assert (workdir / "checkpoints" / str(step)).is_dir()

@@ -1,0 +1,59 @@
+import pytest
+
+from configs import mcjepa_convnext_tiny, quickstart
+from mcjepa_jax import validation
+from tests import tiny
+
+
+@pytest.mark.parametrize("module", [quickstart, mcjepa_convnext_tiny])
+def test_the_configs_as_they_are_have_no_fault(module):
+  assert validation.faults(module.get_config(), devices=1) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(mode="both"), "mode: expected one of combined"),
+        (dict(num_steps=0), "num_steps: expected a positive number, got 0"),
+        (dict(motion__size=(30, 32)), "motion.size: expected .* of 16"),
+        (dict(content__size=40), "content.size: expected a multiple of 16"),
+        (dict(model__estimator__finest_stride=3), "finest_stride.*got 3"),
+        (dict(motion__smoothness__order=3), "smoothness.order.*1 or 2"),
+        (
+            dict(motion__terms__cycle__stride_32=1.0),
+            "terms.cycle.stride_32.*strides are",
+        ),
+        (
+            dict(motion__terms__cycle__stride_4=-1.0),
+            "terms.cycle.stride_4: expected 0 or more",
+        ),
+        (dict(accumulate=3), "batch_size: expected a multiple of accumulate"),
+    ],
+)
+def test_a_fault_names_the_key_what_was_expected_and_what_came(changes, words):
+  import re
+
+  faults = validation.faults(tiny.config(**changes), devices=1)
+  assert any(re.search(words, fault) for fault in faults), faults
+
+
+def test_all_faults_are_found_at_once():
+  faults = validation.faults(
+      tiny.config(mode="x", num_steps=0, motion__batch_size=0), devices=1
+  )
+  assert len(faults) == 3
+
+
+def test_eight_pairs_fill_sixteen_devices_and_three_do_not_divide_four():
+  assert not validation.faults(
+      tiny.config(motion__batch_size=8, content__batch_size=8), devices=16
+  )
+  faults = validation.faults(tiny.config(motion__batch_size=3), devices=4)
+  assert faults == [
+      "motion.batch_size: 3 give 6 frames a micro-batch, which 4 devices do not"
+      " divide"
+  ]
+
+
+def test_what_a_resumed_run_may_change_are_keys_of_the_config():
+  assert set(quickstart.get_config()) >= validation.OPERATIONAL
