@@ -32,19 +32,15 @@ def _flo(width, height, values):
   return b"PIEH" + struct.pack("<ii", width, height) + values
 
 
-def _png(width, height, pixels, *, layout=(16, 2, 0, 0, 0), extra=b""):
+def _png(width, height, pixels, *, layout=(16, 2, 0, 0, 0), pack=zlib.compress):
   header = struct.pack(">IIBBBBB", width, height, *layout)
-  chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(pixels)), (b"IEND", b""))
-  return (
-      b"\x89PNG\r\n\x1a\n"
-      + b"".join(
-          struct.pack(">I", len(body))
-          + kind
-          + body
-          + struct.pack(">I", zlib.crc32(kind + body))
-          for kind, body in chunks
-      )
-      + extra
+  chunks = ((b"IHDR", header), (b"IDAT", pack(pixels)), (b"IEND", b""))
+  return b"\x89PNG\r\n\x1a\n" + b"".join(
+      struct.pack(">I", len(body))
+      + kind
+      + body
+      + struct.pack(">I", zlib.crc32(kind + body))
+      for kind, body in chunks
   )
 
 
@@ -167,6 +163,8 @@ def test_kitti_flow_is_clipped_to_what_16_bits_hold(tmp_path):
         (_png(0, 1, bytes(7)), "can hold"),
         (_png(1, 2, bytes(7)), "came 7"),
         (_png(1, 1, bytes(14)), "came more"),
+        (_png(1, 1, bytes(7), pack=lambda p: zlib.compress(p)[:-1]), "7 bytes"),
+        (_png(1, 1, bytes(7), pack=lambda p: zlib.compress(p) + p), "7 bytes"),
         (_png(1, 1, bytes(7))[:-20] + bytes(20), "checksum"),
         (b"PIEH" + bytes(99), "no PNG"),
     ],
@@ -252,6 +250,13 @@ def test_images_over_the_pixel_limit_are_refused(tmp_path):
   Image.new("L", (100, 10)).save(tmp_path / "a.png")
   with pytest.raises(UserError, match="999 pixels.* came 100x10"):
     flow_io.read_image(tmp_path / "a.png", max_pixels=999)
+
+
+@pytest.mark.parametrize("kind", ["gif", "tiff"])
+def test_formats_that_no_set_uses_are_not_even_tried(tmp_path, kind):
+  Image.new("RGB", (4, 4)).save(tmp_path / f"a.{kind}")
+  with pytest.raises(UserError, match=f"a.{kind}: expected an image"):
+    flow_io.read_image(tmp_path / f"a.{kind}")
 
 
 @pytest.mark.parametrize("shape", [(2, 2), (2, 2, 3)])

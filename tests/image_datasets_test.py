@@ -1,7 +1,10 @@
 """Image sets: labels, places, and hostile .npz files."""
 
+import contextlib
 import io
+import os
 import pickle
+import struct
 import zipfile
 
 import numpy as np
@@ -51,6 +54,20 @@ def test_labels_are_the_places_of_sorted_class_folders(tmp_path):
   assert images.classes == ["n01", "n02"]
   assert [int(images[i]["label"]) for i in range(3)] == [0, 1, 1]
   assert [images[i]["image"][0, 0, 0] for i in range(3)] == [7, 8, 9]
+
+
+def test_names_are_sorted_whatever_order_the_disk_gives(tmp_path, monkeypatch):
+  for name in "cab":
+    _write(tmp_path / name / "x.png")
+  scan = os.scandir
+  monkeypatch.setattr(
+      os,
+      "scandir",
+      lambda path: contextlib.nullcontext(
+          sorted(scan(path), key=lambda entry: entry.name, reverse=True)
+      ),
+  )
+  assert image_datasets.ImageFolder(tmp_path).classes == ["a", "b", "c"]
 
 
 def test_a_flat_folder_has_no_labels(tmp_path):
@@ -120,7 +137,7 @@ def test_a_corrupt_image_of_an_npz_is_numbered(tmp_path):
         ({"classes": np.int32([0, 1])}, "array of str"),
         ({"data": np.zeros((2, 2), np.uint8)}, "one axis"),
         ({"data": np.zeros(9, np.int8)}, "uint8"),
-        ({"offsets": np.int64([0, 9, 5, 60])}, "rise from 0"),
+        ({"offsets": _arrays()["offsets"][[0, 2, 1, 3]]}, "rise from 0"),
         ({"offsets": np.int64([])}, "rise from 0"),
         ({"offsets": np.int64([-5, 9, 20, 60])}, "rise from 0"),
         ({"offsets": np.int64([0, 9, 20, 2**50])}, "rise from 0"),
@@ -140,22 +157,48 @@ def test_a_compressed_npz_is_refused_before_it_is_unpacked(tmp_path):
     image_datasets.NpzImages(tmp_path / "a.npz")
 
 
+def _npz_with(path, name, member):
+  """The archive of `_arrays` with other bytes for one member."""
+  np.savez(path, **_arrays())
+  with zipfile.ZipFile(path) as archive:
+    members = {n: archive.read(n) for n in archive.namelist()}
+  members[f"{name}.npy"] = member
+  with zipfile.ZipFile(path, "w") as archive:
+    for key, value in members.items():
+      archive.writestr(key, value)
+
+
 @pytest.mark.parametrize(
-    "header",
+    "name, descr, shape",
     [
-        {"descr": "|u1", "fortran_order": False, "shape": (2**40,)},
-        {"descr": "|u1", "fortran_order": False, "shape": (-1,)},
-        {"descr": "|V0", "fortran_order": False, "shape": (2**40,)},
+        ("data", "|u1", (2**40,)),
+        ("data", "|u1", (-1,)),
+        ("labels", "<i4", (2**40,)),
+        ("classes", "<U0", (2**40,)),
     ],
 )
-def test_an_array_header_that_lies_is_refused(tmp_path, header):
+def test_an_array_header_that_lies_is_refused(tmp_path, name, descr, shape):
   member = io.BytesIO()
+  header = {"descr": descr, "fortran_order": False, "shape": shape}
   np.lib.format.write_array_header_1_0(member, header)
-  with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
-    for name in ("data", "offsets", "labels", "classes"):
-      archive.writestr(f"{name}.npy", member.getvalue())
+  _npz_with(tmp_path / "a.npz", name, member.getvalue())
   with pytest.raises(UserError, match="a.npz: expected"):
     image_datasets.NpzImages(tmp_path / "a.npz")
+
+
+def test_an_index_that_points_out_of_the_file_is_refused(tmp_path):
+  path = _npz(tmp_path / "a.npz")
+  entry = path.read_bytes().index(b"PK\x01\x02")
+  for field, value, fault in (
+      (20, struct.pack("<II", 2**31, 2**31), "past the end"),
+      (42, struct.pack("<I", 2**31), "where its index says"),
+      (42, struct.pack("<I", 7), "where its index says"),
+  ):
+    data = bytearray(path.read_bytes())
+    data[entry + field : entry + field + len(value)] = value
+    (tmp_path / "b.npz").write_bytes(data)
+    with pytest.raises(UserError, match=f"b.npz: .*{fault}"):
+      image_datasets.NpzImages(tmp_path / "b.npz")
 
 
 def test_every_cut_npz_is_refused(tmp_path):

@@ -299,7 +299,7 @@ def decode_image(
   """Returns the RGB pixels of an encoded image; alpha is dropped.
 
   With `min_side` a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where both
-  sides stay at least that long, which takes a third of the time or less.
+  sides stay at least that long (2048x1536 for 256: 6 ms instead of 19).
   """
   try:
     # Out of memory, as Pillow reads as much as a chunk claims to hold.
