@@ -87,8 +87,8 @@ prepare_environment() {  # group
       cuda) packages+=("jax[cuda12]") ;;
       tpu) packages+=("jax[tpu]") ;;
     esac
-    # By pip, whose settings may name a CPU build of torch, as
-    # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu does.
+    # By pip, whose settings (an extra index, find-links) may name a CPU build
+    # of torch, many times smaller.
     [[ "$group" != dev ]] || pip_install --no-deps torch \
       || fail "could not install torch" 1
     if ! { pip_install uv && uv_install "${packages[@]}"; }; then
