@@ -201,3 +201,15 @@ def test_depthwise_forms_agree_with_their_gradients(form, shape):
   np.testing.assert_allclose(y, y_0, atol=2e-5)
   np.testing.assert_allclose(dx, dx_0, atol=2e-5)
   np.testing.assert_allclose(dkernel, dkernel_0, atol=2e-4)
+
+
+@pytest.mark.parametrize("form", ["grouped", "shifts", "toeplitz"])
+def test_depthwise_forms_keep_bfloat16(form):
+  def loss(x, kernel):
+    y = convnext.depthwise_conv(x, kernel, form=form)
+    assert y.dtype == jnp.bfloat16
+    return jnp.sum(y)
+
+  arrays = [jnp.zeros(s, jnp.bfloat16) for s in ((1, 9, 9, 2), (7, 7, 1, 2))]
+  grads = jax.eval_shape(jax.grad(loss, argnums=(0, 1)), *arrays)
+  assert [g.dtype for g in grads] == [jnp.bfloat16] * 2

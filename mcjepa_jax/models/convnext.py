@@ -11,10 +11,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax import lax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
+import numpy as np
 
 VARIANTS = {
     "atto": dict(depths=(2, 2, 6, 2), dims=(40, 80, 160, 320)),
@@ -65,7 +65,7 @@ def _depthwise_grouped(x, kernel):
 
 
 def _taps(window: int, outputs: int, taps: int) -> np.ndarray:
-  """[window, outputs, taps], 1 where an output reads a place by a tap.
+  """A [window, outputs, taps] of 1 where an output reads a place by a tap.
 
   The window is as long as the outputs (the rest is zero padding), or longer by
   taps - 1.
@@ -78,7 +78,10 @@ def _taps(window: int, outputs: int, taps: int) -> np.ndarray:
 def _toeplitz(kernel, window, outputs):
   """[c, window positions, output positions]: the convolution as a matrix."""
   kh, kw, _, c = kernel.shape
-  rows, columns = map(_taps, window, outputs, (kh, kw))
+  rows, columns = (
+      jnp.asarray(_taps(*sizes), kernel.dtype)
+      for sizes in zip(window, outputs, (kh, kw), strict=True)
+  )
   matrix = jnp.einsum("xwj,ijc->cixw", columns, kernel[:, :, 0])
   matrix = jnp.einsum("yhi,cixw->cyxhw", rows, matrix)
   return matrix.reshape(c, math.prod(window), math.prod(outputs))
