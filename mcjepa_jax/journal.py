@@ -5,13 +5,13 @@ import contextlib
 import json
 import os
 import pathlib
+import sys
 import time
 from typing import Any
 
 from jaxtyping import UInt8
 import numpy as np
 import psutil
-import tensorboardX
 
 from mcjepa_jax import visualize
 
@@ -103,9 +103,7 @@ class Journal:
     self._records = None
     if records:
       self._records = _reopen(workdir / "records.jsonl", step)
-    self._board = tensorboardX.SummaryWriter(
-        str(workdir / "tensorboard"), purge_step=step or None
-    )
+    self._board = _event_writer(workdir / "tensorboard", step)
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
     """Logs numbers of one step."""
@@ -133,6 +131,21 @@ class Journal:
     if self._records is not None:
       self._records.close()
     self._board.close()
+
+
+def _event_writer(folder: pathlib.Path, step: int) -> Any:
+  """A TensorBoard writer that drops earlier events from `step` on."""
+  # tensorboardX imports torch where it finds it: seconds, and no use here.
+  absent = object()
+  torch = sys.modules.get("torch", absent)
+  if torch is absent:
+    sys.modules["torch"] = None
+  try:
+    import tensorboardX
+  finally:
+    if torch is absent:
+      del sys.modules["torch"]
+  return tensorboardX.SummaryWriter(str(folder), purge_step=step or None)
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:

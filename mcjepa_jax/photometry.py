@@ -79,11 +79,13 @@ def _shift_hue(
   value = jnp.maximum(jnp.maximum(red, green), blue)
   chroma = value - jnp.minimum(jnp.minimum(red, green), blue)
   scale = 1 / jnp.where(chroma == 0, 1.0, chroma)
+  # Not `value == red`: a compiler that computes red twice, rounded in two ways,
+  # can make the largest channel equal to none. At a tie the branches agree.
   hue = jnp.where(
-      value == red,
+      (red >= green) & (red >= blue),
       (green - blue) * scale,
       jnp.where(
-          value == green, 2 + (blue - red) * scale, 4 + (red - green) * scale
+          green >= blue, 2 + (blue - red) * scale, 4 + (red - green) * scale
       ),
   )
   hue = hue + 6 * shift[:, None, None]

@@ -135,7 +135,7 @@ def test_statistics_of_each_shard_would_miss_by_far(monkeypatch):
 def test_large_parameters_are_sharded_and_the_state_keeps_its_shardings():
   cfg = tiny.config()
   state, function, mesh = tiny.state_and_step(
-      cfg, "both", devices=8, min_mib=0.001
+      cfg, "both", devices=8, min_mib=0.0005
   )
   before = jax.tree.map(lambda x: x.sharding, state)
   kernel = state.params["expander"]["fc_1"]["kernel"]
