@@ -1,0 +1,119 @@
+"""The mesh, the rule of its parameters, and batches on it."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+import numpy as np
+import pytest
+
+from mcjepa_jax import errors, sharding
+
+pytestmark = pytest.mark.skipif(
+    jax.device_count() < 8, reason="needs eight devices"
+)
+
+
+def test_mesh_takes_all_devices_or_the_first_few():
+  assert sharding.make_mesh().devices.tolist() == jax.devices()
+  assert sharding.make_mesh(3).devices.tolist() == jax.devices()[:3]
+
+
+@pytest.mark.parametrize("devices", [0, -2, 1000])
+def test_a_mesh_of_devices_that_are_not_there_is_refused(devices):
+  with pytest.raises(errors.UserError, match=rf"mesh.devices.*got {devices}"):
+    sharding.make_mesh(devices)
+
+
+@pytest.mark.parametrize(
+    "shape, expected",
+    [
+        ((64, 128), (None, "data")),
+        ((128, 64), ("data",)),
+        # The largest axis that divides, not the largest axis.
+        ((1001, 64), (None, "data")),
+        ((7, 7, 1, 160), (None, None, None, "data")),
+        # Of two equal axes the contiguous one.
+        ((64, 64), (None, "data")),
+        ((7, 9), ()),
+        ((), ()),
+    ],
+    ids=str,
+)
+def test_the_largest_axis_that_divides_is_split(shape, expected):
+  spec = sharding.spec(shape, 4, 8, min_bytes=0)
+  assert spec == PartitionSpec(*expected)
+
+
+def test_arrays_under_the_threshold_are_whole():
+  spec = sharding.spec((8, 8), 4, 8, min_bytes=257)
+  assert spec == PartitionSpec()
+  assert sharding.spec((8, 8), 4, 8, min_bytes=256) != PartitionSpec()
+  # The threshold is in bytes, not in elements.
+  assert sharding.spec((8, 8), 2, 8, min_bytes=256) == PartitionSpec()
+
+
+def test_moments_are_split_as_their_parameter():
+  mesh = sharding.make_mesh(8)
+  kernel = jax.ShapeDtypeStruct((16, 32), jnp.float32)
+  count = jax.ShapeDtypeStruct((), jnp.int32)
+  state = {"params": kernel, "opt": {"mu": kernel, "nu": kernel, "n": count}}
+  found = sharding.state_shardings(state, mesh, min_bytes=1024)
+  assert found["params"] == found["opt"]["mu"] == found["opt"]["nu"]
+  assert found["params"].shard_shape((16, 32)) == (16, 4)
+  assert found["opt"]["n"].is_fully_replicated
+
+
+def test_a_state_made_into_its_shardings_holds_a_part_on_each_device():
+  mesh = sharding.make_mesh(8)
+
+  def init():
+    return {"kernel": jnp.arange(64.0).reshape(4, 16), "bias": jnp.ones(16)}
+
+  where = sharding.state_shardings(jax.eval_shape(init), mesh, min_bytes=4 * 64)
+  state = jax.jit(init, out_shardings=where)()
+  assert {s.data.shape for s in state["kernel"].addressable_shards} == {(4, 2)}
+  assert state["bias"].is_fully_replicated
+  np.testing.assert_array_equal(state["kernel"], init()["kernel"])
+
+
+def test_batch_is_split_by_its_first_axis_in_order():
+  mesh = sharding.make_mesh(8)
+  frames = np.arange(16 * 2 * 3, dtype=np.uint8).reshape(16, 2, 3)
+  batch = sharding.to_global({"frames": frames, "view": frames[:8, 0]}, mesh)
+  assert batch["frames"].sharding == sharding.batch_sharding(mesh)
+  assert batch["frames"].dtype == np.uint8
+  for i, shard in enumerate(batch["frames"].addressable_shards):
+    np.testing.assert_array_equal(shard.data, frames[2 * i : 2 * i + 2])
+  np.testing.assert_array_equal(batch["view"], frames[:8, 0])
+
+
+def test_a_batch_that_does_not_divide_names_each_key():
+  mesh = sharding.make_mesh(8)
+  rows = {"frames": 12, "views": 8, "more": 7}
+  batch = {key: np.zeros((n, 2), np.uint8) for key, n in rows.items()}
+  with pytest.raises(errors.UserError) as caught:
+    sharding.to_global(batch, mesh)
+  assert [m.split(",")[0] for m in caught.value.messages] == [
+      "frames: 12 rows",
+      "more: 7 rows",
+  ]
+  assert all("8 devices" in m for m in caught.value.messages)
+
+
+def test_rows_of_all_hosts_count_together(monkeypatch):
+  mesh = sharding.make_mesh(8)
+  monkeypatch.setattr(jax, "process_count", lambda: 3)
+  with pytest.raises(errors.UserError, match="frames: 36 rows"):
+    sharding.to_global({"frames": np.zeros((12, 2), np.uint8)}, mesh)
+
+
+def test_a_sum_over_a_split_batch_is_over_the_whole_batch():
+  mesh = sharding.make_mesh(8)
+  x = np.arange(16, dtype=np.uint8).reshape(16, 1)
+  batch = sharding.to_global({"x": x}, mesh)
+  total = jax.jit(
+      lambda b: jnp.sum(b["x"].astype(jnp.float32)),
+      in_shardings=({"x": sharding.batch_sharding(mesh)},),
+      out_shardings=sharding.replicated(mesh),
+  )(batch)
+  assert total == 120 and total.is_fully_replicated
