@@ -1,6 +1,6 @@
 """Content and motion in turn, step by step, on the quickstart's procedural data.
 
-  python -m mcjepa_jax.main --config=configs/alternate.py --workdir=WORKDIR
+python -m mcjepa_jax.main --config=configs/alternate.py --workdir=WORKDIR
 """
 
 from configs import default, quickstart

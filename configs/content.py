@@ -1,6 +1,6 @@
 """Content alone: VICReg, on the quickstart's procedural data.
 
-  python -m mcjepa_jax.main --config=configs/content.py --workdir=WORKDIR
+python -m mcjepa_jax.main --config=configs/content.py --workdir=WORKDIR
 """
 
 from configs import default, quickstart

@@ -29,7 +29,9 @@ def get_config() -> ConfigDict:
   config.eval_seed = 1_000_003  # held-out procedural examples; never trained on
   config.data_root = ""  # folder that holds the data sets; unused by synthetic
   config.checkpoint = ""  # evaluate: a workdir, or one step inside it
-  config.results = ""  # evaluate: the JSON written; "" means WORKDIR/results.json
+  config.results = (
+      ""  # evaluate: the JSON written; "" means WORKDIR/results.json
+  )
   config.compilation_cache = "~/.cache/mcjepa_jax"  # "" turns it off
 
   # Which task each step trains, and which parameters move:
@@ -66,7 +68,9 @@ def get_config() -> ConfigDict:
   config.motion = motion = ConfigDict()
   motion.batch_size = 8  # pairs a step
   motion.size = (384, 832)  # h, w; multiples of 32
-  motion.sources = (("sintel_clean", 1.0),)  # (name, weight): whole batches are mixed
+  motion.sources = (
+      ("sintel_clean", 1.0),
+  )  # (name, weight): whole batches are mixed
   motion.geometry = "crop"  # "crop", or "resize" for whole frames
   motion.downscale = (1.0, 1.0)  # range of the factor applied before the crop
   motion.gaps = (1, 1)  # range of frames between the two of a pair, in videos
@@ -155,7 +159,9 @@ def get_config() -> ConfigDict:
   config.save_every = 1_000  # steps
   config.keep_last = 2  # checkpoints
   config.keep_best = 0  # more checkpoints, the best by best_metric
-  config.best_metric = ""  # a key of the evals' results, as flow/sintel_clean/epe
+  config.best_metric = (
+      ""  # a key of the evals' results, as flow/sintel_clean/epe
+  )
   config.best_is_larger = False
 
   # flow/SET and knn/SET; the sets' names are listed by a wrong one.

@@ -1,6 +1,6 @@
 """Motion alone: M-JEPA, on the quickstart's procedural data.
 
-  python -m mcjepa_jax.main --config=configs/motion.py --workdir=WORKDIR
+python -m mcjepa_jax.main --config=configs/motion.py --workdir=WORKDIR
 """
 
 from configs import default, quickstart

@@ -1,6 +1,6 @@
 """Both tasks on procedural data, in minutes on two CPU cores.
 
-  ./launch/quickstart.sh
+./launch/quickstart.sh
 """
 
 from configs import default
@@ -17,7 +17,7 @@ def get_config() -> default.ConfigDict:
       depths=(1, 1, 3, 1), dims=(32, 64, 128, 256), drop_path=0.0
   )
   model.expander.widths = (512, 512, 512)
-  model.estimator.update(factor=0.5)
+  model.estimator.update(factor=0.25, projection=16)
   model.dtype = "float32"
 
   motion = config.motion
@@ -42,7 +42,7 @@ def get_config() -> default.ConfigDict:
   content.blur = (0.5, 0.1)
 
   config.optimizer.encoder.update(learning_rate=1e-3, warmup_steps=50)
-  config.optimizer.estimator.update(learning_rate=1e-3, warmup_steps=50)
+  config.optimizer.estimator.update(learning_rate=3e-3, warmup_steps=50)
 
   config.workers = 1
   config.log_every = 20

@@ -193,7 +193,9 @@ def run_evals(
 def versions() -> str:
   """The versions of what computes, as one string."""
   names = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-  return " ".join(f"{name}={importlib.metadata.version(name)}" for name in names)
+  return " ".join(
+      f"{name}={importlib.metadata.version(name)}" for name in names
+  )
 
 
 def commit() -> str:

@@ -1,6 +1,6 @@
 """The command: trains or evaluates what a config describes.
 
-  python -m mcjepa_jax.main --config=configs/quickstart.py --workdir=WORKDIR
+python -m mcjepa_jax.main --config=configs/quickstart.py --workdir=WORKDIR
 """
 
 from mcjepa_jax import command

@@ -157,15 +157,13 @@ def content_terms(
         vicreg.variance_loss(z_1) + vicreg.variance_loss(z_2)
     ) / 2
   if weights["covariance"]:
-    terms["covariance"] = vicreg.covariance_loss(
-        z_1
-    ) + vicreg.covariance_loss(z_2)
+    terms["covariance"] = vicreg.covariance_loss(z_1) + vicreg.covariance_loss(
+        z_2
+    )
   return {f"content/{kind}": term for kind, term in terms.items()}
 
 
-def ramp(
-    step: Int[Array, ""], start: int, num_steps: int
-) -> Float[Array, ""]:
+def ramp(step: Int[Array, ""], start: int, num_steps: int) -> Float[Array, ""]:
   """(step - start + 1) / num_steps, held in [0, 1]; 1 where there is no ramp."""
   if num_steps <= 0:
     return jnp.ones(())

@@ -1,6 +1,6 @@
 """Flow of two images from a checkpoint, as files that a person can look at.
 
-  python -m mcjepa_jax.predict --checkpoint=PATH --inputs A B --output=DIR
+python -m mcjepa_jax.predict --checkpoint=PATH --inputs A B --output=DIR
 """
 
 from collections.abc import Sequence
@@ -51,9 +51,7 @@ def read_pair(inputs: Sequence[str]) -> list[np.ndarray]:
     UserError: not two, or files that cannot be read, or of unequal size.
   """
   if len(inputs) != 2:
-    raise errors.UserError(
-        f"--inputs: expected two images, got {len(inputs)}"
-    )
+    raise errors.UserError(f"--inputs: expected two images, got {len(inputs)}")
   frames, faults = [], []
   for path in inputs:
     try:

@@ -76,9 +76,7 @@ def updates(mode: str, num_steps: int, start_step: int) -> dict[str, int]:
   }
 
 
-def batches_before(
-    mode: str, step: int, start_step: int
-) -> dict[str, int]:
+def batches_before(mode: str, step: int, start_step: int) -> dict[str, int]:
   """How many batches of each task the steps before `step` have consumed."""
   if mode in ("content", "motion", "frozen_encoder"):
     task = "content" if mode == "content" else "motion"

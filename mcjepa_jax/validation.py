@@ -8,31 +8,33 @@ from mcjepa_jax import objective, step
 from mcjepa_jax.models import convnext
 
 # Keys that a resumed run may change: they do not touch what is learned.
-OPERATIONAL = frozenset({
-    "task",
-    "name",
-    "data_root",
-    "checkpoint",
-    "results",
-    "compilation_cache",
-    "eval_seed",
-    "eval_every",
-    "eval_batch_size",
-    "eval_max_pixels",
-    "evals",
-    "best_is_larger",
-    "best_metric",
-    "keep_best",
-    "keep_last",
-    "knn_size",
-    "log_every",
-    "log_records",
-    "mesh",
-    "panel_every",
-    "prefetch",
-    "save_every",
-    "workers",
-})
+OPERATIONAL = frozenset(
+    {
+        "task",
+        "name",
+        "data_root",
+        "checkpoint",
+        "results",
+        "compilation_cache",
+        "eval_seed",
+        "eval_every",
+        "eval_batch_size",
+        "eval_max_pixels",
+        "evals",
+        "best_is_larger",
+        "best_metric",
+        "keep_best",
+        "keep_last",
+        "knn_size",
+        "log_every",
+        "log_records",
+        "mesh",
+        "panel_every",
+        "prefetch",
+        "save_every",
+        "workers",
+    }
+)
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -70,9 +72,7 @@ def faults(config: Any, *, devices: int | None = None) -> list[str]:
   expect("task", *one_of("train", "evaluate"))
   expect("model.encoder.stem", *one_of("split", "patch"))
   expect("model.dtype", *one_of("float32", "bfloat16"))
-  expect(
-      "motion.occlusion", *one_of("none", "forward_backward", "range_map")
-  )
+  expect("motion.occlusion", *one_of("none", "forward_backward", "range_map"))
   expect("motion.geometry", *one_of("crop", "resize"))
   expect("motion.smoothness.form", *one_of("arflow", "uflow"))
   expect("motion.smoothness.order", lambda x: x in (1, 2), "1 or 2")
@@ -89,7 +89,9 @@ def faults(config: Any, *, devices: int | None = None) -> list[str]:
   for key in ("encoder", "estimator"):
     expect(f"optimizer.{key}.learning_rate", positive, "a positive number")
     expect(f"optimizer.{key}.weight_decay", not_negative, "0 or more")
-  reads = () if config.mode not in step.MODES else step.tasks_of_mode(config.mode)
+  reads = (
+      () if config.mode not in step.MODES else step.tasks_of_mode(config.mode)
+  )
   found += _size_faults(config, reads)
   found += _weight_faults(config)
   if devices:

@@ -49,7 +49,9 @@ def test_all_faults_of_a_command_line_are_found():
 
 
 def test_a_flag_takes_the_words_after_it():
-  split = command.split(["--inputs", "a", "b", "--output=c"], ("inputs", "output"))
+  split = command.split(
+      ["--inputs", "a", "b", "--output=c"], ("inputs", "output")
+  )
   assert split.flags == {"inputs": ["a", "b"], "output": ["c"]}
 
 

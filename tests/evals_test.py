@@ -41,10 +41,12 @@ def _truth_plus(offset):
   def predict(frames):
     asked.append(len(frames) // 2)
     count = sum(asked[:-1])
-    return np.stack([
-        _Pairs()[count + i]["flow"] + np.array(offset, np.float32)
-        for i in range(len(frames) // 2)
-    ])
+    return np.stack(
+        [
+            _Pairs()[count + i]["flow"] + np.array(offset, np.float32)
+            for i in range(len(frames) // 2)
+        ]
+    )
 
   return predict, asked
 
@@ -82,9 +84,7 @@ def test_classical_flows_find_a_translation():
   frame_1, frame_2 = wide[20:140, 20:180], wide[18:138, 16:176]
   for method in (flow.farneback, flow.dis):
     middle = method(frame_1, frame_2)[40:80, 40:120]
-    np.testing.assert_allclose(
-        np.median(middle, axis=(0, 1)), (4, 2), atol=0.3
-    )
+    np.testing.assert_allclose(np.median(middle, axis=(0, 1)), (4, 2), atol=0.3)
 
 
 def test_knn_equals_scikit_learn():
@@ -108,9 +108,12 @@ def test_knn_equals_scikit_learn():
 
 def test_knn_of_a_set_reports_its_references():
   images = synthetic.Images(size=(32, 32), seed=0, num_examples=60)
-  load = lambda i: probe.load(
-      images, np.array(i), size=32, name="", progress=False
-  )
+
+  def load(index):
+    return probe.load(
+        images, np.array(index), size=32, name="", progress=False
+    )
+
   bank, queries = load(range(40)), load(range(40, 60))
 
   def oracle(x):

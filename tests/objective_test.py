@@ -36,9 +36,7 @@ def test_content_terms_average_the_hinges_and_sum_the_covariances():
 
 def test_a_term_of_weight_zero_is_not_computed():
   weights = dict(invariance=1.0, variance=0.0, covariance=0.0)
-  terms = objective.content_terms(
-      jnp.full((2, 3), jnp.nan), weights=weights
-  )
+  terms = objective.content_terms(jnp.full((2, 3), jnp.nan), weights=weights)
   assert list(terms) == ["content/invariance"]
 
 
@@ -104,17 +102,13 @@ def test_the_mask_drops_what_leaves_the_frame_and_what_is_occluded():
   # The way back disagrees: not visible.
   wrong = flow.at[1].multiply(-1)
   for occlusion in ("forward_backward",):
-    mask = objective.motion_mask(
-        wrong, occlusion=occlusion, out_of_frame=False
-    )
+    mask = objective.motion_mask(wrong, occlusion=occlusion, out_of_frame=False)
     assert float(mask[0, 8, 8, 0]) == 0.0
     mask = objective.motion_mask(
         wrong, occlusion=occlusion, out_of_frame=False, occlusion_active=False
     )
     assert float(mask.min()) == 1.0
-  mask = objective.motion_mask(
-      wrong, occlusion="range_map", out_of_frame=False
-  )
+  mask = objective.motion_mask(wrong, occlusion="range_map", out_of_frame=False)
   # All of frame 2 points 3 pixels to the right: nothing lands at the left.
   np.testing.assert_array_equal(mask[0, 0, :3, 0], 0.0)
 

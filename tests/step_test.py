@@ -19,7 +19,9 @@ def _equal(a, b):
 
 
 def _norm(tree):
-  return float(np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(tree))))
+  return float(
+      np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(tree)))
+  )
 
 
 def _take(kind):

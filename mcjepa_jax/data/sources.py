@@ -15,6 +15,8 @@ from mcjepa_jax.data import flow_datasets, image_datasets, synthetic, video
 _TRAIN_PAIRS = 1_000_000
 _TRAIN_IMAGES = 1_000_000
 _STILL = 0.5  # mean change, of 255, under which a video's pair is left out
+
+
 def choice(table: dict[str, Any], name: str, key: str) -> Any:
   """The entry of a literal table, or an error that lists its names."""
   if name not in table:
@@ -95,9 +97,7 @@ def flow_pairs(
   return make(_root(root, name))
 
 
-def labelled(
-    name: str, root: str, *, seed: int, size: int, count: int
-) -> Any:
+def labelled(name: str, root: str, *, seed: int, size: int, count: int) -> Any:
   """A set of images with labels: {image, label}."""
   table = {
       "synthetic": lambda folder: synthetic.Images(
@@ -120,9 +120,7 @@ def train_images(seed: int, size: int, count: int) -> Any:
 
 def train_pairs(seed: int, size: tuple[int, int], count: int) -> Any:
   """The first procedural training pairs, with flow: the mean motion's source."""
-  return synthetic.Pairs(
-      size=size, seed=_train_seed(seed), num_examples=count
-  )
+  return synthetic.Pairs(size=size, seed=_train_seed(seed), num_examples=count)
 
 
 def _train_seed(seed: int) -> int:

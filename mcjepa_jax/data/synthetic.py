@@ -341,17 +341,17 @@ def scene_layers(
   """
   half = np.array(size[::-1]) / min(size) * (_SIDE / 2)
   background = Layer(
-      translation=_heading(rng, 0.5, 4.0),
+      translation=_heading(rng, 0.5, 3.0),
       rotation=rng.uniform(-0.04, 0.04),
       log_zoom=rng.uniform(-0.04, 0.04),
       color=rng.uniform(0.3, 0.7, 3),
-      **_waves(rng, 24, (8.0, 36.0), 0.1, 0.6),
+      **_waves(rng, 24, (12.0, 44.0), 0.14, 0.6),
   )
   radius = rng.uniform(23, 28)
   main = Layer(
       segment=1,
       center=tuple(rng.uniform(-1, 1, 2) * (half - 26)),
-      translation=_heading(rng, 3.0, 7.0),
+      translation=_heading(rng, 2.5, 7.0),
       rotation=rng.uniform(-0.1, 0.1),
       log_zoom=rng.uniform(-0.05, 0.05),
       radius=radius,
@@ -359,14 +359,15 @@ def scene_layers(
       color=rng.uniform(0.35, 0.65, 3),
       # Mostly a step in brightness: it survives the loss of colour.
       contrast=rng.choice((-1, 1))
-      * rng.uniform(0.22, 0.32)
+      * rng.uniform(0.16, 0.24)
       * rng.uniform(0.5, 1.4, 3),
       pattern=CLASS_NAMES[label],
       period=rng.uniform(7.5, 10.5),
       angle=rng.uniform(0, 2 * np.pi),
       offset=rng.random(2),
       bend=tuple(rng.uniform(0, 2 * np.pi, 2)),
-      **_waves(rng, 12, (6.0, 14.0), 0.04, 1.0),
+      # Broad shading: a pattern repeats, and alone would match at many places.
+      **_waves(rng, 12, (16.0, 44.0), 0.13, 0.8),
   )
   others = []
   for segment in range(2, 2 + rng.integers(0, 3)):
@@ -380,7 +381,7 @@ def scene_layers(
             radius=rng.uniform(5, 8),
             harmonics=_harmonics(rng, 0.12),
             color=rng.uniform(0.2, 0.8, 3),
-            **_waves(rng, 12, (6.0, 14.0), 0.12, 0.6),
+            **_waves(rng, 12, (10.0, 24.0), 0.12, 0.6),
         )
     )
   behind = int(rng.integers(0, len(others) + 1))

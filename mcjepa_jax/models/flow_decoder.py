@@ -8,8 +8,10 @@ interleaved, so one call estimates both directions. Convolutions compute in
 `dtype`; features after their norm, cost volumes and flows are float32.
 """
 
+import math
+from typing import Any
+
 import flax.linen as nn
-import jax
 from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -18,11 +20,6 @@ from mcjepa_jax import flow_ops
 from mcjepa_jax.errors import UserError
 
 _DILATIONS = (1, 2, 4, 8, 16, 1)
-
-# A new head moves its flow by about 0.01 pixel, so that the first warps read
-# where they are, not noise that each finer level doubles; it is not zero,
-# because the layers below get their gradient through it.
-_HEAD_INIT = nn.initializers.variance_scaling(1e-4, "fan_in", "normal")
 
 
 def _conv(
@@ -49,13 +46,12 @@ class _Conv(nn.Module):
 
   channels: int
   dilation: int = 1
-  kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
-  dtype: jnp.dtype = jnp.float32
+  dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w d"]:
     shape = (3, 3, x.shape[-1], self.channels)
-    kernel = self.param("kernel", self.kernel_init, shape)
+    kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
     bias = self.param("bias", nn.initializers.zeros, (self.channels,))
     # HIGHEST is for float32 alone: bfloat16 products are exact as they are.
     precision = lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
@@ -69,7 +65,7 @@ class _Layer(nn.Module):
 
   channels: int
   dilation: int
-  dtype: jnp.dtype
+  dtype: Any
 
   @nn.compact
   def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w d"]:
@@ -78,11 +74,26 @@ class _Layer(nn.Module):
     return nn.leaky_relu(x, 0.1)
 
 
+class _Head(nn.Module):
+  """A 3x3 convolution to a flow, over the square root of its fan-in.
+
+  With the factor in the forward pass, an Adam step moves a flow by about
+  learning_rate * sqrt(fan_in) pixels, not learning_rate * fan_in: without it
+  the first steps throw the flow out of small images. A new head gives about
+  1 / sqrt(fan_in), 0.01 pixel; not zero, because the layers below get their
+  gradient through it.
+  """
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w 2"]:
+    return _Conv(2, name="conv")(x) / math.sqrt(9 * x.shape[-1])
+
+
 class Estimator(nn.Module):
   """A residual flow, and all maps that led to it, from one level's input."""
 
   channels: tuple[int, ...]
-  dtype: jnp.dtype = jnp.float32
+  dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(
@@ -92,14 +103,14 @@ class Estimator(nn.Module):
     for i, channels in enumerate(self.channels):
       y = _Layer(channels, 1, self.dtype, name=f"layers_{i}")(x)
       x = jnp.concatenate([x, y], axis=-1)
-    return _Conv(2, kernel_init=_HEAD_INIT, name="head")(x), x
+    return _Head(name="head")(x), x
 
 
 class Context(nn.Module):
   """A residual flow that sees far: dilated convolutions over dense maps."""
 
   channels: tuple[int, ...]
-  dtype: jnp.dtype = jnp.float32
+  dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w 2"]:
@@ -107,7 +118,7 @@ class Context(nn.Module):
         zip(self.channels, _DILATIONS, strict=True)
     ):
       x = _Layer(channels, dilation, self.dtype, name=f"layers_{i}")(x)
-    return _Conv(2, kernel_init=_HEAD_INIT, name="head")(x)
+    return _Head(name="head")(x)
 
 
 class FlowDecoder(nn.Module):
@@ -122,7 +133,7 @@ class FlowDecoder(nn.Module):
   radius: int = 4  # of the cost volume, in the level's own pixels
   projection: int = 32  # channels of the features that the estimator sees
   max_flow: float = 128.0  # pixels of full resolution
-  dtype: jnp.dtype = jnp.float32
+  dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(

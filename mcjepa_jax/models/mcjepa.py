@@ -63,9 +63,7 @@ class MCJEPA(nn.Module):
       self, images: Float[Array, "n h w 3"], *, deterministic: bool = True
   ) -> Float[Array, "n c"]:
     """The encoder's feature vector of each image, before the expander."""
-    return self.encoder.pool(
-        self.encoder(images, deterministic=deterministic)
-    )
+    return self.encoder.pool(self.encoder(images, deterministic=deterministic))
 
   def content(
       self, views: Float[Array, "n h w 3"], *, deterministic: bool = True
