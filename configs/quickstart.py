@@ -10,11 +10,11 @@ def get_config() -> default.ConfigDict:
   """The quickstart: every loss of the method, on 64x64 images."""
   config = default.get_config()
   config.name = "quickstart"
-  config.num_steps = 600
+  config.num_steps = 400
 
   model = config.model
   model.encoder.update(
-      depths=(1, 1, 3, 1), dims=(32, 64, 128, 256), drop_path=0.0
+      depths=(1, 1, 3, 1), dims=(32, 64, 128, 256), drop_path=0.0, init="fan_in"
   )
   model.expander.widths = (512, 512, 512)
   model.estimator.update(factor=0.25, projection=16)
@@ -29,17 +29,19 @@ def get_config() -> default.ConfigDict:
   motion.weight = 1.0
   motion.jitter.p = 0.0
   motion.occlusion_start = 200
-  with motion.terms.unlocked():
-    motion.terms.reconstruction = default.strides(
-        stride_1=1.0, stride_4=1.0, stride_8=0.5
-    )
+  motion.smoothness.order = 1
+  motion.terms.reconstruction.update(stride_1=1.0, stride_4=1.0, stride_8=0.5)
+  motion.terms.smoothness.stride_1 = 2.0
+  motion.terms.regression.update(
+      stride_4=0.1, stride_8=0.1, stride_16=0.05, stride_32=0.05
+  )
 
   content = config.content
   content.batch_size = 64
   content.size = 64
   content.source = "synthetic"
   content.scale = (0.3, 1.0)
-  content.blur = (0.5, 0.1)
+  content.blur = (0.1, 0.1)
 
   config.optimizer.encoder.update(learning_rate=1e-3, warmup_steps=50)
   config.optimizer.estimator.update(learning_rate=3e-3, warmup_steps=50)

@@ -28,16 +28,10 @@ _CIFAR_STRIDE = 5  # every fifth image is a query: its labels are sorted
 Params = Any
 
 
-def flow_predictor(
-    model: mcjepa.MCJEPA, params: Params, mesh: jax.sharding.Mesh
-) -> flow.Predictor:
-  """A function from interleaved u8 frames of any size to flow_12.
-
-  Frames are resized to the next multiple of the coarsest stride, the flow back
-  to the frames' size with its vectors scaled. Compiles once per shape.
-  """
+@functools.cache
+def _flow_forward(model: mcjepa.MCJEPA, mesh: jax.sharding.Mesh):
+  """The jitted flow of frames of any size; one for all parameters."""
   coarsest = model.encoder.strides[-1]
-  count = mesh.devices.size
   batch = sharding.batch_sharding(mesh)
 
   @functools.partial(jax.jit, in_shardings=(None, batch), static_argnums=2)
@@ -48,6 +42,19 @@ def flow_predictor(
       frames = flow_ops.resize(frames, grid)
     _, flows = model.apply({"params": params}, frames, method=model.motion)
     return flow_ops.resize_flow(flows[min(flows)], size)
+
+  return forward
+
+
+def flow_predictor(
+    model: mcjepa.MCJEPA, params: Params, mesh: jax.sharding.Mesh
+) -> flow.Predictor:
+  """A function from interleaved u8 frames of any size to flow_12.
+
+  Frames are resized to the next multiple of the coarsest stride, the flow back
+  to the frames' size with its vectors scaled. Compiles once per shape.
+  """
+  forward, count = _flow_forward(model, mesh), mesh.devices.size
 
   def predict(frames):
     pairs = frames.shape[0] // 2
@@ -60,18 +67,25 @@ def flow_predictor(
   return predict
 
 
-def embedder(
-    model: mcjepa.MCJEPA, params: Params, mesh: jax.sharding.Mesh
-) -> probe.Embedder:
-  """A function from u8 images to pooled encoder features."""
+@functools.cache
+def _pooled_forward(model: mcjepa.MCJEPA, mesh: jax.sharding.Mesh):
+  """The jitted pooled features; one for all parameters."""
   batch = sharding.batch_sharding(mesh)
-  count = mesh.devices.size
-  size = -(-_KNN_BATCH // count) * count
 
   @functools.partial(jax.jit, in_shardings=(None, batch))
   def forward(params, images):
     images = images.astype(jnp.float32) / 255
     return model.apply({"params": params}, images, method=model.pooled)
+
+  return forward
+
+
+def embedder(
+    model: mcjepa.MCJEPA, params: Params, mesh: jax.sharding.Mesh
+) -> probe.Embedder:
+  """A function from u8 images to pooled encoder features."""
+  forward, count = _pooled_forward(model, mesh), mesh.devices.size
+  size = -(-_KNN_BATCH // count) * count
 
   def embed(images):
     parts = []

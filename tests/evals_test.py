@@ -110,9 +110,7 @@ def test_knn_of_a_set_reports_its_references():
   images = synthetic.Images(size=(32, 32), seed=0, num_examples=60)
 
   def load(index):
-    return probe.load(
-        images, np.array(index), size=32, name="", progress=False
-    )
+    return probe.load(images, np.array(index), size=32, name="", progress=False)
 
   bank, queries = load(range(40)), load(range(40, 60))
 

@@ -115,7 +115,7 @@ def run(
       for metric, (a, b) in features.items()
   }
   counts = np.bincount(labels[1])
-  result[f"knn/{name}/chance"] = 100 / np.count_nonzero(counts)
+  result[f"knn/{name}/chance"] = 100 / int(np.count_nonzero(counts))
   result[f"knn/{name}/count"] = len(query_images)
   return result
 

@@ -32,7 +32,15 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # torch's trunc_normal_(std=0.02) cuts at +-2 absolute, 100 standard deviations
 # out, so what the authors trained from is the plain normal.
-_INIT = nn.initializers.normal(0.02)
+#
+# In narrow layers that std makes blocks which barely act for hundreds of steps,
+# and cost volumes that say little: "fan_in" keeps the signal's size at any
+# width. On the quickstart's pairs flow learned from "fan_in" in 150 steps, and
+# not at all in 200 from "normal".
+_INITS = {
+    "normal": nn.initializers.normal(0.02),
+    "fan_in": nn.initializers.lecun_normal(),
+}
 
 _DEPTHWISE_FORM = {"cpu": "shifts", "gpu": "grouped", "tpu": "grouped"}
 # The largest map, in positions, for which "toeplitz" is the faster form.
@@ -175,11 +183,12 @@ class Conv(nn.Module):
   stride: int
   padding: int = 0
   dtype: Any = jnp.float32
+  init: str = "normal"
 
   @nn.compact
   def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n _ _ d"]:
     shape = (self.kernel, self.kernel, x.shape[-1], self.dim)
-    kernel = self.param("kernel", _INIT, shape, jnp.float32)
+    kernel = self.param("kernel", _INITS[self.init], shape, jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, shape[-1:], jnp.float32)
     x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
     padding = ((self.padding, self.padding),) * 2
@@ -197,11 +206,12 @@ class DepthwiseConv(nn.Module):
   """A 7x7 depthwise convolution with a bias."""
 
   dtype: Any = jnp.float32
+  init: str = "normal"
 
   @nn.compact
   def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
     c = x.shape[-1]
-    kernel = self.param("kernel", _INIT, (7, 7, 1, c), jnp.float32)
+    kernel = self.param("kernel", _INITS[self.init], (7, 7, 1, c), jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, (c,), jnp.float32)
     x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
     return depthwise_conv(x, kernel) + bias
@@ -217,10 +227,13 @@ class Mlp(nn.Module):
   """Two dense layers with an exact GELU between, width times 4 inside."""
 
   dtype: Any = jnp.float32
+  init: str = "normal"
 
   @nn.compact
   def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
-    dense = functools.partial(nn.Dense, kernel_init=_INIT, dtype=self.dtype)
+    dense = functools.partial(
+        nn.Dense, kernel_init=_INITS[self.init], dtype=self.dtype
+    )
     c = x.shape[-1]
     # Flat: of four axes, XLA on CPU copies a transpose of the gradient for the
     # kernel's own gradient (28 ms against 8 for 32 -> 128 at 40,960 places).
@@ -234,14 +247,15 @@ class Block(nn.Module):
   drop_path: float = 0.0
   layer_scale: float | None = None
   dtype: Any = jnp.float32
+  init: str = "normal"
 
   @nn.compact
   def __call__(
       self, x: Float[Array, "n h w c"], *, deterministic: bool = True
   ) -> Float[Array, "n h w c"]:
-    y = DepthwiseConv(dtype=self.dtype, name="conv_dw")(x)
+    y = DepthwiseConv(self.dtype, self.init, name="conv_dw")(x)
     y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(y)
-    y = Mlp(dtype=self.dtype, name="mlp")(y)
+    y = Mlp(self.dtype, self.init, name="mlp")(y)
     if self.layer_scale is not None:
       init = nn.initializers.constant(self.layer_scale)
       gamma = self.param("gamma", init, (x.shape[-1],), jnp.float32)
@@ -262,13 +276,15 @@ class Stage(nn.Module):
   drop_paths: tuple[float, ...]
   layer_scale: float | None = None
   dtype: Any = jnp.float32
+  init: str = "normal"
 
   def setup(self):
     if self.downsamples:
       norm = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)
-      self.downsample = [norm, Conv(self.dim, 2, 2, 0, self.dtype)]
+      self.downsample = [norm, Conv(self.dim, 2, 2, 0, self.dtype, self.init)]
     self.blocks = [
-        Block(rate, self.layer_scale, self.dtype) for rate in self.drop_paths
+        Block(rate, self.layer_scale, self.dtype, self.init)
+        for rate in self.drop_paths
     ]
 
   def __call__(
@@ -295,6 +311,8 @@ class ConvNeXt(nn.Module):
   # Initial value of each block's gamma; None for no gamma.
   layer_scale: float | None = None
   dtype: Any = jnp.float32
+  # "normal", as timm, or "fan_in", for narrow models; see _INITS.
+  init: str = "normal"
 
   @property
   def strides(self) -> tuple[int, ...]:
@@ -304,7 +322,9 @@ class ConvNeXt(nn.Module):
 
   def setup(self):
     norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
-    conv = functools.partial(Conv, self.dims[0], dtype=self.dtype)
+    conv = functools.partial(
+        Conv, self.dims[0], dtype=self.dtype, init=self.init
+    )
     if self.stem == "split":
       # Numbered as in a torch Sequential, where the GELU would be stem_2.
       self.stem_0, self.stem_1 = conv(kernel=4, stride=2, padding=1), norm()
@@ -316,7 +336,14 @@ class ConvNeXt(nn.Module):
     ends = np.cumsum(self.depths)
     rates = np.split(np.linspace(0, self.drop_path, ends[-1]), ends[:-1])
     self.stages = [
-        Stage(dim, i > 0, tuple(rate.tolist()), self.layer_scale, self.dtype)
+        Stage(
+            dim,
+            i > 0,
+            tuple(rate.tolist()),
+            self.layer_scale,
+            self.dtype,
+            self.init,
+        )
         for i, (dim, rate) in enumerate(zip(self.dims, rates, strict=True))
     ]
     self.norm = nn.LayerNorm(epsilon=1e-6)
