@@ -292,7 +292,7 @@ def make_train_step(
     )
     params, opt_state = dict(state.params), dict(state.opt_state)
     for group in trained:
-      logs[f"gradient_norm/{group}"] = optax.global_norm(grads[group])
+      logs[f"gradient_norm/{group}"] = optax.tree.norm(grads[group])
       updates, opt_state[group] = optimizers[group].update(
           grads[group], state.opt_state[group], state.params[group]
       )

