@@ -50,7 +50,7 @@ def get_config() -> ConfigDict:
           stem="split",  # "split": a level of stride 2 exists; "patch": timm's
           drop_path=0.1,  # content branch only
           layer_scale=0.0,  # initial gamma; 0 is off
-          init="normal",  # std 0.02; "fan_in" for narrow encoders
+          kernel_init="normal",  # std 0.02; "fan_in" for narrow encoders
       )
   )
   model.expander = ConfigDict(dict(widths=(8192, 8192, 8192)))

@@ -14,7 +14,10 @@ def get_config() -> default.ConfigDict:
 
   model = config.model
   model.encoder.update(
-      depths=(1, 1, 3, 1), dims=(32, 64, 128, 256), drop_path=0.0, init="fan_in"
+      depths=(1, 1, 3, 1),
+      dims=(32, 64, 128, 256),
+      drop_path=0.0,
+      kernel_init="fan_in",
   )
   model.expander.widths = (512, 512, 512)
   model.estimator.update(factor=0.25, projection=16)

@@ -71,7 +71,7 @@ def faults(config: Any, *, devices: int | None = None) -> list[str]:
   expect("mode", *one_of(*step.MODES))
   expect("task", *one_of("train", "evaluate"))
   expect("model.encoder.stem", *one_of("split", "patch"))
-  expect("model.encoder.init", *one_of("normal", "fan_in"))
+  expect("model.encoder.kernel_init", *one_of("normal", "fan_in"))
   expect("model.dtype", *one_of("float32", "bfloat16"))
   expect("motion.occlusion", *one_of("none", "forward_backward", "range_map"))
   expect("motion.geometry", *one_of("crop", "resize"))

@@ -34,7 +34,7 @@ _SILHOUETTE_EDGE = 0.6
 # Patterns are bent by this many periods, so that two objects of a class do not
 # agree pixel by pixel: nearest neighbours of raw pixels read the class at 18 %
 # (chance is 10), at 24 % without.
-_BEND = 0.32
+_BEND = 0.16
 
 # A pattern: coordinates in periods, two offsets in [0, 1) and the edge's width
 # in periods -> values in [-1, 1], each sign on about half of the plane.
@@ -359,7 +359,7 @@ def scene_layers(
       color=rng.uniform(0.35, 0.65, 3),
       # Mostly a step in brightness: it survives the loss of colour.
       contrast=rng.choice((-1, 1))
-      * rng.uniform(0.16, 0.24)
+      * rng.uniform(0.24, 0.32)
       * rng.uniform(0.5, 1.4, 3),
       pattern=CLASS_NAMES[label],
       period=rng.uniform(7.5, 10.5),
@@ -367,7 +367,7 @@ def scene_layers(
       offset=rng.random(2),
       bend=tuple(rng.uniform(0, 2 * np.pi, 2)),
       # Broad shading: a pattern repeats, and alone would match at many places.
-      **_waves(rng, 12, (16.0, 44.0), 0.13, 0.8),
+      **_waves(rng, 12, (16.0, 44.0), 0.08, 0.8),
   )
   others = []
   for segment in range(2, 2 + rng.integers(0, 3)):

@@ -183,12 +183,12 @@ class Conv(nn.Module):
   stride: int
   padding: int = 0
   dtype: Any = jnp.float32
-  init: str = "normal"
+  kernel_init: str = "normal"
 
   @nn.compact
   def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n _ _ d"]:
     shape = (self.kernel, self.kernel, x.shape[-1], self.dim)
-    kernel = self.param("kernel", _INITS[self.init], shape, jnp.float32)
+    kernel = self.param("kernel", _INITS[self.kernel_init], shape, jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, shape[-1:], jnp.float32)
     x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
     padding = ((self.padding, self.padding),) * 2
@@ -206,12 +206,14 @@ class DepthwiseConv(nn.Module):
   """A 7x7 depthwise convolution with a bias."""
 
   dtype: Any = jnp.float32
-  init: str = "normal"
+  kernel_init: str = "normal"
 
   @nn.compact
   def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
     c = x.shape[-1]
-    kernel = self.param("kernel", _INITS[self.init], (7, 7, 1, c), jnp.float32)
+    kernel = self.param(
+        "kernel", _INITS[self.kernel_init], (7, 7, 1, c), jnp.float32
+    )
     bias = self.param("bias", nn.initializers.zeros, (c,), jnp.float32)
     x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
     return depthwise_conv(x, kernel) + bias
@@ -227,12 +229,12 @@ class Mlp(nn.Module):
   """Two dense layers with an exact GELU between, width times 4 inside."""
 
   dtype: Any = jnp.float32
-  init: str = "normal"
+  kernel_init: str = "normal"
 
   @nn.compact
   def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
     dense = functools.partial(
-        nn.Dense, kernel_init=_INITS[self.init], dtype=self.dtype
+        nn.Dense, kernel_init=_INITS[self.kernel_init], dtype=self.dtype
     )
     c = x.shape[-1]
     # Flat: of four axes, XLA on CPU copies a transpose of the gradient for the
@@ -247,15 +249,15 @@ class Block(nn.Module):
   drop_path: float = 0.0
   layer_scale: float | None = None
   dtype: Any = jnp.float32
-  init: str = "normal"
+  kernel_init: str = "normal"
 
   @nn.compact
   def __call__(
       self, x: Float[Array, "n h w c"], *, deterministic: bool = True
   ) -> Float[Array, "n h w c"]:
-    y = DepthwiseConv(self.dtype, self.init, name="conv_dw")(x)
+    y = DepthwiseConv(self.dtype, self.kernel_init, name="conv_dw")(x)
     y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(y)
-    y = Mlp(self.dtype, self.init, name="mlp")(y)
+    y = Mlp(self.dtype, self.kernel_init, name="mlp")(y)
     if self.layer_scale is not None:
       init = nn.initializers.constant(self.layer_scale)
       gamma = self.param("gamma", init, (x.shape[-1],), jnp.float32)
@@ -276,14 +278,17 @@ class Stage(nn.Module):
   drop_paths: tuple[float, ...]
   layer_scale: float | None = None
   dtype: Any = jnp.float32
-  init: str = "normal"
+  kernel_init: str = "normal"
 
   def setup(self):
     if self.downsamples:
       norm = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)
-      self.downsample = [norm, Conv(self.dim, 2, 2, 0, self.dtype, self.init)]
+      self.downsample = [
+          norm,
+          Conv(self.dim, 2, 2, 0, self.dtype, self.kernel_init),
+      ]
     self.blocks = [
-        Block(rate, self.layer_scale, self.dtype, self.init)
+        Block(rate, self.layer_scale, self.dtype, self.kernel_init)
         for rate in self.drop_paths
     ]
 
@@ -312,7 +317,7 @@ class ConvNeXt(nn.Module):
   layer_scale: float | None = None
   dtype: Any = jnp.float32
   # "normal", as timm, or "fan_in", for narrow models; see _INITS.
-  init: str = "normal"
+  kernel_init: str = "normal"
 
   @property
   def strides(self) -> tuple[int, ...]:
@@ -323,7 +328,7 @@ class ConvNeXt(nn.Module):
   def setup(self):
     norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
     conv = functools.partial(
-        Conv, self.dims[0], dtype=self.dtype, init=self.init
+        Conv, self.dims[0], dtype=self.dtype, kernel_init=self.kernel_init
     )
     if self.stem == "split":
       # Numbered as in a torch Sequential, where the GELU would be stem_2.
@@ -342,7 +347,7 @@ class ConvNeXt(nn.Module):
             tuple(rate.tolist()),
             self.layer_scale,
             self.dtype,
-            self.init,
+            self.kernel_init,
         )
         for i, (dim, rate) in enumerate(zip(self.dims, rates, strict=True))
     ]
