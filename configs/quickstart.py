@@ -10,16 +10,17 @@ def get_config() -> default.ConfigDict:
   """The quickstart: every loss of the method, on 64x64 images."""
   config = default.get_config()
   config.name = "quickstart"
-  config.num_steps = 400
+  config.num_steps = 360
 
   model = config.model
   model.encoder.update(
-      depths=(1, 1, 3, 1),
+      depths=(1, 1, 1, 1),
       dims=(32, 64, 128, 256),
       drop_path=0.0,
+      layer_scale=0.1,
       kernel_init="fan_in",
   )
-  model.expander.widths = (512, 512, 512)
+  model.expander.widths = (256, 32)
   model.estimator.update(factor=0.25, projection=16)
   model.dtype = "float32"
 
@@ -31,7 +32,7 @@ def get_config() -> default.ConfigDict:
   motion.ramp_steps = 0
   motion.weight = 1.0
   motion.jitter.p = 0.0
-  motion.occlusion_start = 200
+  motion.occlusion_start = 250
   motion.smoothness.order = 1
   motion.terms.reconstruction.update(stride_1=1.0, stride_4=1.0, stride_8=0.5)
   motion.terms.smoothness.stride_1 = 2.0
@@ -43,11 +44,15 @@ def get_config() -> default.ConfigDict:
   content.batch_size = 64
   content.size = 64
   content.source = "synthetic"
-  content.scale = (0.3, 1.0)
-  content.blur = (0.1, 0.1)
+  content.scale = (0.3, 0.8)
+  content.ratio = (0.8, 1.25)
+  content.jitter.update(brightness=0.5, contrast=0.5, hue=0.3, p=1.0)
+  content.gray = 0.5
+  content.blur = (0.0, 0.0)
+  content.solarize = (0.0, 0.0)
 
-  config.optimizer.encoder.update(learning_rate=1e-3, warmup_steps=50)
-  config.optimizer.estimator.update(learning_rate=3e-3, warmup_steps=50)
+  config.optimizer.encoder.update(learning_rate=2e-3, warmup_steps=20)
+  config.optimizer.estimator.update(learning_rate=3e-3, warmup_steps=20)
 
   config.workers = 1
   config.log_every = 20

@@ -15,7 +15,7 @@ inside frame 2 and no layer covers it there), `visible_2` the reverse. `valid`
 is 1 everywhere: the flow is also exact where its target is hidden.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
 import math
 
@@ -26,105 +26,31 @@ from mcjepa_jax import errors
 
 # Scene units per shorter side of the image.
 _SIDE = 64
-# Transitions this wide keep patterns and silhouettes free of aliases, so that
-# interpolating one frame along the flow gives the other.
-_PATTERN_EDGE = 1.0
-_SILHOUETTE_EDGE = 0.6
+# A transition this wide keeps silhouettes free of aliases, so that interpolating
+# one frame along the flow gives the other.
+_SILHOUETTE_EDGE = 0.4
 
-# Patterns are bent by this many periods, so that two objects of a class do not
-# agree pixel by pixel: nearest neighbours of raw pixels read the class at 18 %
-# (chance is 10), at 24 % without.
-_BEND = 0.16
-
-# A pattern: coordinates in periods, two offsets in [0, 1) and the edge's width
-# in periods -> values in [-1, 1], each sign on about half of the plane.
-_Plane = Float[np.ndarray, "t h w"]
-Pattern = Callable[[_Plane, _Plane, Float[np.ndarray, "2"], float], _Plane]
-
-
-def _to_integer(x: _Plane) -> _Plane:
-  """Distance to the nearest integer, a triangle wave of period 1."""
-  return np.abs(x - np.rint(x))
-
-
-def _stripes(x, y, offset, edge):
-  return np.tanh((0.25 - _to_integer(x + offset[0])) / edge)
-
-
-def _checkerboard(x, y, offset, edge):
-  columns = np.tanh((0.25 - _to_integer(x + offset[0])) / edge)
-  return columns * np.tanh((0.25 - _to_integer(y + offset[1])) / edge)
-
-
-def _dots(x, y, offset, edge):
-  x, y = x + offset[0], y + offset[1]
-  return np.tanh((0.39 - np.hypot(x - np.rint(x), y - np.rint(y))) / edge)
-
-
-def _rings(x, y, offset, edge):
-  radius = np.hypot(x + 4 * (offset[0] - 0.5), y + 4 * (offset[1] - 0.5))
-  return np.tanh((0.25 - _to_integer(radius)) / edge)
-
-
-def _bricks(x, y, offset, edge):
-  x, y = 0.7 * x + offset[0], 1.4 * y + offset[1]
-  row = np.floor(y)
-  joint = _to_integer(x + 0.5 * row) / 0.7
-  return np.tanh((np.minimum(joint, _to_integer(y) / 1.4) - 0.14) / edge)
-
-
-def _zigzag(x, y, offset, edge):
-  wave = y + offset[1] + 1.5 * _to_integer(0.5 * x + offset[0])
-  return np.tanh((0.25 - _to_integer(wave)) * 0.8 / edge)
-
-
-def _grid(x, y, offset, edge):
-  line = np.minimum(_to_integer(x + offset[0]), _to_integer(y + offset[1]))
-  return np.tanh((0.152 - line) / edge)
-
-
-def _triangles(x, y, offset, edge):
-  a = x + offset[0]
-  b = (0.5 * x + 0.8660254 * y) + offset[1]
-  value = 1.0
-  for t in (a, b, b - a):
-    # sin(pi t) / pi is the signed distance to the nearest line of its family.
-    value = value * np.tanh(np.sin(np.pi * t) / (np.pi * edge))
-  return value
-
-
-def _spots(x, y, offset, edge):
-  value = 0.0
-  for k in range(5):
-    # Five directions a fifth of a half-turn apart never repeat; the large
-    # factors make the field at the object's centre a different one each time.
-    angle = np.pi * (k / 5 + offset[0])
-    phase = 2 * np.pi * (100 * offset[k % 2] * (k + 1))
-    wave = x * math.cos(angle) + y * math.sin(angle)
-    value = value + np.cos(2 * np.pi * wave + phase)
-  return np.tanh(value / (12 * edge))
-
-
-def _crosses(x, y, offset, edge):
-  x, y = _to_integer(0.8 * x + offset[0]), _to_integer(0.8 * y + offset[1])
-  arm = np.minimum(0.19 - np.minimum(x, y), 0.41 - np.maximum(x, y)) / 0.8
-  return np.tanh(arm / edge)
-
-
-PATTERNS: dict[str, Pattern] = {
-    "stripes": _stripes,
-    "checkerboard": _checkerboard,
-    "dots": _dots,
-    "rings": _rings,
-    "bricks": _bricks,
-    "zigzag": _zigzag,
-    "grid": _grid,
-    "triangles": _triangles,
-    "spots": _spots,
-    "crosses": _crosses,
+# A class is the direction of a texture's waves and their length in scene units,
+# "coarse_woven" for one; a mirrored pattern keeps its class. Many waves of free
+# phase, spread over the class's band, make each pattern one of a kind, so that
+# raw pixels say little of the class.
+_DIRECTIONS = {  # of the wave, x towards y, in radians
+    "horizontal": (math.pi / 2,),  # stripes that run from left to right
+    "vertical": (0.0,),
+    "woven": (0.0, math.pi / 2),
+    "diagonal": (math.pi / 4, 3 * math.pi / 4),
+    "blotchy": (0.0, math.pi / 4, math.pi / 2, 3 * math.pi / 4),
+}
+_WAVELENGTHS = {"fine": (4.8, 6.2), "coarse": (8.0, 12.0)}
+PATTERNS = {
+    f"{scale}_{direction}": (_DIRECTIONS[direction], _WAVELENGTHS[scale])
+    for direction in _DIRECTIONS
+    for scale in _WAVELENGTHS
 }
 CLASS_NAMES = tuple(PATTERNS)
 NUM_CLASSES = len(CLASS_NAMES)
+
+_Plane = Float[np.ndarray, "t h w"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,14 +66,12 @@ class Layer:
   # None fills the plane.
   radius: float | None = None
   harmonics: tuple[complex, ...] = ()
-  # Paint: color + contrast pattern + sum_k amplitude_k cos(wave_k p + phase_k).
+  # Paint: color + contrast tanh(the pattern's waves) + the shading's waves, with
+  # waves sum_k amplitude_k cos(wave_k p + phase_k).
   color: Float[np.ndarray, "3"]
   contrast: Float[np.ndarray, "3"] | None = None
-  pattern: str | None = None
-  period: float = 10.0
-  angle: float = 0.0
-  offset: Float[np.ndarray, "2"] | None = None
-  bend: tuple[float, float] | None = None  # phases
+  # The same three fields as the shading's below, with amplitudes [k 1].
+  pattern: dict[str, np.ndarray] | None = None
   waves: Float[np.ndarray, "k 2"]  # radians per unit
   phases: Float[np.ndarray, "k"]
   amplitudes: Float[np.ndarray, "k 3"]
@@ -193,49 +117,44 @@ def _depth_inside(layer: Layer, x: _Plane, y: _Plane) -> _Plane:
   return np.float32(layer.radius) * boundary - rho
 
 
-def _noise(
-    layer: Layer,
+def _sum_of_waves(
+    waves: Float[np.ndarray, "k 2"],
+    phases: Float[np.ndarray, "k"],
+    amplitudes: Float[np.ndarray, "k c"],
     to_layer: Float[np.ndarray, "t 3 3"],
-    x: Float[np.ndarray, "w"],
-    y: Float[np.ndarray, "h"],
-) -> Float[np.ndarray, "t 3 h w"]:
-  """The layer's waves seen in each frame.
+    grid: Float[np.ndarray, "2 h w"],
+) -> Float[np.ndarray, "t c h w"]:
+  """The waves of a layer seen in each frame.
 
   cos(a x + b y + c) = cos(a x) cos(b y + c) - sin(a x) sin(b y + c): on a grid
   the sum over the waves is one matrix product.
   """
-  a, b, c = np.moveaxis(layer.waves @ to_layer[:, :2], -1, 0)
-  row = (b[:, None] * y[:, None] + (c + layer.phases)[:, None]).astype("f4")
+  x, y = grid[0, 0], grid[1, :, 0]
+  a, b, c = np.moveaxis(waves @ to_layer[:, :2], -1, 0)
+  row = (b[:, None] * y[:, None] + (c + phases)[:, None]).astype("f4")
   column = (a[:, :, None] * x).astype("f4")
   rows = np.concatenate((np.cos(row), -np.sin(row)), -1)
   columns = np.concatenate((np.cos(column), np.sin(column)), 1)
-  weights = np.tile(layer.amplitudes.astype("f4"), (2, 1)).T
+  weights = np.tile(amplitudes.astype("f4"), (2, 1)).T
   left = weights[:, None] * rows[:, None]
   return left @ columns[:, None]
 
 
-def _paint(
+def paint(
     layer: Layer,
     to_layer: Float[np.ndarray, "t 3 3"],
-    local: Float[np.ndarray, "2 t h w"],
     grid: Float[np.ndarray, "2 h w"],
 ) -> Float[np.ndarray, "t 3 h w"]:
-  """Colours of the whole plane of the layer in each frame."""
-  image = _noise(layer, to_layer, grid[0, 0], grid[1, :, 0])
+  """Colours, 0 to 1, of the whole plane of the layer at the grid's points."""
+  image = _sum_of_waves(
+      layer.waves, layer.phases, layer.amplitudes, to_layer, grid
+  )
   image += layer.color.astype("f4")[:, None, None]
   if layer.pattern is not None:
-    x, y = local * np.float32(1 / layer.period)
-    if layer.bend is not None:
-      a, b = layer.bend
-      x, y = x + _BEND * np.sin(1.1 * y + a), y + _BEND * np.sin(1.3 * x + b)
-    cos, sin = math.cos(layer.angle), math.sin(layer.angle)
-    value = PATTERNS[layer.pattern](
-        cos * x + sin * y,
-        cos * y - sin * x,
-        layer.offset.astype("f4"),
-        _PATTERN_EDGE / layer.period,
+    value = np.tanh(
+        _sum_of_waves(**layer.pattern, to_layer=to_layer, grid=grid)
     )
-    image += layer.contrast.astype("f4")[:, None, None] * value[:, None]
+    image += layer.contrast.astype("f4")[:, None, None] * value
   return image
 
 
@@ -262,13 +181,13 @@ def render(
   owner = np.zeros((num_frames, height, width), np.int32)
   for k, layer in enumerate(layers):
     local = _affine(to_layer[k], grid)
-    paint = _paint(layer, to_layer[k], local, grid)
+    colors = paint(layer, to_layer[k], grid)
     if image is None:
-      image = paint
+      image = colors
       continue
     depth = _depth_inside(layer, *local)
     alpha = 0.5 + 0.5 * np.tanh(depth / np.float32(_SILHOUETTE_EDGE))
-    image += alpha[:, None] * (paint - image)
+    image += alpha[:, None] * (colors - image)
     owner[depth > 0] = k
   image = np.clip(255 * image + 0.5, 0, 255).astype(np.uint8)
   names = np.array([layer.segment for layer in layers], np.int32)
@@ -316,6 +235,21 @@ def _waves(
   )
 
 
+def draw_pattern(
+    rng: np.random.Generator, name: str, count: int = 24
+) -> dict[str, np.ndarray]:
+  """The waves of a class's pattern, of unit variance before tanh."""
+  directions, (shortest, longest) = PATTERNS[name]
+  spread = 0.5 if len(directions) == 1 else 0.25  # radians
+  turn = np.resize(directions, count) + spread * rng.uniform(-1, 1, count)
+  frequency = 2 * np.pi / rng.uniform(shortest, longest, count)
+  return dict(
+      waves=frequency[:, None] * np.stack((np.cos(turn), np.sin(turn)), -1),
+      phases=rng.uniform(0, 2 * np.pi, count),
+      amplitudes=np.full((count, 1), math.sqrt(2 / count)),
+  )
+
+
 def _heading(
     rng: np.random.Generator, slowest: float, fastest: float
 ) -> tuple[float, float]:
@@ -345,7 +279,7 @@ def scene_layers(
       rotation=rng.uniform(-0.04, 0.04),
       log_zoom=rng.uniform(-0.04, 0.04),
       color=rng.uniform(0.3, 0.7, 3),
-      **_waves(rng, 24, (12.0, 44.0), 0.14, 0.6),
+      **_waves(rng, 24, (20.0, 60.0), 0.18, 0.6),
   )
   radius = rng.uniform(23, 28)
   main = Layer(
@@ -356,18 +290,12 @@ def scene_layers(
       log_zoom=rng.uniform(-0.05, 0.05),
       radius=radius,
       harmonics=_harmonics(rng, 0.12),
-      color=rng.uniform(0.35, 0.65, 3),
-      # Mostly a step in brightness: it survives the loss of colour.
-      contrast=rng.choice((-1, 1))
-      * rng.uniform(0.24, 0.32)
-      * rng.uniform(0.5, 1.4, 3),
-      pattern=CLASS_NAMES[label],
-      period=rng.uniform(7.5, 10.5),
-      angle=rng.uniform(0, 2 * np.pi),
-      offset=rng.random(2),
-      bend=tuple(rng.uniform(0, 2 * np.pi, 2)),
-      # Broad shading: a pattern repeats, and alone would match at many places.
-      **_waves(rng, 12, (16.0, 44.0), 0.08, 0.8),
+      color=rng.uniform(0.3, 0.7, 3),
+      # Mostly in brightness: it survives the loss of colour.
+      contrast=rng.uniform(0.26, 0.34) * rng.uniform(0.5, 1.4, 3),
+      pattern=draw_pattern(rng, CLASS_NAMES[label]),
+      # Broad shading: a pattern alone would match at many places.
+      **_waves(rng, 12, (24.0, 64.0), 0.18, 0.8),
   )
   others = []
   for segment in range(2, 2 + rng.integers(0, 3)):
