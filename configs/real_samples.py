@@ -21,17 +21,29 @@ def get_config() -> default.ConfigDict:
   motion.batch_size = 4
   motion.downscale = (0.4, 1.0)
   motion.sources = (
-      ("video", 2.0),
-      ("davis", 2.0),
-      ("flying_chairs", 1.0),
-      ("sintel_clean", 1.0),
-      ("sintel_final", 1.0),
+      ("video", 1.0),
+      ("davis", 1.0),
+      ("flying_chairs", 2.0),
+      ("sintel_clean", 1.5),
+      ("sintel_final", 0.5),
   )
   motion.jitter.p = 0.5
   motion.photometric.update(l1=0.0, ssim=0.0, census=1.0)
+  motion.occlusion = "forward_backward"
+  motion.occlusion_start = 1_500
+  motion.smoothness.update(form="uflow", order=1, edge_weight=150.0)
+  motion.terms.reconstruction.update(stride_1=1.0, stride_4=1.0, stride_8=0.5)
+  motion.terms.smoothness.update(stride_1=0.0, stride_4=4.0)
 
-  config.content.source = "imagenet"
-  config.content.scale = (0.2, 1.0)
+  content = config.content
+  content.source = "imagenet"
+  content.scale = (0.2, 1.0)
+  content.ratio = (3 / 4, 4 / 3)
+  content.jitter.update(brightness=0.4, contrast=0.4, hue=0.1, p=0.8)
+  content.gray = 0.2
+
+  config.optimizer.encoder.update(learning_rate=1e-3, warmup_steps=100)
+  config.optimizer.estimator.update(learning_rate=1e-3, warmup_steps=100)
 
   config.save_every = 250
   config.panel_every = 500

@@ -128,6 +128,7 @@ def test_knn_of_a_set_reports_its_references():
   assert {"knn/set/top1_color", "knn/set/top1_position"} <= set(result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 4])
 def test_predictions_do_not_depend_on_devices_or_on_the_last_batch(devices):
   cfg = tiny.config()

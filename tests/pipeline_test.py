@@ -282,6 +282,7 @@ def _runs(pid: str) -> bool:
   return state.split()[0] != "Z"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_no_worker_outlives_a_killed_process(tmp_path):
   # To a file: a pipe would stay open, and be waited for, until the workers end.

@@ -46,6 +46,7 @@ def _gradient(cfg, batch, *, devices=1, groups=("encoder",)):
   return float(value), _host(logs), _host(grads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "moved"),
     [
@@ -76,6 +77,7 @@ def test_a_step_reads_frames_and_views_and_nothing_else():
     function(state, batch)
 
 
+@pytest.mark.slow
 def test_the_combined_gradient_is_the_weighted_sum_of_the_tasks():
   cfg = tiny.config(motion__weight=0.3)
   batch = tiny.batch()
@@ -88,6 +90,7 @@ def test_the_combined_gradient_is_the_weighted_sum_of_the_tasks():
   assert error / _norm(expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_every_term_with_a_weight_is_logged_unweighted():
   cfg = tiny.config()
   _, logs, _ = _gradient(cfg, tiny.batch())
@@ -105,6 +108,7 @@ def test_every_term_with_a_weight_is_logged_unweighted():
   assert other["loss"] > logs["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [2, 8])
 def test_loss_and_gradient_do_not_depend_on_the_number_of_devices(devices):
   cfg, batch = tiny.config(), tiny.batch()
@@ -116,6 +120,7 @@ def test_loss_and_gradient_do_not_depend_on_the_number_of_devices(devices):
   assert _norm(difference) / _norm(one) < 1e-5
 
 
+@pytest.mark.slow
 def test_statistics_of_each_shard_would_miss_by_far(monkeypatch):
   cfg, batch = tiny.config(), {"views": tiny.batch()["views"]}
   groups = ("encoder", "expander")
@@ -134,6 +139,7 @@ def test_statistics_of_each_shard_would_miss_by_far(monkeypatch):
   assert _norm(difference) / _norm(whole) > 1e-2
 
 
+@pytest.mark.slow
 def test_large_parameters_are_sharded_and_the_state_keeps_its_shardings():
   cfg = tiny.config()
   state, function, mesh = tiny.state_and_step(
@@ -147,6 +153,7 @@ def test_large_parameters_are_sharded_and_the_state_keeps_its_shardings():
   assert jax.tree.all(jax.tree.map(lambda a, b: a == b, before, after))
 
 
+@pytest.mark.slow
 def test_the_old_state_is_donated():
   state, function, mesh = tiny.state_and_step(tiny.config(), "content")
   old = state.params["encoder"]["stem_0"]["kernel"]
@@ -154,6 +161,7 @@ def test_the_old_state_is_donated():
   assert old.is_deleted()
 
 
+@pytest.mark.slow
 def test_accumulation_of_motion_equals_the_whole_batch():
   # L_vc's statistics are of a micro-batch, so it is left out here.
   changes = {
@@ -193,6 +201,7 @@ def test_batches_before_counts_what_the_kinds_of_steps_read(mode):
       assert task in steps.tasks_of_mode(mode)
 
 
+@pytest.mark.slow
 def test_no_motion_term_is_computed_before_flow_start():
   assert steps.kind_at("combined", 2, 3) == "content"
   assert steps.kind_at("combined", 3, 3) == "both"

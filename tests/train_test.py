@@ -141,6 +141,7 @@ def resumed(config_path, tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_run_equals_the_uninterrupted_bit_for_bit(
     whole, resumed
 ):
@@ -151,12 +152,14 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_bit_for_bit(
   assert set(_flat(state)) >= {"/step", "/key"}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_reads_the_same_records_at_every_step(whole, resumed):
   records = _lines(whole / "records.jsonl")
   assert [line["step"] for line in records] == list(range(_STEPS))
   assert records == _lines(resumed / "records.jsonl")
 
 
+@pytest.mark.slow
 def test_the_logs_of_a_resumed_run_are_those_of_the_uninterrupted(
     whole, resumed
 ):
@@ -168,6 +171,7 @@ def test_the_logs_of_a_resumed_run_are_those_of_the_uninterrupted(
   assert [step for step, _ in losses[0]] == list(range(_STEPS))
 
 
+@pytest.mark.slow
 def test_without_the_iterators_a_resumed_run_differs(
     config_path, whole, tmp_path
 ):
@@ -189,6 +193,7 @@ def test_without_the_iterators_a_resumed_run_differs(
   assert _differences(_state(whole, _STEPS)[0], _state(workdir, _STEPS)[0])
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_and_trains_nothing(config_path, whole):
   before = (whole / "metrics.jsonl").read_text()
   run = _run(config_path, whole)
@@ -196,6 +201,7 @@ def test_a_finished_run_says_so_and_trains_nothing(config_path, whole):
   assert (whole / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_the_parts_of_the_wall_clock_add_up(whole):
   line = _lines(whole / "metrics.jsonl")[-1]
   parts = {k: v for k, v in line.items() if k.startswith("seconds/")}
@@ -204,6 +210,7 @@ def test_the_parts_of_the_wall_clock_add_up(whole):
   assert {"seconds/compile", "seconds/step", "seconds/input"} <= set(parts)
 
 
+@pytest.mark.slow
 def test_a_workdir_of_another_config_is_refused(config_path, whole):
   run = subprocess.run(
       _command(config_path, whole, "--config.content.batch_size=8"),
@@ -217,6 +224,7 @@ def test_a_workdir_of_another_config_is_refused(config_path, whole):
   assert "has 4, this config 8" in run.stderr
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_code_is_75(config_path, tmp_path):
   workdir = tmp_path / "term"
   process = subprocess.Popen(

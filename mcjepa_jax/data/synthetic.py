@@ -41,7 +41,7 @@ _DIRECTIONS = {  # of the wave, x towards y, in radians
     "diagonal": (math.pi / 4, 3 * math.pi / 4),
     "blotchy": (0.0, math.pi / 4, math.pi / 2, 3 * math.pi / 4),
 }
-_WAVELENGTHS = {"fine": (4.8, 6.2), "coarse": (8.0, 12.0)}
+_WAVELENGTHS = {"fine": (5.0, 6.4), "coarse": (8.0, 12.0)}
 PATTERNS = {
     f"{scale}_{direction}": (_DIRECTIONS[direction], _WAVELENGTHS[scale])
     for direction in _DIRECTIONS
@@ -279,7 +279,7 @@ def scene_layers(
       rotation=rng.uniform(-0.04, 0.04),
       log_zoom=rng.uniform(-0.04, 0.04),
       color=rng.uniform(0.3, 0.7, 3),
-      **_waves(rng, 24, (20.0, 60.0), 0.18, 0.6),
+      **_waves(rng, 24, (10.0, 36.0), 0.2, 0.6),
   )
   radius = rng.uniform(23, 28)
   main = Layer(

@@ -1,0 +1,442 @@
+"""Shows that the tests would notice: python -m tests.mutants
+
+Applies each fault below, one line of the package changed, in a copy of the
+repository and runs the tests that ought to notice. A fault is killed by a test
+that fails; one that does not apply, that breaks the import or that only stops
+the collection of tests counts as alive. The last line is `killed K/N`; the exit
+code is 0 only if all were killed and the copy without a fault passes.
+
+  python -m tests.mutants [NAME ...]   only the faults named
+"""
+
+import argparse
+from concurrent import futures
+import dataclasses
+import os
+import pathlib
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_LEAST = 25
+_SECONDS = 300  # for the tests of one fault
+_ENVIRONMENT = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    # What the faults leave as it is compiles once.
+    "JAX_COMPILATION_CACHE_DIR": str(_ROOT / ".cache" / "jax"),
+    # Two edits within a second can have one time stamp.
+    "PYTHONDONTWRITEBYTECODE": "1",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+  """One changed piece of source, and the tests that should see it."""
+
+  name: str
+  file: str  # below mcjepa_jax/
+  old: str  # occurs there exactly once
+  new: str
+  tests: tuple[str, ...]  # what pytest is given, below tests/
+
+
+def _mutants(file: str, tests: str, *rows: tuple[str, ...]) -> list[Mutant]:
+  """One for each (name, old, new[, tests of its own])."""
+  return [
+      Mutant(name, file, old, new, tuple((own[0] if own else tests).split()))
+      for name, old, new, *own in rows
+  ]
+
+
+MUTANTS = (
+    *_mutants(
+        "flow_ops.py",
+        "flow_ops_test.py",
+        (
+            "u_and_v_swapped",
+            "pixel_grid(h, w) + flow, 0, last",
+            "pixel_grid(h, w) + flow[..., ::-1], 0, last",
+        ),
+        (
+            "backward_warp_made_forward",
+            "pixel_grid(h, w) + flow, 0, last",
+            "pixel_grid(h, w) - flow, 0, last",
+        ),
+        (
+            "flow_not_rescaled",
+            "return resize(flow, size) * scale",
+            "return resize(flow, size)",
+        ),
+        (
+            "flow_rescaled_by_the_other_axis",
+            "size[1] / w, size[0] / h",
+            "size[0] / h, size[1] / w",
+        ),
+        (
+            "out_of_frame_inverted",
+            "return within.astype(jnp.float32)",
+            "return (~within).astype(jnp.float32)",
+        ),
+        (
+            "occlusion_mask_inverted",
+            "squared(forward + backward) <= tolerance",
+            "squared(forward + backward) > tolerance",
+        ),
+        (
+            "occlusion_of_the_unwarped_flow",
+            "backward = warp(lax.stop_gradient(flow_21), forward)",
+            "backward = lax.stop_gradient(flow_21)",
+        ),
+        (
+            "occlusion_mask_with_a_gradient",
+            "target = pixel_grid(h, w) + lax.stop_gradient(flow_21)",
+            "target = pixel_grid(h, w) + flow_21",
+        ),
+        (
+            "cost_volume_transposed",
+            "padded[:, dy : dy + h, dx : dx + w]",
+            "padded[:, dx : dx + h, dy : dy + w]",
+        ),
+        (
+            "features_normalised_over_the_batch",
+            "axes = (1, 2, 3)\n  mean",
+            "axes = (0, 1, 2, 3)\n  mean",
+        ),
+        (
+            "pairs_not_swapped",
+            "[:, ::-1].reshape(x.shape)",
+            "[:, :].reshape(x.shape)",
+        ),
+    ),
+    *_mutants(
+        "vicreg.py",
+        "vicreg_test.py",
+        ("n_for_n_minus_1", "ddof=1", "ddof=0"),
+        ("hinge_flipped", "relu(gamma - std)", "relu(std - gamma)"),
+        (
+            "diagonal_kept",
+            "where=~jnp.eye(d, dtype=bool)",
+            "where=jnp.ones((d, d), bool)",
+        ),
+        (
+            "diagonal_kept_in_the_gram_form",
+            " - jnp.sum(jnp.square(diagonal))",
+            " - 0 * jnp.sum(diagonal)",
+        ),
+        (
+            "covariance_not_centred",
+            "(z - jnp.mean(z, axis=0)) / jnp.sqrt",
+            "z / jnp.sqrt",
+        ),
+        (
+            "statistics_of_each_half_of_the_batch",
+            "jnp.sqrt(jnp.var(_float32(z), axis=0, ddof=1) + eps)",
+            "jnp.sqrt(jnp.var(_float32(z).reshape(-1, len(z) // 2 or 1,"
+            " z.shape[1]), axis=1, ddof=1) + eps)",
+        ),
+    ),
+    *_mutants(
+        "flow_losses.py",
+        "flow_losses_test.py",
+        (
+            "stop_gradient_dropped_from_the_mask",
+            "  mask = lax.stop_gradient(mask)\n  # Weights",
+            "  # Weights",
+        ),
+        (
+            "smoothness_across_edges",
+            "jnp.exp(-edge_weight * edge)",
+            "jnp.exp(edge_weight * edge)",
+        ),
+        (
+            "cycle_goes_there_twice",
+            "there = flow_ops.warp(x_1, flow_21)",
+            "there = flow_ops.warp(x_1, flow_12)",
+        ),
+        (
+            "windows_at_the_border_count",
+            "kept = erode(mask, radius) if radius else mask",
+            "kept = mask",
+        ),
+    ),
+    *_mutants(
+        "objective.py",
+        "objective_test.py",
+        (
+            "a_weight_ignored",
+            "weight = motion_weight * motion[kind][level[0]]",
+            "weight = motion_weight",
+        ),
+        (
+            "the_ramp_on_the_wrong_terms",
+            "if kind not in _UNRAMPED",
+            "if kind in _UNRAMPED",
+        ),
+        (
+            "a_frame_compared_with_itself",
+            "warp(flow_ops.swap_pairs(image), flow)",
+            "warp(image, flow)",
+        ),
+        (
+            "occlusion_of_the_other_direction",
+            "back = flow_ops.swap_pairs(flow)",
+            "back = flow",
+        ),
+    ),
+    *_mutants(
+        "step.py",
+        "step_test.py",
+        (
+            "frozen_encoder_moves",
+            '"estimator": (("motion",), ("estimator",))',
+            '"estimator": (("motion",), ("encoder", "estimator"))',
+            "step_test.py::test_a_step_moves_its_groups_and_leaves_the_others_"
+            "bit_equal",
+        ),
+        (
+            "micro_batches_summed",
+            "lambda x: x / count",
+            "lambda x: x",
+            "step_test.py::test_accumulation_of_motion_equals_the_whole_batch",
+        ),
+        (
+            "motion_before_its_start",
+            "  if step < start_step:\n    return",
+            "  if step < 0:\n    return",
+            "step_test.py::test_no_motion_term_is_computed_before_flow_start",
+        ),
+    ),
+    *_mutants(
+        "optimizer.py",
+        "optimizer_test.py",
+        ("no_warm_up", "warm = (count + 1) / max(warmup_steps, 1)", "warm = 1"),
+        ("decay_of_biases", "p.ndim > 1", "p.ndim > 0"),
+    ),
+    *_mutants(
+        "models/flow_decoder.py",
+        "flow_decoder_test.py",
+        (
+            "flow_not_clipped",
+            "flow = jnp.clip(flow + residual, -limit, limit)",
+            "flow = flow + residual",
+            "flow_decoder_test.py::test_flow_stays_within_max_flow_of_the_full_"
+            "image",
+        ),
+    ),
+    *_mutants(
+        "models/convnext.py",
+        "convnext_test.py",
+        ("drop_path_not_rescaled", "/ keep", "/ 1"),
+    ),
+    *_mutants(
+        "metrics.py",
+        "metrics_test.py",
+        (
+            "outlier_by_either_bound",
+            "inlier = (error <= 3) | (",
+            "inlier = (error <= 3) & (",
+        ),
+        (
+            "invalid_pixels_counted",
+            "counts = valid[..., 0] > 0",
+            "counts = valid[..., 0] > -1",
+        ),
+    ),
+    *_mutants(
+        "evals/flow.py",
+        "evals_test.py",
+        (
+            "last_batch_dropped",
+            "  if held:\n    yield held",
+            "  if len(held) == batch_size:\n    yield held",
+        ),
+    ),
+    *_mutants(
+        "evals/probe.py",
+        "evals_test.py",
+        ("votes_not_weighted", "1) / temperature)", "1) * 0)"),
+    ),
+    *_mutants(
+        "data/flow_io.py",
+        "flow_io_test.py",
+        (
+            "kitti_scale_wrong",
+            ".astype(np.float32) - 2**15) / 64",
+            ".astype(np.float32) - 2**15) / 128",
+        ),
+    ),
+    *_mutants(
+        "data/transforms.py",
+        "transforms_test.py",
+        (
+            "frames_mirrored_upside_down",
+            "image[..., ::-1, :] if",
+            "image[..., ::-1, :, :] if",
+        ),
+    ),
+    *_mutants(
+        "data/pipeline.py",
+        "pipeline_test.py",
+        (
+            "one_order_for_all_epochs",
+            "      .repeat()\n",
+            "      .repeat(reseed_each_epoch=False)\n",
+        ),
+    ),
+    *_mutants(
+        "photometry.py",
+        "photometry_test.py",
+        (
+            "solarize_below_the_threshold",
+            "jnp.where(images >= threshold, 1 - images, images)",
+            "jnp.where(images >= threshold, images, 1 - images)",
+        ),
+        (
+            "blend_inverted",
+            "jnp.where(active[:, turn]",
+            "jnp.where(~active[:, turn]",
+        ),
+    ),
+    *_mutants(
+        "train.py",
+        "train_test.py",
+        (
+            "iterator_not_restored",
+            "          stream.restore(saved[task])\n",
+            "          pass\n",
+            "train_test.py::test_a_killed_and_resumed_run_equals_the_"
+            "uninterrupted_bit_for_bit",
+        ),
+        (
+            "streams_saved_as_of_the_queue",
+            "save(run, state, queue[0].streams)",
+            "save(run, state, {k: s.state() for k, s in run.streams.items()})",
+            "train_test.py::test_a_killed_and_resumed_run_equals_the_"
+            "uninterrupted_bit_for_bit",
+        ),
+    ),
+)
+
+
+def _copy(to: pathlib.Path) -> pathlib.Path:
+  """A copy of what git would keep, beside a link to the shared samples."""
+  root = to / "repository"
+  listed = subprocess.run(
+      ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+      cwd=_ROOT,
+      check=True,
+      capture_output=True,
+  ).stdout.split(b"\0")
+  for name in filter(None, map(os.fsdecode, listed)):
+    if (_ROOT / name).is_file():
+      (root / name).parent.mkdir(parents=True, exist_ok=True)
+      shutil.copyfile(_ROOT / name, root / name)
+      shutil.copymode(_ROOT / name, root / name)
+  shared = _ROOT.parent / "shared"
+  if shared.exists():
+    (to / "shared").symlink_to(shared)
+  return root
+
+
+def _pytest(root: pathlib.Path, tests: list[str]) -> tuple[int, str]:
+  """Exit code and output of the tests, up to the first that fails."""
+  command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-rf",
+             "-p", "no:cacheprovider", "--tb=no"]  # fmt: skip
+  try:
+    done = subprocess.run(
+        command + [f"tests/{test}" for test in tests],
+        cwd=root,
+        env=_ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=_SECONDS,
+    )
+  except subprocess.TimeoutExpired:
+    return -1, f"more than {_SECONDS} s"
+  return done.returncode, done.stdout + done.stderr
+
+
+def verdict(mutant: Mutant, root: pathlib.Path) -> tuple[bool, str]:
+  """Whether a test fails under the fault, and its name or why not."""
+  path = root / "mcjepa_jax" / mutant.file
+  source = path.read_text()
+  if source.count(mutant.old) != 1:
+    return False, f"does not apply: found {source.count(mutant.old)} times"
+  try:
+    path.write_text(source.replace(mutant.old, mutant.new))
+    module = "mcjepa_jax." + mutant.file.removesuffix(".py").replace("/", ".")
+    loads = subprocess.run(
+        [sys.executable, "-c", f"import {module}"],
+        cwd=root,
+        env=_ENVIRONMENT,
+        capture_output=True,
+        check=False,
+    )
+    if loads.returncode:
+      return False, "breaks the import"
+    code, output = _pytest(root, list(mutant.tests))
+  finally:
+    path.write_text(source)
+  failed = re.search(r"^FAILED (\S+)", output, re.MULTILINE)
+  if code == 1 and failed:
+    return True, failed[1]
+  last = output.strip().splitlines()[-1] if output.strip() else "no output"
+  return False, f"pytest ended with {code}: {last}"
+
+
+def main(argv: list[str] | None = None) -> int:
+  """0 if every fault is killed and the copy without one passes."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("names", nargs="*", help="only these faults")
+  parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 4))
+  args = parser.parse_args(argv)
+  known = {mutant.name: mutant for mutant in MUTANTS}
+  if unknown := set(args.names) - set(known):
+    print(
+        f"error: no such fault: {', '.join(sorted(unknown))}", file=sys.stderr
+    )
+    return 2
+  chosen = [known[name] for name in args.names] or list(MUTANTS)
+  start, killed = time.monotonic(), 0
+  with tempfile.TemporaryDirectory() as folder:
+    roots: queue.Queue[pathlib.Path] = queue.Queue()
+    for job in range(args.jobs):
+      roots.put(_copy(pathlib.Path(folder) / str(job)))
+
+    def on_a_copy(function, *arguments):
+      root = roots.get()
+      try:
+        return function(*arguments, root)
+      finally:
+        roots.put(root)
+
+    with futures.ThreadPoolExecutor(args.jobs) as pool:
+      every = sorted({test for mutant in chosen for test in mutant.tests})
+      whole = pool.submit(
+          on_a_copy, lambda tests, root: _pytest(root, tests), every
+      )
+      runs = {pool.submit(on_a_copy, verdict, m): m for m in chosen}
+      for number, run in enumerate(futures.as_completed(runs), 1):
+        dead, why = run.result()
+        killed += dead
+        left = (time.monotonic() - start) / number * (len(runs) - number)
+        print(
+            f"{runs[run].name}: {'killed by' if dead else 'ALIVE,'} {why}"
+            f"  [{number}/{len(runs)}, {left:.0f} s to go]",
+            flush=True,
+        )
+      code, output = whole.result()
+  passes = code == 0
+  print(f"without a fault: {output.strip().splitlines()[-1]}")
+  print(f"killed {killed}/{len(chosen)}")
+  enough = bool(args.names) or len(chosen) >= _LEAST
+  return 0 if passes and enough and killed == len(chosen) else 1
+
+
+if __name__ == "__main__":
+  sys.exit(main())
