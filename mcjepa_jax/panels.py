@@ -47,7 +47,7 @@ def _flow_rows(model, params, mesh, frames):
       visualize.flow_panel(*pair, flow, visible=seen)
       for pair, flow, seen in zip(pairs, there, visible, strict=True)
   ]
-  return visualize.grid(rows, columns=1)
+  return visualize.grid(np.stack(rows), columns=1)
 
 
 def _feature_rows(model, params, views):
@@ -62,11 +62,11 @@ def _feature_rows(model, params, views):
   colors = visualize.feature_pca(np.asarray(features(params, images)))
   scale = views.shape[1] // colors.shape[1]
   colors = colors.repeat(scale, axis=1).repeat(scale, axis=2)
-  return visualize.grid([*views, *colors], columns=len(views))
+  return visualize.grid(np.concatenate([views, colors]), columns=len(views))
 
 
 def of_logs(
-    lines: Sequence[Mapping[str, float]],
+    lines: Sequence[Mapping[str, Any]],
 ) -> dict[str, UInt8[np.ndarray, "h w 3"]]:
   """Curves of the terms, the monitors and the gradients over the steps."""
   names = sorted({name for line in lines for name in line} - {"step"})

@@ -265,8 +265,11 @@ def draw(run: Run, state: steps.TrainState, log: journal.Journal) -> None:
       log.picture(number, name, picture)
 
 
-def finish(run: Run, state: steps.TrainState) -> dict[str, Any]:
-  """Evaluates the trained parameters and writes the results."""
+def finish(run: Run, state: steps.TrainState, peak_gb: float) -> dict[str, Any]:
+  """Evaluates the trained parameters and writes the results.
+
+  `peak_gb` is the memory of training, its workers included.
+  """
   with run.clock.span("evaluate"):
     results = evaluations(run, state)
   curves = panels.of_logs(journal.read_lines(run.workdir / "metrics.jsonl"))
@@ -283,7 +286,7 @@ def finish(run: Run, state: steps.TrainState) -> dict[str, Any]:
       "seconds/evaluate": spent.get("evaluate", 0.0)
       + spent.get("pictures", 0.0),
       "seconds/total": spent["total"] + install,
-      "peak_rss_gb": journal.peak_rss_gb(),
+      "peak_rss_gb": max(peak_gb, journal.peak_rss_gb()),
       "meta/config": run.config.name,
       "meta/step": int(state.step),
       "meta/commit": evaluate.commit(),
@@ -339,10 +342,11 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
         print(f"Resumed at step {newest} of {config.num_steps}.")
     try:
       state = run_loop(run, state)
+      peak_gb = journal.peak_rss_gb()  # while the workers live
     finally:
       for stream in streams.values():
         stream.close()
-    results = finish(run, state)
+    results = finish(run, state, peak_gb)
   print(evaluate.table(results))
   print(f"Pictures and curves: {workdir / 'pictures'}")
   return results

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mcjepa_jax import assembly, objective, sharding, step as steps, vicreg
+from mcjepa_jax.data import synthetic
 from tests import tiny
 
 
@@ -207,3 +208,37 @@ def test_no_motion_term_is_computed_before_flow_start():
   assert steps.kind_at("combined", 3, 3) == "both"
   _, logs, _ = _gradient(tiny.config(), {"views": tiny.batch()["views"]})
   assert not any(name.startswith("motion/") for name in logs)
+
+
+@pytest.mark.slow
+def test_noise_for_ground_truth_leaves_the_training_bit_identical(monkeypatch):
+  def noisy(getitem):
+    def replaced(self, index):
+      record, rng = getitem(self, index), np.random.default_rng(index)
+      seen = ("frame_1", "frame_2", "image")
+      return {
+          key: value if key in seen else rng.normal(size=np.shape(value))
+          for key, value in record.items()
+      }
+
+    return replaced
+
+  cfg = tiny.config()
+  trained = []
+  first, function, mesh = tiny.state_and_step(cfg, "both")
+  initial = _host(first)
+  for noise in (False, True):
+    if noise:
+      for source in (synthetic.Pairs, synthetic.Images):
+        monkeypatch.setattr(source, "__getitem__", noisy(source.__getitem__))
+      example = synthetic.Pairs(seed=0, num_examples=1)[0]
+      assert isinstance(example["label"], float)
+    state = jax.tree.map(jax.device_put, initial)
+    streams = assembly.streams(cfg)
+    for number in range(2):
+      batch = streams["content"][number][0] | streams["motion"][number][0]
+      state, _ = function(state, sharding.to_global(batch, mesh))
+    trained.append(_host(state.params))
+  jax.tree.map(np.testing.assert_array_equal, *trained)
+  moved = jax.tree.map(np.array_equal, trained[0], initial.params)
+  assert not jax.tree.all(moved)

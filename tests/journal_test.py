@@ -1,0 +1,109 @@
+"""Tests of the logs, the clock and the pictures of a run."""
+
+import json
+
+import numpy as np
+from PIL import Image
+import pytest
+from tensorboardX.proto import event_pb2
+
+from mcjepa_jax import assembly, journal, panels
+from tests import tiny
+
+
+def _lines(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_spans_of_a_clock_and_other_add_up_to_the_total(monkeypatch):
+  now = iter([0.0, 1.0, 2.0, 5.0, 6.0, 10.0])
+  monkeypatch.setattr(journal.time, "perf_counter", lambda: next(now))
+  clock = journal.Clock()
+  with clock.span("step"):  # from 1 on
+    with clock.span("input"):  # from 2 to 5: it does not count for step
+      pass
+  seconds = clock.seconds()
+  assert seconds == {
+      "other": 1.0 + 4.0, "step": 1.0 + 1.0, "input": 3.0, "total": 10.0
+  }  # fmt: skip
+
+
+def test_a_log_opened_at_a_step_drops_what_follows_and_a_torn_line(tmp_path):
+  log = journal.Journal(tmp_path, step=0, records=True)
+  for step in range(4):
+    log.scalars(step, {"loss": 1.0})
+    log.records(step, {"motion": [f"a/{step}"]})
+  log.close()
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 4, "lo')
+  log = journal.Journal(tmp_path, step=2, records=True)
+  log.scalars(2, {"loss": 0.5})
+  log.close()
+  assert _lines(tmp_path / "metrics.jsonl") == [
+      {"step": 0, "loss": 1.0},
+      {"step": 1, "loss": 1.0},
+      {"step": 2, "loss": 0.5},
+  ]
+  records = _lines(tmp_path / "records.jsonl")
+  assert [line["step"] for line in records] == [0, 1]
+
+
+def test_tensorboard_has_the_numbers_and_the_pictures(tmp_path):
+  log = journal.Journal(tmp_path, step=0, records=False)
+  log.scalars(7, {"loss/motion": 0.25})
+  log.picture(7, "flow", np.full((8, 12, 3), 200, np.uint8))
+  log.close()
+  (path,) = (tmp_path / "tensorboard").iterdir()
+  values = {}
+  for data in _records(path.read_bytes()):
+    event = event_pb2.Event.FromString(data)
+    for value in event.summary.value:
+      values[value.tag] = event.step, value
+  step, scalar = values["loss/motion"]
+  assert (step, scalar.simple_value) == (7, 0.25)
+  assert (values["flow"][1].image.height, values["flow"][1].image.width) == (
+      8,
+      12,
+  )
+  assert Image.open(tmp_path / "pictures" / "flow.png").size == (12, 8)
+
+
+def _records(data):
+  """The payloads of a TFRecord file: u64 length, u32, payload, u32."""
+  while data:
+    length = int.from_bytes(data[:8], "little")
+    yield data[12 : 12 + length]
+    data = data[16 + length :]
+
+
+def test_a_json_file_is_replaced_whole(tmp_path):
+  path = tmp_path / "results.json"
+  journal.write_json(path, {"a": 1})
+  with pytest.raises(TypeError):
+    journal.write_json(path, {"a": object()})
+  assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_curves_show_each_group_of_terms_that_was_logged():
+  lines = [
+      {"step": 0, "content/variance": 1.0, "motion/cycle/stride_4": 2.0},
+      {"step": 5, "content/variance": 0.5},
+  ]
+  pictures = panels.of_logs(lines)
+  assert set(pictures) == {"curves_content", "curves_motion"}
+  assert all(p.dtype == np.uint8 and p.ndim == 3 for p in pictures.values())
+
+
+def test_pictures_of_a_state_show_flow_and_features():
+  cfg = tiny.config()
+  state, _, mesh = tiny.state_and_step(cfg, "both")
+  batch = tiny.batch()
+  arrays = {
+      "motion": {"frames": batch["frames"]},
+      "content": {"views": batch["views"]},
+  }
+  pictures = panels.of_state(assembly.model(cfg), state.params, mesh, arrays)
+  assert set(pictures) == {"flow", "features"}
+  for picture in pictures.values():
+    assert picture.dtype == np.uint8 and picture.shape[-1] == 3
+    assert picture.std() > 5
