@@ -10,7 +10,7 @@ def get_config() -> default.ConfigDict:
   """The quickstart: every loss of the method, on 64x64 images."""
   config = default.get_config()
   config.name = "quickstart"
-  config.num_steps = 360
+  config.num_steps = 700
 
   model = config.model
   model.encoder.update(
@@ -25,14 +25,15 @@ def get_config() -> default.ConfigDict:
   model.dtype = "float32"
 
   motion = config.motion
-  motion.batch_size = 16
+  motion.batch_size = 8
   motion.size = (64, 64)
   motion.sources = (("synthetic", 1.0),)
   motion.start_step = 0
   motion.ramp_steps = 0
-  motion.weight = 1.0
+  motion.weight = 12.0
   motion.jitter.p = 0.0
-  motion.occlusion_start = 250
+  motion.occlusion = "range_map"
+  motion.occlusion_start = 500
   motion.smoothness.order = 1
   motion.terms.reconstruction.update(stride_1=1.0, stride_4=1.0, stride_8=0.5)
   motion.terms.smoothness.stride_1 = 2.0
@@ -41,7 +42,7 @@ def get_config() -> default.ConfigDict:
   )
 
   content = config.content
-  content.batch_size = 64
+  content.batch_size = 40
   content.size = 64
   content.source = "synthetic"
   content.scale = (0.3, 0.8)
@@ -57,6 +58,6 @@ def get_config() -> default.ConfigDict:
   config.workers = 1
   config.log_every = 20
   config.panel_every = 0
-  config.save_every = 200
+  config.save_every = 250
   config.evals = ("flow/synthetic", "knn/synthetic")
   return config

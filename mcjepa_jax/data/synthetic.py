@@ -279,7 +279,7 @@ def scene_layers(
       rotation=rng.uniform(-0.04, 0.04),
       log_zoom=rng.uniform(-0.04, 0.04),
       color=rng.uniform(0.3, 0.7, 3),
-      **_waves(rng, 24, (10.0, 36.0), 0.2, 0.6),
+      **_waves(rng, 24, (10.0, 36.0), 0.2, 0.8),
   )
   radius = rng.uniform(23, 28)
   main = Layer(
@@ -292,7 +292,7 @@ def scene_layers(
       harmonics=_harmonics(rng, 0.12),
       color=rng.uniform(0.3, 0.7, 3),
       # Mostly in brightness: it survives the loss of colour.
-      contrast=rng.uniform(0.26, 0.34) * rng.uniform(0.5, 1.4, 3),
+      contrast=rng.uniform(0.2, 0.34) * rng.uniform(0.5, 1.4, 3),
       pattern=draw_pattern(rng, CLASS_NAMES[label]),
       # Broad shading: a pattern alone would match at many places.
       **_waves(rng, 12, (24.0, 64.0), 0.18, 0.8),
