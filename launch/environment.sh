@@ -65,7 +65,8 @@ uv_install() {
   export UV_INDEX="${UV_INDEX:-${PIP_EXTRA_INDEX_URL:-}}"
   [[ -z "${PIP_INDEX_URL:-}" ]] \
     || export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}"
-  local arguments=(--python "$venv/bin/python")
+  # Compiled here by all cores, not by the first import: seconds of every start.
+  local arguments=(--compile-bytecode --python "$venv/bin/python")
   [[ -t 2 ]] || arguments+=(--quiet)
   "$venv/bin/python" -m uv pip install "${arguments[@]}" \
     --constraint "$root/constraints.txt" "$@"

@@ -264,7 +264,7 @@ def evaluate(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     config.model.update(meta["model"])
     config.seed = meta["seed"]
   model = assembly.model(config)
-  initial = jax.jit(lambda: mcjepa.init_params(model, config.seed))()
+  initial = sharding.call_once(lambda: mcjepa.init_params(model, config.seed))
   params = checkpoint.restore_params(path, jax.eval_shape(lambda: initial))
   results = run_evals(config, model, params, initial, mesh)
   results |= {

@@ -123,10 +123,10 @@ def check_resume(config: Any, workdir: pathlib.Path) -> None:
 def first_state(run: Run) -> steps.TrainState:
   """A new state, made straight into its shardings."""
   config = run.config
-  state = jax.jit(
+  state = sharding.call_once(
       lambda: steps.init_state(run.model, run.optimizers, config.seed),
       out_shardings=jax.tree.map(lambda leaf: leaf.sharding, run.abstract),
-  )()
+  )
   if config.init_checkpoint:
     encoder = checkpoint.restore_params(
         config.init_checkpoint, {"encoder": run.abstract.params["encoder"]}
@@ -202,7 +202,9 @@ def save(run: Run, state: steps.TrainState, streams: dict[str, Any]) -> None:
 
 def evaluations(run: Run, state: steps.TrainState) -> dict[str, float]:
   """The evals of the config for a state."""
-  initial = jax.jit(lambda: mcjepa.init_params(run.model, run.config.seed))()
+  initial = sharding.call_once(
+      lambda: mcjepa.init_params(run.model, run.config.seed)
+  )
   return evaluate.run_evals(
       run.config, run.model, state.params, initial, run.mesh
   )
