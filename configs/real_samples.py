@@ -17,9 +17,10 @@ def get_config() -> default.ConfigDict:
   config.num_steps = 3_000
 
   motion = config.motion
-  motion.size = (128, 192)
+  motion.size = (96, 128)
   motion.batch_size = 4
-  motion.downscale = (0.4, 1.0)
+  motion.downscale = (0.25, 1.0)
+  motion.gaps = (1, 3)
   motion.sources = (
       ("video", 1.0),
       ("davis", 1.0),
@@ -27,23 +28,25 @@ def get_config() -> default.ConfigDict:
       ("sintel_clean", 1.5),
       ("sintel_final", 0.5),
   )
+  motion.weight = 2.0
   motion.jitter.p = 0.5
   motion.photometric.update(l1=0.0, ssim=0.0, census=1.0)
-  motion.occlusion = "forward_backward"
+  motion.occlusion = "range_map"
   motion.occlusion_start = 1_500
   motion.smoothness.update(form="uflow", order=1, edge_weight=150.0)
   motion.terms.reconstruction.update(stride_1=1.0, stride_4=1.0, stride_8=0.5)
-  motion.terms.smoothness.update(stride_1=0.0, stride_4=4.0)
+  motion.terms.smoothness.update(stride_1=0.0, stride_4=1.0)
 
   content = config.content
   content.source = "imagenet"
+  content.batch_size = 48
   content.scale = (0.2, 1.0)
   content.ratio = (3 / 4, 4 / 3)
   content.jitter.update(brightness=0.4, contrast=0.4, hue=0.1, p=0.8)
   content.gray = 0.2
 
-  config.optimizer.encoder.update(learning_rate=1e-3, warmup_steps=100)
-  config.optimizer.estimator.update(learning_rate=1e-3, warmup_steps=100)
+  config.optimizer.encoder.update(learning_rate=1.5e-3, warmup_steps=100)
+  config.optimizer.estimator.update(learning_rate=3e-3, warmup_steps=100)
 
   config.save_every = 250
   config.panel_every = 500
