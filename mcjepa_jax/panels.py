@@ -14,6 +14,7 @@ from mcjepa_jax.models import mcjepa
 _PAIRS = 4
 _VIEWS = 8
 _PCA_STRIDE = 8
+_LEAST_HEIGHT = 128  # of one image in a picture
 
 
 def of_state(
@@ -43,8 +44,9 @@ def _flow_rows(model, params, mesh, frames):
       directed, occlusion="forward_backward", out_of_frame=True
   )
   visible = np.asarray(mask)[::2]
+  scale = max(1, _LEAST_HEIGHT // frames.shape[1])
   rows = [
-      visualize.flow_panel(*pair, flow, visible=seen)
+      visualize.flow_panel(*pair, flow, visible=seen, scale=scale)
       for pair, flow, seen in zip(pairs, there, visible, strict=True)
   ]
   return visualize.grid(np.stack(rows), columns=1)
@@ -60,8 +62,8 @@ def _feature_rows(model, params, views):
 
   images = views.astype(np.float32) / 255
   colors = visualize.feature_pca(np.asarray(features(params, images)))
-  scale = views.shape[1] // colors.shape[1]
-  colors = colors.repeat(scale, axis=1).repeat(scale, axis=2)
+  views = visualize.enlarge(views, max(1, _LEAST_HEIGHT // views.shape[1]))
+  colors = visualize.enlarge(colors, views.shape[1] // colors.shape[1])
   return visualize.grid(np.concatenate([views, colors]), columns=len(views))
 
 

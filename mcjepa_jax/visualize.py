@@ -110,6 +110,13 @@ def _labelled(
   return np.concatenate([np.asarray(strip), image])
 
 
+def enlarge(
+    images: Shaped[np.ndarray, "n h w c"], scale: int
+) -> Shaped[np.ndarray, "n hs ws c"]:
+  """Returns the images with each pixel repeated `scale` times both ways."""
+  return images.repeat(scale, axis=1).repeat(scale, axis=2)
+
+
 def flow_panel(
     frame_1: Shaped[np.ndarray, "h w 3"],
     frame_2: Shaped[np.ndarray, "h w 3"],
@@ -118,15 +125,17 @@ def flow_panel(
     visible: (
         Shaped[np.ndarray, "h w"] | Shaped[np.ndarray, "h w 1"] | None
     ) = None,
+    scale: int = 1,
 ) -> UInt8[np.ndarray, "r c 3"]:
   """Returns one labelled strip of a pair and its flow_12.
 
   Frame 1, frame 2, frame 2 warped to frame 1 (black where the flow leaves the
   image), flow, then the true flow and the visible mask where given. Both flows
-  have one scale, the truth's longest vector if there is one.
+  have one colour scale, the truth's longest vector if there is one. Each pixel
+  is shown as `scale` by `scale`.
   """
-  scale = flow if truth is None else truth
-  length = np.linalg.norm(np.asarray(scale, np.float64), axis=-1)
+  longest = flow if truth is None else truth
+  length = np.linalg.norm(np.asarray(longest, np.float64), axis=-1)
   known = np.isfinite(length) & (length < _UNKNOWN_FLOW)
   max_flow = float(length.max(initial=0, where=known)) or 1.0
   frame_1, frame_2 = to_uint8(frame_1), to_uint8(frame_2)
@@ -142,7 +151,10 @@ def flow_panel(
   if visible is not None:
     mask = to_uint8(visible.reshape(*frame_1.shape[:2], 1).astype(float))
     tiles["visible"] = np.repeat(mask, 3, axis=-1)
-  labelled = np.stack([_labelled(tile, text) for text, tile in tiles.items()])
+  images = enlarge(np.stack(list(tiles.values())), scale)
+  labelled = np.stack(
+      [_labelled(*item) for item in zip(images, tiles, strict=True)]
+  )
   return grid(labelled, len(tiles))
 
 
