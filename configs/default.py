@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
   config.data_root = ""  # folder that holds the data sets; unused by synthetic
   config.checkpoint = ""  # evaluate: a workdir, or one step inside it
   config.results = (
-      ""  # evaluate: the JSON written; "" means WORKDIR/results.json
+      ""  # evaluate: the JSON written; "" means WORKDIR/evaluation.json
   )
   config.compilation_cache = "~/.cache/mcjepa_jax"  # "" turns it off
 

@@ -50,7 +50,10 @@ def recipe(config: Any) -> step.Recipe:
   motion, content = config.motion, config.content
   return step.Recipe(
       mode=config.mode,
-      start_step=motion.start_step,
+      # Without content steps before it, motion starts at once, its ramp too.
+      start_step=0
+      if config.mode in ("motion", "frozen_encoder")
+      else motion.start_step,
       accumulate=config.accumulate,
       motion_weight=motion.weight,
       motion_ramp_steps=motion.ramp_steps,

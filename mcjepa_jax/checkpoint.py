@@ -92,13 +92,9 @@ def restore_params(path: str | os.PathLike, abstract_params: Any) -> Any:
   Raises:
     UserError: no checkpoint, or one of another architecture.
   """
+  check_params(path, abstract_params)
   step = locate(path)
   abstract = {"params": _on_devices(abstract_params)}
-  _check_architecture(
-      step,
-      abstract,
-      within=tuple(f"params/{group}" for group in abstract_params),
-  )
   return _read(
       step,
       "state",
@@ -109,6 +105,15 @@ def restore_params(path: str | os.PathLike, abstract_params: Any) -> Any:
           partial_restore=True,
       ),
   )["params"]
+
+
+def check_params(path: str | os.PathLike, abstract_params: Any) -> None:
+  """Raises what `restore_params` would of a checkpoint that has not these."""
+  _check_architecture(
+      locate(path),
+      {"params": abstract_params},
+      within=tuple(f"params/{group}" for group in abstract_params),
+  )
 
 
 def _read(step: epath.Path, item: str, handler: Any, args: Any) -> Any:

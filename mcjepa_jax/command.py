@@ -1,7 +1,7 @@
 """Command lines: flags, configs with overrides, faults as lines, exit codes."""
 
 import ast
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import difflib
 import importlib.util
@@ -10,11 +10,14 @@ import sys
 import traceback
 from typing import Any
 
+import ml_collections
+
 from mcjepa_jax.errors import UserError
 
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75
 EXIT_ALARM = 76
+EXIT_INTERRUPTED = 130  # as shells have it
 
 
 class Stop(RuntimeError):
@@ -67,6 +70,28 @@ def split(argv: Sequence[str], known: Sequence[str]) -> Arguments:
   return arguments
 
 
+def single(flags: Mapping[str, Sequence[str]], **hints: str) -> list[str]:
+  """The values of flags that take one each, in the order of the hints.
+
+  Raises:
+    UserError: a flag without a value, with several, or with the address of a
+      store where a local path is meant.
+  """
+  faults, values = [], []
+  for name, hint in hints.items():
+    given = flags.get(name, ())
+    if len(given) != 1 or not given[0]:
+      came = " ".join(repr(value) for value in given) or "nothing"
+      faults.append(f"--{name}: expected --{name}={hint}, got {came}")
+    elif "://" in given[0]:
+      faults.append(f"--{name}: expected a local path, got {given[0]}")
+    else:
+      values.append(given[0])
+  if faults:
+    raise UserError(*faults)
+  return values
+
+
 def _nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
   close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
   if close:
@@ -95,10 +120,11 @@ def load_config(path: str, overrides: Sequence[tuple[str, str]]) -> Any:
   try:
     spec.loader.exec_module(module)
     config = module.get_config()
-  except Exception as error:  # whatever the user's file raises
+  except (Exception, SystemExit) as error:  # whatever the user's file raises
     raise UserError(
         f"--config: {path}: {type(error).__name__}: {error}"
     ) from error
+  _check_config(path, config)
   faults = []
   for key, text in overrides:
     try:
@@ -108,6 +134,28 @@ def load_config(path: str, overrides: Sequence[tuple[str, str]]) -> Any:
   if faults:
     raise UserError(*faults)
   return config
+
+
+def _check_config(path: str, config: Any) -> None:
+  """Raises UserError unless the config has the keys of configs/default.py."""
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise UserError(
+        f"--config: {path}: expected get_config to return a ConfigDict, got"
+        f" {type(config).__name__}"
+    )
+  try:
+    from configs import default
+  except ImportError:  # installed without this repository's configs
+    return
+  expected, found = set(keys(default.get_config())), set(keys(config))
+  faults = [
+      f"--config: {path}: no such key {key}" for key in sorted(found - expected)
+  ] + [
+      f"--config: {path}: the key {key} is missing"
+      for key in sorted(expected - found)
+  ]
+  if faults:
+    raise UserError(*faults)
 
 
 def keys(config: Any, prefix: str = "") -> list[str]:
@@ -177,6 +225,11 @@ def guarded(function: Callable[[], Any], *, debug: bool) -> int:
       traceback.print_exc()
     print(stop, file=sys.stderr)
     return stop.code
+  except KeyboardInterrupt:
+    if debug:
+      traceback.print_exc()
+    print("interrupted: started again, it goes on", file=sys.stderr)
+    return EXIT_INTERRUPTED
   return 0
 
 
@@ -188,16 +241,10 @@ def run(
 
   def body():
     arguments = split(argv, ("config", "workdir"))
-    faults = [
-        f"--{name}: expected --{name}={hint}"
-        for name, hint in (("config", "FILE.py"), ("workdir", "FOLDER"))
-        if len(arguments.flags.get(name, ())) != 1
-    ]
-    if faults:
-      raise UserError(*faults)
-    config = load_config(arguments.flags["config"][0], arguments.overrides)
+    file, workdir = single(arguments.flags, config="FILE.py", workdir="FOLDER")
+    config = load_config(file, arguments.overrides)
     set_up_jax(config.compilation_cache)
-    function(config, pathlib.Path(arguments.flags["workdir"][0]).expanduser())
+    function(config, pathlib.Path(workdir).expanduser())
 
   return guarded(body, debug="--debug" in argv)
 

@@ -10,10 +10,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import tqdm
 
-from mcjepa_jax import assembly, checkpoint, errors, flow_ops, journal, sharding
+from mcjepa_jax import (
+    assembly,
+    checkpoint,
+    errors,
+    flow_ops,
+    journal,
+    sharding,
+    validation,
+)
 from mcjepa_jax.data import sources
 from mcjepa_jax.evals import flow, probe
 from mcjepa_jax.models import mcjepa
@@ -23,6 +32,8 @@ _TRAIN_PAIRS = 512
 _KNN_BANK = 2000
 _KNN_QUERIES = 1000
 _KNN_BATCH = 128
+_DECODED_WHOLE = 100
+_RESULTS = "evaluation.json"
 _CIFAR_STRIDE = 5  # every fifth image is a query: its labels are sorted
 
 Params = Any
@@ -174,13 +185,21 @@ def check(config: Any) -> list[str]:
   """What is wrong with the evals of a config and the data they need."""
   faults = []
   for entry in config.evals:
-    kind, _, name = entry.partition("/")
+    kind, _, name = str(entry).partition("/")
     if kind not in _EVALS or not name:
       known = " or ".join(f"{kind}/SET" for kind in _EVALS)
       faults.append(f"evals: expected {known}, got {entry!r}")
       continue
     try:
-      _EVALS[kind][0](config, name)
+      examples = _EVALS[kind][0](config, name)
+      # Small sets are decoded whole, of large ones an example: a fault is told
+      # now and not after the training.
+      few = len(examples) <= _DECODED_WHOLE
+      for i in range(len(examples) if few else 1):
+        try:
+          examples[i]
+        except errors.UserError as error:
+          faults.extend(error.messages)
     except errors.UserError as error:
       faults.extend(error.messages)
   return faults
@@ -242,30 +261,33 @@ def evaluate(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
   """Restores `config.checkpoint`, runs the evals, writes and returns them.
 
   The model and the seed of the random-init rows are the checkpoint's own.
+
+  Raises:
+    UserError: with all that is wrong with config, data, checkpoint and target.
   """
   started = time.perf_counter()
   path = pathlib.Path(config.checkpoint or workdir).expanduser()
-  target = pathlib.Path(config.results or workdir / "results.json").expanduser()
-  faults = check(config)
+  target = pathlib.Path(config.results or workdir / _RESULTS).expanduser()
+  faults = validation.faults(config) + check(config)
   if not config.evals:
     faults.append("evals: expected at least one, got none")
-  try:
-    target.parent.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    faults.append(f"results: cannot write {target}: {error.strerror}")
-  try:
-    meta = checkpoint.read_meta(path)
-  except errors.UserError as error:
-    faults.extend(error.messages)
+  if target.is_dir():
+    faults.append(f"results: expected a file to write, got the folder {target}")
+  for action in (
+      lambda: journal.check_writable(target.parent, "results"),
+      lambda: checkpoint.locate(path),
+  ):
+    try:
+      action()
+    except errors.UserError as error:
+      faults.extend(error.messages)
   if faults:
     raise errors.UserError(*faults)
-  mesh = sharding.make_mesh()
+  mesh = sharding.make_mesh(config.mesh.devices)
+  model, params, meta = restore_model(path, mesh=mesh)
   with config.unlocked():
-    config.model.update(meta["model"])
     config.seed = meta["seed"]
-  model = assembly.model(config)
   initial = sharding.call_once(lambda: mcjepa.init_params(model, config.seed))
-  params = checkpoint.restore_params(path, jax.eval_shape(lambda: initial))
   results = run_evals(config, model, params, initial, mesh)
   results |= {
       "meta/config": meta.get("config", ""),
@@ -279,6 +301,31 @@ def evaluate(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
   journal.write_json(target, results)
   print(table(results))
   return results
+
+
+def restore_model(
+    path: str | pathlib.Path, *, mesh: jax.sharding.Mesh
+) -> tuple[mcjepa.MCJEPA, Params, dict[str, Any]]:
+  """The model that a checkpoint describes, its parameters and its meta.
+
+  Raises:
+    UserError: no checkpoint there, or one that cannot be read.
+  """
+  meta = checkpoint.read_meta(path)
+  try:
+    model = assembly.model(ml_collections.ConfigDict({"model": meta["model"]}))
+    seed = int(meta["seed"])
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise errors.UserError(
+        f"checkpoint {path}: expected the model and the seed in its meta, got"
+        f" {sorted(meta)} ({type(error).__name__}: {error})"
+    ) from error
+  replicated = sharding.replicated(mesh)
+  abstract = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
+      jax.eval_shape(lambda: mcjepa.init_params(model, seed)),
+  )
+  return model, checkpoint.restore_params(path, abstract), meta
 
 
 def describe_devices() -> str:

@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 import numpy as np
 import psutil
 
-from mcjepa_jax import visualize
+from mcjepa_jax import errors, visualize
 
 
 class Clock:
@@ -81,6 +81,19 @@ def save_picture(
 ) -> None:
   """Writes WORKDIR/pictures/NAME.png."""
   visualize.save_png(workdir / "pictures" / f"{name}.png", image)
+
+
+def check_writable(folder: pathlib.Path, key: str) -> None:
+  """Makes the folder, and raises UserError if it cannot be written."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".write_test.{os.getpid()}"
+    probe.touch()
+    probe.unlink()
+  except OSError as error:
+    raise errors.UserError(
+        f"{key}: cannot write {folder}: {error.strerror}"
+    ) from error
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -163,8 +176,7 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
 
 def _reopen(path: pathlib.Path, step: int):
   kept = [line for line in read_lines(path) if line["step"] < step]
-  file = path.open("w")
-  for line in kept:
-    file.write(json.dumps(line) + "\n")
-  file.flush()
-  return file
+  partial = path.with_name(f".{path.name}.{os.getpid()}")
+  partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+  partial.replace(path)
+  return path.open("a")

@@ -6,14 +6,10 @@ python -m mcjepa_jax.predict --checkpoint=PATH --inputs A B --output=DIR
 from collections.abc import Sequence
 import pathlib
 import sys
-from typing import Any
 
-import jax
-import ml_collections
 import numpy as np
 
 from mcjepa_jax import (
-    assembly,
     checkpoint,
     command,
     errors,
@@ -22,26 +18,6 @@ from mcjepa_jax import (
     visualize,
 )
 from mcjepa_jax.data import flow_io
-from mcjepa_jax.models import mcjepa
-
-
-def restore_model(
-    path: str | pathlib.Path, *, mesh: jax.sharding.Mesh
-) -> tuple[mcjepa.MCJEPA, Any, dict[str, Any]]:
-  """The model that a checkpoint describes, its parameters and its meta.
-
-  Raises:
-    UserError: no checkpoint there, or one that cannot be read.
-  """
-  meta = checkpoint.read_meta(path)
-  model = assembly.model(ml_collections.ConfigDict({"model": meta["model"]}))
-  abstract = jax.eval_shape(lambda: mcjepa.init_params(model, 0))
-  replicated = sharding.replicated(mesh)
-  abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
-      abstract,
-  )
-  return model, checkpoint.restore_params(path, abstract), meta
 
 
 def read_pair(inputs: Sequence[str]) -> list[np.ndarray]:
@@ -93,7 +69,7 @@ def predict(
   if faults:
     raise errors.UserError(*faults)
   mesh = sharding.make_mesh(1)
-  model, params, _ = restore_model(checkpoint_path, mesh=mesh)
+  model, params, _ = evaluate.restore_model(checkpoint_path, mesh=mesh)
   flow = evaluate.flow_predictor(model, params, mesh)(np.stack(frames))[0]
   stem = pathlib.Path(inputs[0]).stem
   files = {
@@ -127,21 +103,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   def body():
     flags = command.split(argv, ("checkpoint", "inputs", "output")).flags
-    faults = [
-        f"--{name}: expected {hint}"
-        for name, hint in (
-            ("checkpoint", "a workdir or one step in it"),
-            ("inputs", "two images"),
-            ("output", "a folder"),
-        )
-        if not flags.get(name)
-    ]
-    if faults:
-      raise errors.UserError(*faults)
+    checkpoint_path, output = command.single(
+        flags, checkpoint="WORKDIR or one step in it", output="FOLDER"
+    )
     files = predict(
-        checkpoint_path=flags["checkpoint"][0],
-        inputs=flags["inputs"],
-        output=flags["output"][0],
+        checkpoint_path=checkpoint_path,
+        inputs=flags.get("inputs", ()),
+        output=output,
     )
     for file in files.values():
       print(file)

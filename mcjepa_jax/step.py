@@ -15,7 +15,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mcjepa_jax import metrics, objective, photometry, sharding
+from mcjepa_jax import (
+    flow_losses,
+    flow_ops,
+    metrics,
+    objective,
+    photometry,
+    sharding,
+)
 from mcjepa_jax.models import mcjepa
 
 # What runs in a step, and which groups of parameters it moves.
@@ -163,6 +170,14 @@ def motion_forward(
   }
   monitors["flow/mean_magnitude"] = jnp.mean(jnp.linalg.norm(flow, axis=-1))
   monitors["flow/counted"] = jnp.mean(mask)
+  if "motion/reconstruction/stride_1" in terms:
+    # Below 1 the flow explains the frames better than no flow does.
+    still = flow_losses.photometric_loss(
+        plain, flow_ops.swap_pairs(plain), mask, **recipe.photometric
+    )
+    monitors["flow/zero_ratio"] = jax.lax.stop_gradient(
+        terms["motion/reconstruction/stride_1"] / jnp.maximum(still, 1e-6)
+    )
   return terms, monitors
 
 

@@ -2,7 +2,9 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import pathlib
@@ -65,32 +67,54 @@ def set_up_input(
   faults = validation.faults(config, devices=validation.device_count(config))
   streams = {}
   for check in (
-      lambda: prepare_workdir(workdir),
+      lambda: journal.check_writable(workdir, "workdir"),
       lambda: check_resume(config, workdir),
+      lambda: check_init_checkpoint(config),
+      lambda: assembly.optimizers(config),
       lambda: streams.update(assembly.streams(config)),
+      # The first batches: what of them cannot be decoded or cut is told before
+      # anything is compiled.
+      lambda: [stream[0] for stream in streams.values()],
+      lambda: faults.extend(evaluate.check(config)),
   ):
     try:
       check()
     except errors.UserError as error:
       faults.extend(error.messages)
-  faults.extend(evaluate.check(config))
+    except Exception:
+      if not faults:  # else it stumbled over a value that is already named
+        raise
   if faults:
     raise errors.UserError(*dict.fromkeys(faults))
-  journal.write_json(workdir / "config.json", resumable_config(config))
   return streams, sharding.make_mesh(config.mesh.devices)
 
 
-def prepare_workdir(workdir: pathlib.Path) -> None:
-  """Makes the folder and makes sure that it can be written."""
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    probe = workdir / f".write_test.{os.getpid()}"
-    probe.touch()
-    probe.unlink()
-  except OSError as error:
-    raise errors.UserError(
-        f"workdir: cannot write {workdir}: {error.strerror}"
-    ) from error
+@contextlib.contextmanager
+def sole_owner(workdir: pathlib.Path) -> Iterator[None]:
+  """Holds the workdir: a second run in it would delete the first one's saves.
+
+  Raises:
+    UserError: another process holds it.
+  """
+  with (workdir / ".lock").open("w") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise errors.UserError(
+          f"workdir: another run is using {workdir}; wait for it or use another"
+      ) from error
+    except OSError:
+      pass  # a file system without locks
+    yield
+
+
+def check_init_checkpoint(config: Any) -> None:
+  """Raises UserError if the encoder to start from is not there or another."""
+  if not config.init_checkpoint:
+    return
+  model = assembly.model(config)
+  encoder = jax.eval_shape(lambda: mcjepa.init_params(model, 0))["encoder"]
+  checkpoint.check_params(config.init_checkpoint, {"encoder": encoder})
 
 
 def resumable_config(config: Any) -> dict[str, Any]:
@@ -105,9 +129,15 @@ def resumable_config(config: Any) -> dict[str, Any]:
 def check_resume(config: Any, workdir: pathlib.Path) -> None:
   """Raises UserError if the workdir holds a run of another config."""
   path = workdir / "config.json"
-  if not path.exists():
+  # A run that ended before its first checkpoint left nothing to resume.
+  if not path.exists() or not (workdir / "checkpoints").exists():
     return
-  saved = json.loads(path.read_text())
+  try:
+    saved = dict(json.loads(path.read_text()))
+  except (OSError, TypeError, ValueError) as error:
+    raise errors.UserError(
+        f"{path}: expected the config of the run, got: {error}"
+    ) from error
   # Through JSON, where a tuple is a list.
   ours = json.loads(json.dumps(resumable_config(config)))
   faults = [
@@ -169,7 +199,10 @@ def compiled_steps(run: Run) -> dict[str, Callable[..., Any]]:
 
 
 def check_finite(number: int, logs: dict[str, float]) -> None:
-  """Stops with all that is not finite; the newest checkpoint is from before."""
+  """Stops with all that is not finite.
+
+  Called for a step before its state is saved: the newest checkpoint is finite.
+  """
   bad = sorted(name for name, x in logs.items() if not np.isfinite(x))
   if bad:
     raise command.Stop(
@@ -177,13 +210,23 @@ def check_finite(number: int, logs: dict[str, float]) -> None:
     )
 
 
-def save(run: Run, state: steps.TrainState, streams: dict[str, Any]) -> None:
-  """Starts an asynchronous checkpoint of the state and the streams."""
+def save(
+    run: Run,
+    state: steps.TrainState,
+    streams: dict[str, Any],
+    *,
+    hurry: bool = False,
+) -> None:
+  """Starts an asynchronous checkpoint of the state and the streams.
+
+  In a `hurry` it is not evaluated, and is never the best.
+  """
   config = run.config
   metrics = {}
-  if config.keep_best:
+  if config.keep_best and not hurry:
+    # On scenes of their own: what is reported chooses no checkpoint.
     with run.clock.span("evaluate"):
-      metrics = evaluations(run, state)
+      metrics = evaluations(run, state, eval_seed=config.eval_seed + 1)
   run.checkpoints.save(
       int(state.step),
       state,
@@ -200,14 +243,19 @@ def save(run: Run, state: steps.TrainState, streams: dict[str, Any]) -> None:
   )
 
 
-def evaluations(run: Run, state: steps.TrainState) -> dict[str, float]:
+def evaluations(
+    run: Run, state: steps.TrainState, *, eval_seed: int | None = None
+) -> dict[str, float]:
   """The evals of the config for a state."""
+  config = run.config
+  if eval_seed is not None:
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+      config.eval_seed = eval_seed
   initial = sharding.call_once(
       lambda: mcjepa.init_params(run.model, run.config.seed)
   )
-  return evaluate.run_evals(
-      run.config, run.model, state.params, initial, run.mesh
-  )
+  return evaluate.run_evals(config, run.model, state.params, initial, run.mesh)
 
 
 class Progress:
@@ -299,6 +347,14 @@ def finish(run: Run, state: steps.TrainState, peak_gb: float) -> dict[str, Any]:
   return results
 
 
+def read_results(workdir: pathlib.Path) -> dict[str, Any]:
+  """What `finish` wrote; nothing if it did not."""
+  try:
+    return dict(json.loads((workdir / "results.json").read_text()))
+  except (OSError, TypeError, ValueError):
+    return {}
+
+
 def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
   """The results of the final evaluation, after training to `num_steps`.
 
@@ -319,19 +375,23 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
       min_bytes=int(config.mesh.shard_min_mib * 2**20),
       seed=config.seed,
   )
-  with checkpoint.Checkpoints(
-      workdir,
-      keep_last=config.keep_last,
-      keep_best=config.keep_best,
-      metric=config.best_metric,
-      larger_is_better=config.best_is_larger,
-  ) as checkpoints:
+  with (
+      sole_owner(workdir),
+      checkpoint.Checkpoints(
+          workdir,
+          keep_last=config.keep_last,
+          keep_best=config.keep_best,
+          metric=config.best_metric,
+          larger_is_better=config.best_is_larger,
+      ) as checkpoints,
+  ):
     newest = checkpoints.latest_step()
-    if newest == config.num_steps and (workdir / "results.json").exists():
-      results = json.loads((workdir / "results.json").read_text())
+    results = read_results(workdir)
+    if newest == config.num_steps and results.get("meta/step") == newest:
       print(f"Finished at step {newest}; to train again, use another workdir.")
       print(evaluate.table(results))
       return results
+    journal.write_json(workdir / "config.json", resumable_config(config))
     run = Run(config, workdir, model, optimizers, abstract, mesh, streams,
               checkpoints, clock)  # fmt: skip
     with clock.span("initialise"):
@@ -380,8 +440,12 @@ def run_loop(run: Run, state: steps.TrainState) -> steps.TrainState:
         if config.panel_every and number % config.panel_every == 0:
           draw(run, state, progress.log)
         if stop.is_set() or number % config.save_every == 0:
+          if pending:
+            with clock.span("step"):
+              progress.report(*pending)
+            pending = None
           with clock.span("checkpoint"):
-            save(run, state, queue[0].streams)
+            save(run, state, queue[0].streams, hurry=stop.is_set())
         if stop.is_set():
           run.checkpoints.wait_until_finished()
           raise command.Stop(

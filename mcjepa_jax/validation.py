@@ -1,10 +1,12 @@
 """What is wrong with a config, all of it, before anything is compiled."""
 
+from collections.abc import Callable
+import math
 from typing import Any
 
 import jax
 
-from mcjepa_jax import objective, step
+from mcjepa_jax import errors, objective, step
 from mcjepa_jax.models import convnext
 
 # Keys that a resumed run may change: they do not touch what is learned.
@@ -83,21 +85,112 @@ def faults(config: Any, *, devices: int | None = None) -> list[str]:
               "eval_max_pixels", "knn_size",
               "model.estimator.factor", "model.estimator.projection"):  # fmt: skip
     expect(key, positive, "a positive number")
-  for key in ("seed", "eval_seed", "workers", "eval_every", "panel_every",
+  for key in ("workers", "eval_every", "panel_every",
               "motion.start_step", "motion.ramp_steps", "motion.weight",
               "motion.occlusion_start", "optimizer.clip_norm", "keep_best"):  # fmt: skip
     expect(key, not_negative, "0 or more")
   for key in ("encoder", "estimator"):
-    expect(f"optimizer.{key}.learning_rate", positive, "a positive number")
     expect(f"optimizer.{key}.weight_decay", not_negative, "0 or more")
-  reads = (
-      () if config.mode not in step.MODES else step.tasks_of_mode(config.mode)
-  )
+  _expect_ranges(expect)
+  if found:  # what follows reads values that are well formed
+    return found
+  reads = step.tasks_of_mode(config.mode)
   found += _size_faults(config, reads)
   found += _weight_faults(config)
+  found += _nothing_to_learn(config, reads)
+  if config.keep_best and not any(
+      config.best_metric.startswith(f"{entry}/") for entry in config.evals
+  ):
+    found.append(
+        "best_metric: with keep_best expected a result of one of evals,"
+        f" {tuple(config.evals)}, got {config.best_metric!r}"
+    )
   if devices:
     found += _batch_faults(config, reads, devices)
   return found
+
+
+def _numbers(value: Any) -> bool:
+  return all(type(x) in (int, float) and abs(x) < math.inf for x in value)
+
+
+def _widths(value: Any) -> bool:
+  return len(value) > 0 and all(type(x) is int and x > 0 for x in value)
+
+
+def _weighted(value: Any) -> bool:
+  return len(value) > 0 and all(
+      isinstance(x, tuple)
+      and len(x) == 2
+      and isinstance(x[0], str)
+      and _numbers(x[1:])
+      and x[1] > 0
+      for x in value
+  )
+
+
+def _expect_ranges(expect: Callable[..., None]) -> None:
+  """Lengths, kinds of elements and ranges of tuples and probabilities."""
+
+  def up_to(most):
+    return lambda x: 0 <= x <= most, f"0 to {most}"
+
+  def interval(most=math.inf):
+    return (
+        lambda x: len(x) == 2 and _numbers(x) and 0 < x[0] <= x[1] <= most,
+        "(least, most), above 0" + (f" and up to {most}" if most == 1 else ""),
+    )
+
+  for key in ("seed", "eval_seed"):
+    expect(key, *up_to(2**31 - 1))
+  expect(
+      "evals",
+      lambda x: all(isinstance(name, str) for name in x),
+      "names, as 'flow/synthetic'",
+  )
+  for key in ("encoder.depths", "encoder.dims", "expander.widths",
+              "estimator.channels"):  # fmt: skip
+    expect(f"model.{key}", _widths, "positive integers")
+  expect("model.encoder.drop_path", lambda x: 0 <= x < 1, "0 to below 1")
+  expect("model.encoder.layer_scale", lambda x: x >= 0, "0 or more")
+  for key in ("radius", "max_flow"):
+    expect(f"model.estimator.{key}", lambda x: x > 0, "a positive number")
+  expect(
+      "motion.size",
+      lambda x: len(x) == 2 and _widths(x),
+      "(height, width), two positive integers",
+  )
+  expect("motion.sources", _weighted, "(name, positive weight) pairs")
+  expect("motion.downscale", *interval())
+  expect(
+      "motion.gaps",
+      lambda x: len(x) == 2 and _widths(x) and x[0] <= x[1],
+      "(least, most), integers from 1 on",
+  )
+  expect("content.scale", *interval(1))
+  expect("content.ratio", *interval())
+  expect("content.gray", *up_to(1))
+  for key in ("content.blur", "content.solarize"):
+    expect(
+        key,
+        lambda x: len(x) == 2 and _numbers(x) and 0 <= min(x) <= max(x) <= 1,
+        "two of 0 to 1",
+    )
+  for task in ("motion", "content"):
+    for key in ("brightness", "contrast", "saturation", "p"):
+      expect(f"{task}.jitter.{key}", *up_to(1))
+    expect(f"{task}.jitter.hue", *up_to(0.5))
+  for key in ("motion.photometric.l1", "motion.photometric.l2",
+              "motion.photometric.ssim", "motion.photometric.census",
+              "content.terms.invariance", "content.terms.variance",
+              "content.terms.covariance"):  # fmt: skip
+    expect(key, lambda x: 0 <= x < math.inf, "0 or more")
+  for key in ("encoder", "estimator"):
+    expect(
+        f"optimizer.{key}.learning_rate",
+        lambda x: 0 < x < math.inf,
+        "a positive number",
+    )
 
 
 def _strides(config: Any) -> tuple[int, ...]:
@@ -160,6 +253,23 @@ def _weight_faults(config: Any) -> list[str]:
   return found
 
 
+def _nothing_to_learn(config: Any, reads: tuple[str, ...]) -> list[str]:
+  """A task of the mode without a single weight."""
+  weights = {
+      "motion": [
+          config.motion.weight * w
+          for kind in config.motion.terms.values()
+          for w in kind.values()
+      ],
+      "content": list(config.content.terms.values()),
+  }
+  return [
+      f"{task}: mode {config.mode} trains it, and all its weights are 0"
+      for task in reads
+      if not any(weights[task])
+  ]
+
+
 def _batch_faults(
     config: Any, reads: tuple[str, ...], devices: int
 ) -> list[str]:
@@ -183,5 +293,14 @@ def _batch_faults(
 
 
 def device_count(config: Any) -> int:
-  """How many devices the mesh of this config has here."""
+  """How many devices the mesh of this config has here.
+
+  Raises:
+    UserError: JAX finds none of the platforms it was told to use.
+  """
+  try:
+    jax.devices()
+  except RuntimeError as error:
+    reason = str(error).splitlines()[0]
+    raise errors.UserError(f"JAX_PLATFORMS: {reason}") from error
   return jax.device_count() if config.mesh.devices < 0 else config.mesh.devices

@@ -147,3 +147,17 @@ def test_config_names_every_kind_of_term(name):
   assert kinds == set(
       objective.MOTION_KINDS if part == "motion" else objective.CONTENT_KINDS
   )
+
+
+@pytest.mark.parametrize("occlusion", ["forward_backward", "range_map"])
+def test_a_direction_is_checked_against_the_other_one(occlusion):
+  there = np.tile(np.float32((2, 0)), (1, 8, 12, 1))
+  flow = np.stack([there[0], -there[0]])
+  mask = objective.motion_mask(
+      jnp.asarray(flow), occlusion=occlusion, out_of_frame=False
+  )
+  # The inner columns are visible in both frames whichever way one goes.
+  np.testing.assert_array_equal(mask[:, :, 2:-2], 1)
+  if occlusion == "range_map":  # nothing of the other frame arrives there
+    np.testing.assert_array_equal(mask[0, :, -2:], 0)
+    np.testing.assert_array_equal(mask[1, :, :2], 0)

@@ -43,7 +43,15 @@ _UNKNOWN = 1e10
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 # Deflate packs at most 1032 bytes into one, and a byte holds 8 1-bit pixels.
 _DEFLATE_RATIO = 1032
-_PIXELS_PER_BYTE = {"PPM": 8, "PNG": 8 * _DEFLATE_RATIO}
+# A JPEG block of 8x8 pixels takes a bit at least, BMP's runs 255 pixels two bytes;
+# a WebP of one colour takes next to nothing, so its bound is no fact but ours.
+_PIXELS_PER_BYTE = {
+    "PPM": 8,
+    "PNG": 8 * _DEFLATE_RATIO,
+    "JPEG": 512,
+    "BMP": 128,
+    "WEBP": 2**13,
+}
 # No format that runs a program (EPS) or holds a film (GIF, TIFF).
 _FORMATS = ("JPEG", "PNG", "PPM", "WEBP", "BMP")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
@@ -304,7 +312,7 @@ def decode_image(
   try:
     # Out of memory, as Pillow reads as much as a chunk claims to hold.
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-      held = len(data) * _PIXELS_PER_BYTE.get(image.format, 2**32)
+      held = len(data) * _PIXELS_PER_BYTE[image.format]
       if image.width * image.height > min(max_pixels, held):
         raise UserError(
             f"{name}: expected at most {min(max_pixels, held)} pixels "

@@ -152,12 +152,16 @@ def _batches(
 
 
 def _exit_with_parent(worker_index: int, worker_count: int) -> None:
-  """Ends a Grain worker with its parent, and leaves Ctrl-C to the parent.
+  """Ends a Grain worker with its parent, and leaves signals to the parent.
+
+  SIGTERM goes to a whole job at once, and the parent needs its workers until it
+  has saved.
 
   A worker whose parent was killed would wait for room in its queue for ever.
   """
   del worker_index, worker_count
   signal.signal(signal.SIGINT, signal.SIG_IGN)
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
   def watch():
     connection.wait([parent_process().sentinel])

@@ -12,12 +12,14 @@ from jaxtyping import Float, UInt8
 import numpy as np
 import tqdm
 
-from mcjepa_jax import metrics
+from mcjepa_jax import errors, metrics
 
 # (frames u8 [2b, h, w, 3], interleaved) -> flow_12 [b, h, w, 2]
 Predictor = Callable[[np.ndarray], np.ndarray]
 
 _PAIRWISE_LIMIT = 100  # sets up to here report every pair
+_HELD_PIXELS = 2**26  # of truths in memory, 0.8 GB: larger sets are thinned
+_THINNED = 16  # then every so many rows and columns make the set's constant
 
 
 def farneback(frame_1: UInt8[np.ndarray, "h w 3"],
@@ -45,11 +47,19 @@ def batches(
   """Runs of neighbouring examples of one shape, each example once.
 
   At most `batch_size` examples and `max_pixels` pixels of frame 1 in each.
+
+  Raises:
+    UserError: a single pair has more pixels.
   """
   held: list[dict[str, Any]] = []
   for i in range(len(dataset)):
     example = {"record": dataset.record_id(i), **dataset[i]}
     shape = example["frame_1"].shape
+    if shape[0] * shape[1] > max_pixels:
+      raise errors.UserError(
+          f"{example['record']}: expected a pair of at most {max_pixels} pixels"
+          f" (eval_max_pixels), got {shape[1]}x{shape[0]}"
+      )
     if held and (
         held[0]["frame_1"].shape != shape
         or len(held) == batch_size
@@ -89,6 +99,8 @@ def run(
   totals: dict[str, metrics.FlowTotals] = {}
   rows: dict[str, float] = {}
   truths, valids, records = [], [], []
+  pixels = dataset[0]["flow"][..., 0].size * len(dataset) if len(dataset) else 0
+  thin = slice(None, None, _THINNED if pixels > _HELD_PIXELS else None)
   train_mean = None
   if len(train_flows):
     train_mean = np.mean([f.mean(axis=(0, 1)) for f in train_flows], axis=0)
@@ -114,8 +126,8 @@ def run(
     for i, example in enumerate(group):
       record, truth = example["record"], example["flow"]
       valid = example["valid"]
-      truths.append(truth)
-      valids.append(valid)
+      truths.append(np.ascontiguousarray(truth[thin, thin]))
+      valids.append(np.ascontiguousarray(valid[thin, thin]))
       records.append(record)
       for metric, flow in flows.items():
         add(record, metric, flow[i], truth, valid)

@@ -1,0 +1,231 @@
+"""Bad input through the commands: lines on stderr, exit code 2, nothing lost."""
+
+import fcntl
+import json
+import pathlib
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from mcjepa_jax import checkpoint, main
+from mcjepa_jax.data import flow_io
+from tests import tiny
+
+_QUICKSTART = "--config=configs/quickstart.py"
+_IMAGES = ("--config.content.source=images", "--config.mode=content")
+_FRAMES = ("--config.motion.sources=(('frames', 1.0),)", "--config.mode=motion")
+
+
+def _faults(capsys, *arguments) -> list[str]:
+  """The lines of a command that must end with 2 and print nothing else."""
+  code = main.main([str(a) for a in arguments])
+  captured = capsys.readouterr()
+  lines = captured.err.splitlines()
+  assert code == 2
+  assert captured.out == ""
+  assert lines and all(line.startswith("error: ") for line in lines), lines
+  return lines
+
+
+def _image(path: pathlib.Path, size=(40, 48)) -> pathlib.Path:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+  Image.fromarray(pixels).save(path)
+  return path
+
+
+def test_a_batch_that_the_devices_do_not_divide_and_a_wrong_mode(
+    capsys, tmp_path
+):
+  lines = _faults(
+      capsys, _QUICKSTART, f"--workdir={tmp_path}",
+      "--config.motion.batch_size=3", "--config.evals=('flow/nowhere',)",
+  )  # fmt: skip
+  assert any("motion.batch_size: 3 give 6 frames" in line for line in lines)
+  assert any("nowhere" in line for line in lines)
+
+
+@pytest.mark.parametrize("present", [False, True])
+def test_a_missing_and_an_empty_folder(capsys, tmp_path, present):
+  if present:
+    (tmp_path / "data" / "images").mkdir(parents=True)
+  (line,) = _faults(
+      capsys, _QUICKSTART, f"--workdir={tmp_path / 'w'}", *_IMAGES,
+      f"--config.data_root={tmp_path / 'data'}", "--config.evals=()",
+  )  # fmt: skip
+  assert str(tmp_path / "data" / "images") in line
+
+
+def test_a_truncated_image_is_told_before_anything_compiles(capsys, tmp_path):
+  path = _image(tmp_path / "data" / "images" / "a.png")
+  path.write_bytes(path.read_bytes()[:200])
+  (line,) = _faults(
+      capsys, _QUICKSTART, f"--workdir={tmp_path / 'w'}", *_IMAGES,
+      f"--config.data_root={tmp_path / 'data'}", "--config.evals=()",
+  )  # fmt: skip
+  assert "a.png" in line
+
+
+def test_frames_of_unequal_size(capsys, tmp_path):
+  folder = tmp_path / "data" / "frames" / "clip"
+  _image(folder / "0001.png", (64, 80))
+  _image(folder / "0002.png", (64, 88))
+  (line,) = _faults(
+      capsys, _QUICKSTART, f"--workdir={tmp_path / 'w'}", *_FRAMES,
+      f"--config.data_root={tmp_path / 'data'}", "--config.evals=()",
+  )  # fmt: skip
+  assert "80" in line and "88" in line
+
+
+def test_a_workdir_that_cannot_be_written(capsys, tmp_path):
+  file = _image(tmp_path / "file.png")
+  (line,) = _faults(
+      capsys, _QUICKSTART, f"--workdir={file}/w", "--config.evals=()"
+  )
+  assert "workdir: cannot write" in line and "file.png" in line
+
+
+def test_a_workdir_in_use(capsys, tmp_path):
+  with (tmp_path / ".lock").open("w") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    (line,) = _faults(
+        capsys, _QUICKSTART, f"--workdir={tmp_path}", "--config.evals=()"
+    )
+  assert "another run" in line
+
+
+def test_a_damaged_config_of_the_run_before(capsys, tmp_path):
+  (tmp_path / "checkpoints").mkdir()
+  (tmp_path / "config.json").write_text('{"seed": ')
+  (line,) = _faults(
+      capsys, _QUICKSTART, f"--workdir={tmp_path}", "--config.evals=()"
+  )
+  assert "config.json" in line
+
+
+def test_a_start_that_failed_does_not_bind_the_workdir(capsys, tmp_path):
+  _faults(
+      capsys, _QUICKSTART, f"--workdir={tmp_path}",
+      "--config.optimizer.final_fraction=2.0", "--config.evals=()",
+  )  # fmt: skip
+  assert not (tmp_path / "config.json").exists()
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  """A workdir with a checkpoint of an untrained, tiny model."""
+  folder = tmp_path_factory.mktemp("work")
+  cfg = tiny.config()
+  state, _, _ = tiny.state_and_step(cfg, "both")
+  meta = {"model": cfg.model.to_dict(), "seed": 0, "config": "tiny"}
+  with checkpoint.Checkpoints(folder) as checkpoints:
+    checkpoints.save(3, state, {}, meta)
+  return folder
+
+
+def test_an_encoder_of_another_architecture_to_start_from(
+    capsys, tmp_path, workdir
+):
+  (line,) = _faults(
+      capsys, _QUICKSTART, f"--workdir={tmp_path}",
+      f"--config.init_checkpoint={workdir}", "--config.evals=()",
+  )  # fmt: skip
+  assert "of another architecture" in line
+
+
+def test_truth_that_is_cut_short_is_told_before_a_checkpoint_is_loaded(
+    capsys, tmp_path, workdir
+):
+  data = tmp_path / "data" / "middlebury"
+  for name in ("frame10.png", "frame11.png"):
+    _image(data / "other-data" / "Toy" / name)
+  truth = data / "other-gt-flow" / "Toy" / "flow10.flo"
+  truth.parent.mkdir(parents=True)
+  flow_io.write_flo(truth, np.zeros((40, 48, 2), np.float32))
+  truth.write_bytes(truth.read_bytes()[:-100])
+  (line,) = _faults(
+      capsys, _QUICKSTART, f"--workdir={tmp_path / 'w'}",
+      "--config.task=evaluate", f"--config.checkpoint={workdir}",
+      f"--config.data_root={tmp_path / 'data'}",
+      "--config.evals=('flow/middlebury',)",
+  )  # fmt: skip
+  assert "flow10.flo" in line
+
+
+def test_results_that_cannot_be_written_and_no_checkpoint(capsys, tmp_path):
+  lines = _faults(
+      capsys, _QUICKSTART, f"--workdir={tmp_path / 'w'}",
+      "--config.task=evaluate", f"--config.checkpoint={tmp_path / 'none'}",
+      f"--config.results={tmp_path}",
+  )  # fmt: skip
+  assert len(lines) == 2
+  assert any("results: expected a file" in line for line in lines)
+  assert any("none does not exist" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("import sys\ndef get_config():\n  sys.exit(0)\n", "SystemExit"),
+        ("def get_config():\n  return {}\n", "expected get_config to return"),
+        (
+            "from configs import quickstart\n"
+            "def get_config():\n"
+            "  config = quickstart.get_config()\n"
+            "  with config.unlocked():\n"
+            "    config.extra = 1\n"
+            "    del config.seed\n"
+            "  return config\n",
+            "no such key extra",
+        ),
+    ],
+)
+def test_a_config_file_that_is_none(capsys, tmp_path, text, words):
+  path = tmp_path / "configs" / "mine.py"
+  path.parent.mkdir()
+  path.write_text(text)
+  lines = _faults(capsys, f"--config={path}", f"--workdir={tmp_path / 'w'}")
+  assert words in lines[0]
+
+
+@pytest.mark.parametrize("value", ["", "gs://bucket/run"])
+def test_a_workdir_that_is_no_local_path(capsys, value):
+  (line,) = _faults(capsys, _QUICKSTART, f"--workdir={value}")
+  assert line.startswith("error: --workdir: expected")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 8])
+def test_evaluate_writes_flat_results_whatever_the_devices(
+    monkeypatch, tmp_path, workdir, devices
+):
+  from mcjepa_jax import evaluate
+
+  for name, count in (
+      ("_SYNTHETIC_PAIRS", 11),
+      ("_TRAIN_PAIRS", 8),
+      ("_KNN_BANK", 60),
+      ("_KNN_QUERIES", 30),
+  ):
+    monkeypatch.setattr(evaluate, name, count)
+  cfg = tiny.config(
+      checkpoint=str(workdir),
+      results=str(tmp_path / "out.json"),
+      evals=("flow/synthetic", "knn/synthetic"),
+  )
+  cfg.mesh.devices = devices
+  evaluate.evaluate(cfg, tmp_path)
+  results = json.loads((tmp_path / "out.json").read_text())
+  assert results["flow/synthetic/count"] == 11
+  assert results["knn/synthetic/count"] == 30
+  assert results["meta/step"] == 3
+  assert results["meta/checkpoint"] == str(workdir)
+  # An untrained model: the random-init rows are its own.
+  assert results["flow/synthetic/epe"] == pytest.approx(
+      results["flow/synthetic/epe_random_init"], rel=1e-6
+  )
+  rows = [key for key in results if key.count("/") > 2]
+  assert len({key.rsplit("/", 1)[0] for key in rows}) == 11
+  expected = {"config", "checkpoint", "step", "commit", "devices", "seconds"}
+  assert {f"meta/{key}" for key in expected} <= set(results)
