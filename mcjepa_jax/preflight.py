@@ -253,8 +253,12 @@ def preflight(config: Any, topology: str) -> dict[str, Any]:
   Raises:
     UserError: the topology is none, or the config does not fit it.
   """
-  parsed = parse_topology(topology)
-  faults = validation.faults(config, devices=parsed.devices)
+  parsed, faults = None, []
+  try:
+    parsed = parse_topology(topology)
+  except errors.UserError as error:
+    faults.extend(error.messages)
+  faults += validation.faults(config, devices=parsed and parsed.devices)
   if faults:
     raise errors.UserError(*faults)
   context = multiprocessing.get_context("spawn")
@@ -273,17 +277,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   def body():
     arguments = command.split(argv, ("config", "topology"))
-    faults = [
-        f"--{name}: expected --{name}={hint}"
-        for name, hint in (("config", "FILE.py"), ("topology", "KIND:LAYOUT"))
-        if len(arguments.flags.get(name, ())) != 1
-    ]
-    if faults:
-      raise errors.UserError(*faults)
-    config = command.load_config(
-        arguments.flags["config"][0], arguments.overrides
+    file, topology = command.single(
+        arguments.flags, config="FILE.py", topology="KIND:LAYOUT"
     )
-    report = preflight(config, arguments.flags["topology"][0])
+    config = command.load_config(file, arguments.overrides)
+    report = preflight(config, topology)
     print(json.dumps(report), flush=True)
     if not report["fits"]:
       raise command.Stop(
