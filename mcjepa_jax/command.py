@@ -10,8 +10,6 @@ import sys
 import traceback
 from typing import Any
 
-import ml_collections
-
 from mcjepa_jax.errors import UserError
 
 EXIT_USER_ERROR = 2
@@ -138,7 +136,7 @@ def load_config(path: str, overrides: Sequence[tuple[str, str]]) -> Any:
 
 def _check_config(path: str, config: Any) -> None:
   """Raises UserError unless the config has the keys of configs/default.py."""
-  if not isinstance(config, ml_collections.ConfigDict):
+  if not hasattr(config, "unlocked"):
     raise UserError(
         f"--config: {path}: expected get_config to return a ConfigDict, got"
         f" {type(config).__name__}"

@@ -12,6 +12,7 @@ import signal
 import threading
 from typing import Any
 
+from clu import parameter_overview
 import jax
 import numpy as np
 import tqdm
@@ -392,6 +393,11 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
       print(evaluate.table(results))
       return results
     journal.write_json(workdir / "config.json", resumable_config(config))
+    (workdir / "parameters.txt").write_text(
+        parameter_overview.get_parameter_overview(
+            abstract.params, include_stats=False
+        )
+    )
     run = Run(config, workdir, model, optimizers, abstract, mesh, streams,
               checkpoints, clock)  # fmt: skip
     with clock.span("initialise"):
