@@ -60,6 +60,7 @@ def get_config() -> ConfigDict:
           channels=(128, 128, 96, 64, 32),  # times factor
           factor=2.0,  # the paper's C
           radius=4,  # of the correlation, in the level's pixels
+          context=True,  # dilated convolutions refine the finest flow
           projection=32,  # channels of frame 1 that enter the estimator
           max_flow=128.0,  # pixels at full resolution
       )
