@@ -39,5 +39,7 @@ esac
 prepare_environment "$group"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-$platforms}"
 cd "$root"
+MCJEPA_STARTED="$(date +%s)"  # not when the installation began
+export MCJEPA_STARTED
 exec "$venv/bin/python" -m mcjepa_jax.main \
   --config=configs/quickstart.py --workdir="$workdir"

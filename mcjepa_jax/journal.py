@@ -53,9 +53,16 @@ class Clock:
 
 
 def process_start() -> float:
-  """When this process began, on the scale of time.perf_counter."""
-  age = time.time() - psutil.Process().create_time()
-  return time.perf_counter() - age
+  """When this process began, on the scale of time.perf_counter.
+
+  A script that becomes this process by `exec` says in MCJEPA_STARTED when, in
+  seconds since 1970: what it did before is not counted.
+  """
+  began = max(
+      psutil.Process().create_time(),
+      float(os.environ.get("MCJEPA_STARTED") or 0),
+  )
+  return time.perf_counter() - (time.time() - began)
 
 
 def peak_rss_gb() -> float:

@@ -1,6 +1,7 @@
 """Tests of the logs, the clock and the pictures of a run."""
 
 import json
+import time
 
 import numpy as np
 from PIL import Image
@@ -107,3 +108,12 @@ def test_pictures_of_a_state_show_flow_and_features():
   for picture in pictures.values():
     assert picture.dtype == np.uint8 and picture.shape[-1] == 3
     assert picture.std() > 5
+
+
+def test_a_process_begins_when_the_script_that_became_it_says(monkeypatch):
+  monkeypatch.delenv("MCJEPA_STARTED", raising=False)
+  age = time.perf_counter() - journal.process_start()
+  monkeypatch.setenv("MCJEPA_STARTED", str(time.time()))
+  assert time.perf_counter() - journal.process_start() < 0.5 < age
+  monkeypatch.setenv("MCJEPA_STARTED", "0")  # long before this process
+  assert time.perf_counter() - journal.process_start() >= age
