@@ -316,8 +316,8 @@ MUTANTS = (
         ),
         (
             "streams_saved_as_of_the_queue",
-            "save(run, state, queue[0].streams)",
-            "save(run, state, {k: s.state() for k, s in run.streams.items()})",
+            "queue[0].streams, hurry=stop.is_set())",
+            "{k: s.state() for k, s in run.streams.items()})",
             "train_test.py::test_a_killed_and_resumed_run_equals_the_"
             "uninterrupted_bit_for_bit",
         ),
