@@ -35,6 +35,7 @@ def test_a_variant_overrides_keys_of_the_default_and_adds_none(name):
   assert config.name == name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _NAMES)
 def test_a_shrunken_step_of_each_config_is_finite(name):
   module = importlib.import_module(f"configs.{name}")

@@ -66,6 +66,7 @@ def test_estimator_and_context_have_the_stated_parameters(factor, millions):
   assert len(params) == 2 + 4 + 5
 
 
+@pytest.mark.slow
 def test_flows_have_the_strides_and_sizes_of_their_levels(variables):
   pyramid = _pyramid()
   features, flows = jax.jit(_decoder().apply)(variables, pyramid)
@@ -116,6 +117,7 @@ def test_flow_stays_within_max_flow_of_the_full_image(variables):
     np.testing.assert_allclose(jnp.abs(flow).max(), 24.0 / stride)
 
 
+@pytest.mark.slow
 def test_gradient_reaches_every_parameter_and_every_level(variables):
   decoder, pyramid = _decoder(), _pyramid()
   weight = jax.random.normal(jax.random.key(2), (4, 8, 12, 2))
