@@ -92,8 +92,8 @@ def restore_params(path: str | os.PathLike, abstract_params: Any) -> Any:
   Raises:
     UserError: no checkpoint, or one of another architecture.
   """
-  check_params(path, abstract_params)
   step = locate(path)
+  check_params(step, abstract_params)
   abstract = {"params": _on_devices(abstract_params)}
   return _read(
       step,

@@ -4,13 +4,14 @@ import ast
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import pathlib
 import sys
 import traceback
 from typing import Any
 
-from mcjepa_jax.errors import UserError
+from mcjepa_jax.errors import UserError, collect
 
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75
@@ -123,12 +124,9 @@ def load_config(path: str, overrides: Sequence[tuple[str, str]]) -> Any:
         f"--config: {path}: {type(error).__name__}: {error}"
     ) from error
   _check_config(path, config)
-  faults = []
-  for key, text in overrides:
-    try:
-      override(config, key, text)
-    except UserError as error:
-      faults.extend(error.messages)
+  faults = collect(
+      *(functools.partial(override, config, *item) for item in overrides)
+  )
   if faults:
     raise UserError(*faults)
   return config
@@ -145,7 +143,7 @@ def _check_config(path: str, config: Any) -> None:
     from configs import default
   except ImportError:  # installed without this repository's configs
     return
-  expected, found = set(keys(default.get_config())), set(keys(config))
+  expected, found = set(leaves(default.get_config())), set(leaves(config))
   faults = [
       f"--config: {path}: no such key {key}" for key in sorted(found - expected)
   ] + [
@@ -156,14 +154,14 @@ def _check_config(path: str, config: Any) -> None:
     raise UserError(*faults)
 
 
-def keys(config: Any, prefix: str = "") -> list[str]:
-  """The keys of a config's leaves, `part.key`."""
-  result = []
+def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
+  """The leaves of a nested config, keyed `part.key`."""
+  result = {}
   for key, value in config.items():
     if hasattr(value, "items"):
-      result += keys(value, f"{prefix}{key}.")
+      result |= leaves(value, f"{prefix}{key}.")
     else:
-      result.append(f"{prefix}{key}")
+      result[f"{prefix}{key}"] = value
   return result
 
 
@@ -173,7 +171,7 @@ def override(config: Any, key: str, text: str) -> None:
   Raises:
     UserError: no such key (the nearest is named), or another type.
   """
-  if key not in keys(config):
+  if key not in leaves(config):
     raise UserError(f"--config.{key}: no such key{_nearest_key(config, key)}")
   *parents, name = key.split(".")
   for parent in parents:
@@ -200,7 +198,7 @@ def override(config: Any, key: str, text: str) -> None:
 
 
 def _nearest_key(config: Any, key: str) -> str:
-  known = keys(config)
+  known = list(leaves(config))
   close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
   # A right last part under a wrong parent is nearer than letters tell.
   close = close or [k for k in known if k.split(".")[-1] == key.split(".")[-1]]

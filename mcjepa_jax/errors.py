@@ -1,5 +1,8 @@
 """The one exception for faults of the input: files, paths, keys, values."""
 
+from collections.abc import Callable
+from typing import Any
+
 
 class UserError(ValueError):
   """A fault of the user's input, one message per fault found.
@@ -11,3 +14,14 @@ class UserError(ValueError):
   def __init__(self, *messages: str):
     super().__init__("\n".join(messages))
     self.messages = messages
+
+
+def collect(*checks: Callable[[], Any]) -> list[str]:
+  """The messages of all the UserErrors of the checks, called in their order."""
+  messages = []
+  for check in checks:
+    try:
+      check()
+    except UserError as error:
+      messages.extend(error.messages)
+  return messages

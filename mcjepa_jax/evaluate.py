@@ -190,19 +190,25 @@ def check(config: Any) -> list[str]:
       known = " or ".join(f"{kind}/SET" for kind in _EVALS)
       faults.append(f"evals: expected {known}, got {entry!r}")
       continue
-    try:
-      examples = _EVALS[kind][0](config, name)
-      # Small sets are decoded whole, of large ones an example: a fault is told
-      # now and not after the training.
-      few = len(examples) <= _DECODED_WHOLE
-      for i in range(len(examples) if few else 1):
-        try:
-          examples[i]
-        except errors.UserError as error:
-          faults.extend(error.messages)
-    except errors.UserError as error:
-      faults.extend(error.messages)
+    faults += errors.collect(
+        functools.partial(_check_examples, config, kind, name)
+    )
   return faults
+
+
+def _check_examples(config, kind, name):
+  """Raises UserError for examples that cannot be decoded.
+
+  Small sets are decoded whole, of large ones an example: a fault is told now
+  and not after the training.
+  """
+  examples = _EVALS[kind][0](config, name)
+  count = len(examples) if len(examples) <= _DECODED_WHOLE else 1
+  faults = errors.collect(
+      *(functools.partial(examples.__getitem__, i) for i in range(count))
+  )
+  if faults:
+    raise errors.UserError(*faults)
 
 
 def run_evals(
@@ -273,14 +279,10 @@ def evaluate(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     faults.append("evals: expected at least one, got none")
   if target.is_dir():
     faults.append(f"results: expected a file to write, got the folder {target}")
-  for action in (
+  faults += errors.collect(
       lambda: journal.check_writable(target.parent, "results"),
       lambda: checkpoint.locate(path),
-  ):
-    try:
-      action()
-    except errors.UserError as error:
-      faults.extend(error.messages)
+  )
   if faults:
     raise errors.UserError(*faults)
   mesh = sharding.make_mesh(config.mesh.devices)

@@ -14,6 +14,7 @@ from mcjepa_jax import (
     command,
     errors,
     evaluate,
+    journal,
     sharding,
     visualize,
 )
@@ -28,12 +29,10 @@ def read_pair(inputs: Sequence[str]) -> list[np.ndarray]:
   """
   if len(inputs) != 2:
     raise errors.UserError(f"--inputs: expected two images, got {len(inputs)}")
-  frames, faults = [], []
-  for path in inputs:
-    try:
-      frames.append(flow_io.read_image(path))
-    except errors.UserError as error:
-      faults.extend(error.messages)
+  frames = []
+  faults = errors.collect(
+      *(lambda p=p: frames.append(flow_io.read_image(p)) for p in inputs)
+  )
   if faults:
     raise errors.UserError(*faults)
   if frames[0].shape != frames[1].shape:
@@ -55,17 +54,13 @@ def predict(
   Raises:
     UserError: images, checkpoint or folder cannot be used.
   """
-  faults, frames = [], []
+  frames = []
   folder = pathlib.Path(output).expanduser()
-  for check in (
+  faults = errors.collect(
       lambda: frames.extend(read_pair(inputs)),
-      lambda: _make_folder(folder),
+      lambda: journal.check_writable(folder, "--output"),
       lambda: checkpoint.locate(checkpoint_path),
-  ):
-    try:
-      check()
-    except errors.UserError as error:
-      faults.extend(error.messages)
+  )
   if faults:
     raise errors.UserError(*faults)
   mesh = sharding.make_mesh(1)
@@ -86,15 +81,6 @@ def predict(
   visualize.save_png(files["warped"], visualize.warp(frames[1], flow))
   visualize.save_png(files["panel"], visualize.flow_panel(*frames, flow))
   return files
-
-
-def _make_folder(folder: pathlib.Path) -> None:
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise errors.UserError(
-        f"--output: cannot write {folder}: {error.strerror}"
-    ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -253,18 +253,16 @@ def preflight(config: Any, topology: str) -> dict[str, Any]:
   Raises:
     UserError: the topology is none, or the config does not fit it.
   """
-  parsed, faults = None, []
-  try:
-    parsed = parse_topology(topology)
-  except errors.UserError as error:
-    faults.extend(error.messages)
-  faults += validation.faults(config, devices=parsed and parsed.devices)
+  parsed = []
+  faults = errors.collect(lambda: parsed.append(parse_topology(topology)))
+  devices = parsed[0].devices if parsed else None
+  faults += validation.faults(config, devices=devices)
   if faults:
     raise errors.UserError(*faults)
   context = multiprocessing.get_context("spawn")
   with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
     try:
-      return pool.submit(_report, config, parsed).result()
+      return pool.submit(_report, config, parsed[0]).result()
     except process.BrokenProcessPool as error:
       raise command.Stop(
           1, "The compiler was killed: it may want more memory than is here."

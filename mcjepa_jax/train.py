@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -30,6 +31,9 @@ from mcjepa_jax import (
     validation,
 )
 from mcjepa_jax.models import mcjepa
+
+# What a file system without locks answers: then nothing keeps two runs apart.
+_NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
 
 
 @dataclasses.dataclass
@@ -79,9 +83,7 @@ def set_up_input(
       lambda: faults.extend(evaluate.check(config)),
   ):
     try:
-      check()
-    except errors.UserError as error:
-      faults.extend(error.messages)
+      faults.extend(errors.collect(check))
     except Exception:
       if not faults:  # else it stumbled over a value that is already named
         raise
@@ -104,8 +106,11 @@ def sole_owner(workdir: pathlib.Path) -> Iterator[None]:
       raise errors.UserError(
           f"workdir: another run is using {workdir}; wait for it or use another"
       ) from error
-    except OSError:
-      pass  # a file system without locks
+    except OSError as error:
+      if error.errno not in _NO_LOCKS:
+        raise errors.UserError(
+            f"workdir: cannot lock {workdir}: {error.strerror}"
+        ) from error
     yield
 
 
@@ -122,7 +127,7 @@ def resumable_config(config: Any) -> dict[str, Any]:
   """The part of a config that a resumed run must share, flat."""
   return {
       key: value
-      for key, value in validation.flatten(config).items()
+      for key, value in command.leaves(config).items()
       if key.split(".")[0] not in validation.OPERATIONAL
   }
 

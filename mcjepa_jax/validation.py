@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from mcjepa_jax import errors, objective, step
+from mcjepa_jax import command, errors, objective, step
 from mcjepa_jax.models import convnext
 
 # Keys that a resumed run may change: they do not touch what is learned.
@@ -39,27 +39,14 @@ OPERATIONAL = frozenset(
 )
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-  """The leaves of a nested config, keyed `part.key`."""
-  flat = {}
-  for key, value in config.items():
-    if hasattr(value, "items"):
-      flat |= flatten(value, f"{prefix}{key}.")
-    else:
-      flat[f"{prefix}{key}"] = value
-  return flat
-
-
 def faults(config: Any, *, devices: int | None = None) -> list[str]:
   """One message for each fault: the key, what was expected, what came."""
   found = []
+  values = command.leaves(config)
 
   def expect(key, holds, expected):
-    value = config
-    for part in key.split("."):
-      value = value[part]
-    if not holds(value):
-      found.append(f"{key}: expected {expected}, got {value!r}")
+    if not holds(values[key]):
+      found.append(f"{key}: expected {expected}, got {values[key]!r}")
 
   def positive(value):
     return value > 0
