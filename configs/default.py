@@ -29,9 +29,8 @@ def get_config() -> ConfigDict:
   config.eval_seed = 2_000_003  # held-out procedural examples; never trained on
   config.data_root = ""  # folder that holds the data sets; unused by synthetic
   config.checkpoint = ""  # evaluate: a workdir, or one step inside it
-  config.results = (
-      ""  # evaluate: the JSON written; "" means WORKDIR/evaluation.json
-  )
+  # evaluate: the JSON written; "" means WORKDIR/evaluation.json
+  config.results = ""
   config.compilation_cache = "~/.cache/mcjepa_jax"  # "" turns it off
 
   # Which task each step trains, and which parameters move:
@@ -42,7 +41,58 @@ def get_config() -> ConfigDict:
   config.init_checkpoint = ""  # encoder parameters to start from, if any
   config.accumulate = 1  # micro-batches a step; VICReg's statistics are of each
 
-  config.model = model = ConfigDict()
+  config.model = _model()
+  config.motion = _motion()
+  config.content = _content()
+  config.optimizer = ConfigDict(
+      dict(
+          encoder=dict(  # encoder and expander
+              learning_rate=3e-4,  # peak
+              weight_decay=1e-6,  # none on 1-D parameters
+              warmup_steps=33_360,
+          ),
+          estimator=dict(  # its schedule counts from motion.start_step
+              learning_rate=1e-4,
+              weight_decay=1e-6,
+              warmup_steps=33_360,
+          ),
+          final_fraction=0.0,  # of the peak, at the last step
+          clip_norm=1.0,  # per group of parameters; 0 is off
+      )
+  )
+
+  config.mesh = ConfigDict(
+      dict(
+          devices=-1,  # how many; -1 is all
+          shard_min_mib=4.0,  # larger parameters are sharded over the devices
+      )
+  )
+
+  config.workers = 4  # Grain processes for each stream; 0 is in this process
+  config.prefetch = 2  # batches placed on the devices ahead of their step
+
+  config.log_every = 50  # steps between lines of the logs
+  config.log_records = False  # also each step's record ids, records.jsonl
+  config.panel_every = 5_000  # steps between pictures; 0 is never
+  config.save_every = 1_000  # steps
+  config.keep_last = 2  # checkpoints
+  config.keep_best = 0  # more checkpoints, the best by best_metric
+  config.best_metric = ""  # a key of the results, as flow/sintel_clean/epe
+  config.best_is_larger = False
+
+  # flow/SET and knn/SET; the sets' names are listed by a wrong one.
+  config.evals = ()
+  config.eval_every = 0  # steps; 0 evaluates at the end only
+  config.eval_batch_size = 8  # pairs, of one shape
+  config.eval_max_pixels = 2_097_152  # a larger pair is an error, not a crash
+  config.knn_size = 64  # pixels a side, for sets of images of other sizes
+
+  return config.lock()
+
+
+def _model() -> ConfigDict:
+  """Encoder, expander and estimator: ConvNeXt-T and the paper's sizes."""
+  model = ConfigDict()
   model.encoder = ConfigDict(
       dict(
           depths=(3, 3, 9, 3),
@@ -66,13 +116,15 @@ def get_config() -> ConfigDict:
       )
   )
   model.dtype = "bfloat16"  # of the convolutions; parameters are float32
+  return model
 
-  config.motion = motion = ConfigDict()
+
+def _motion() -> ConfigDict:
+  """The flow task: its pairs, losses and weights."""
+  motion = ConfigDict()
   motion.batch_size = 8  # pairs a step
   motion.size = (384, 832)  # h, w; multiples of 32
-  motion.sources = (
-      ("sintel_clean", 1.0),
-  )  # (name, weight): whole batches are mixed
+  motion.sources = (("sintel_clean", 1.0),)  # name, weight; mixed by batch
   motion.geometry = "crop"  # "crop", or "resize" for whole frames
   motion.downscale = (1.0, 1.0)  # range of the factor applied before the crop
   motion.gaps = (1, 1)  # range of frames between the two of a pair, in videos
@@ -110,8 +162,12 @@ def get_config() -> ConfigDict:
           ),
       )
   )
+  return motion
 
-  config.content = content = ConfigDict()
+
+def _content() -> ConfigDict:
+  """The content task: VICReg's views and weights."""
+  content = ConfigDict()
   content.batch_size = 384  # images a step; two views of each
   content.size = 224  # pixels a side of a view
   content.source = "imagenet"
@@ -127,50 +183,4 @@ def get_config() -> ConfigDict:
   content.terms = ConfigDict(
       dict(invariance=25.0, variance=25.0, covariance=1.0)
   )
-
-  config.optimizer = ConfigDict(
-      dict(
-          encoder=dict(  # encoder and expander
-              learning_rate=3e-4,  # peak
-              weight_decay=1e-6,  # none on 1-D parameters
-              warmup_steps=33_360,
-          ),
-          estimator=dict(  # its schedule counts from motion.start_step
-              learning_rate=1e-4,
-              weight_decay=1e-6,
-              warmup_steps=33_360,
-          ),
-          final_fraction=0.0,  # of the peak, at the last step
-          clip_norm=1.0,  # per group of parameters; 0 is off
-      )
-  )
-
-  config.mesh = ConfigDict(
-      dict(
-          devices=-1,  # how many; -1 is all
-          shard_min_mib=4.0,  # larger parameters are sharded over the devices
-      )
-  )
-
-  config.workers = 4  # Grain processes for each stream; 0 is in this process
-  config.prefetch = 2  # batches placed on the devices ahead of their step
-
-  config.log_every = 50  # steps between lines of the logs
-  config.log_records = False  # also each step's record ids, records.jsonl
-  config.panel_every = 5_000  # steps between pictures; 0 is never
-  config.save_every = 1_000  # steps
-  config.keep_last = 2  # checkpoints
-  config.keep_best = 0  # more checkpoints, the best by best_metric
-  config.best_metric = (
-      ""  # a key of the evals' results, as flow/sintel_clean/epe
-  )
-  config.best_is_larger = False
-
-  # flow/SET and knn/SET; the sets' names are listed by a wrong one.
-  config.evals = ()
-  config.eval_every = 0  # steps; 0 evaluates at the end only
-  config.eval_batch_size = 8  # pairs, of one shape
-  config.eval_max_pixels = 2_097_152  # a larger pair is an error, not a crash
-  config.knn_size = 64  # pixels a side, for sets of images of other sizes
-
-  return config.lock()
+  return content

@@ -78,3 +78,11 @@ def shared_data() -> pathlib.Path:
   if not path.is_dir():
     pytest.skip(f"no real samples at {path} (set MCJEPA_SHARED_DATA)")
   return path
+
+
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory) -> pathlib.Path:
+  """A workdir with a checkpoint of an untrained, tiny model."""
+  from tests import tiny
+
+  return tiny.save_checkpoint(tmp_path_factory.mktemp("untrained"))

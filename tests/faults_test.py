@@ -2,13 +2,11 @@
 
 import fcntl
 import json
-import pathlib
 
 import numpy as np
-from PIL import Image
 import pytest
 
-from mcjepa_jax import checkpoint, main
+from mcjepa_jax import main
 from mcjepa_jax.data import flow_io
 from tests import tiny
 
@@ -26,13 +24,6 @@ def _faults(capsys, *arguments) -> list[str]:
   assert captured.out == ""
   assert lines and all(line.startswith("error: ") for line in lines), lines
   return lines
-
-
-def _image(path: pathlib.Path, size=(40, 48)) -> pathlib.Path:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
-  Image.fromarray(pixels).save(path)
-  return path
 
 
 def test_a_batch_that_the_devices_do_not_divide_and_a_wrong_mode(
@@ -58,7 +49,7 @@ def test_a_missing_and_an_empty_folder(capsys, tmp_path, present):
 
 
 def test_a_truncated_image_is_told_before_anything_compiles(capsys, tmp_path):
-  path = _image(tmp_path / "data" / "images" / "a.png")
+  path = tiny.save_image(tmp_path / "data" / "images" / "a.png")
   path.write_bytes(path.read_bytes()[:200])
   (line,) = _faults(
       capsys, _QUICKSTART, f"--workdir={tmp_path / 'w'}", *_IMAGES,
@@ -69,8 +60,8 @@ def test_a_truncated_image_is_told_before_anything_compiles(capsys, tmp_path):
 
 def test_frames_of_unequal_size(capsys, tmp_path):
   folder = tmp_path / "data" / "frames" / "clip"
-  _image(folder / "0001.png", (64, 80))
-  _image(folder / "0002.png", (64, 88))
+  tiny.save_image(folder / "0001.png", (64, 80))
+  tiny.save_image(folder / "0002.png", (64, 88))
   (line,) = _faults(
       capsys, _QUICKSTART, f"--workdir={tmp_path / 'w'}", *_FRAMES,
       f"--config.data_root={tmp_path / 'data'}", "--config.evals=()",
@@ -79,7 +70,7 @@ def test_frames_of_unequal_size(capsys, tmp_path):
 
 
 def test_a_workdir_that_cannot_be_written(capsys, tmp_path):
-  file = _image(tmp_path / "file.png")
+  file = tiny.save_image(tmp_path / "file.png")
   (line,) = _faults(
       capsys, _QUICKSTART, f"--workdir={file}/w", "--config.evals=()"
   )
@@ -112,41 +103,29 @@ def test_a_start_that_failed_does_not_bind_the_workdir(capsys, tmp_path):
   assert not (tmp_path / "config.json").exists()
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-  """A workdir with a checkpoint of an untrained, tiny model."""
-  folder = tmp_path_factory.mktemp("work")
-  cfg = tiny.config()
-  state, _, _ = tiny.state_and_step(cfg, "both")
-  meta = {"model": cfg.model.to_dict(), "seed": 0, "config": "tiny"}
-  with checkpoint.Checkpoints(folder) as checkpoints:
-    checkpoints.save(3, state, {}, meta)
-  return folder
-
-
 def test_an_encoder_of_another_architecture_to_start_from(
-    capsys, tmp_path, workdir
+    capsys, tmp_path, untrained
 ):
   (line,) = _faults(
       capsys, _QUICKSTART, f"--workdir={tmp_path}",
-      f"--config.init_checkpoint={workdir}", "--config.evals=()",
+      f"--config.init_checkpoint={untrained}", "--config.evals=()",
   )  # fmt: skip
   assert "of another architecture" in line
 
 
 def test_truth_that_is_cut_short_is_told_before_a_checkpoint_is_loaded(
-    capsys, tmp_path, workdir
+    capsys, tmp_path, untrained
 ):
   data = tmp_path / "data" / "middlebury"
   for name in ("frame10.png", "frame11.png"):
-    _image(data / "other-data" / "Toy" / name)
+    tiny.save_image(data / "other-data" / "Toy" / name)
   truth = data / "other-gt-flow" / "Toy" / "flow10.flo"
   truth.parent.mkdir(parents=True)
   flow_io.write_flo(truth, np.zeros((40, 48, 2), np.float32))
   truth.write_bytes(truth.read_bytes()[:-100])
   (line,) = _faults(
       capsys, _QUICKSTART, f"--workdir={tmp_path / 'w'}",
-      "--config.task=evaluate", f"--config.checkpoint={workdir}",
+      "--config.task=evaluate", f"--config.checkpoint={untrained}",
       f"--config.data_root={tmp_path / 'data'}",
       "--config.evals=('flow/middlebury',)",
   )  # fmt: skip
@@ -198,7 +177,7 @@ def test_a_workdir_that_is_no_local_path(capsys, value):
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 8])
 def test_evaluate_writes_flat_results_whatever_the_devices(
-    monkeypatch, tmp_path, workdir, devices
+    monkeypatch, tmp_path, untrained, devices
 ):
   from mcjepa_jax import evaluate
 
@@ -210,7 +189,7 @@ def test_evaluate_writes_flat_results_whatever_the_devices(
   ):
     monkeypatch.setattr(evaluate, name, count)
   cfg = tiny.config(
-      checkpoint=str(workdir),
+      checkpoint=str(untrained),
       results=str(tmp_path / "out.json"),
       evals=("flow/synthetic", "knn/synthetic"),
   )
@@ -220,7 +199,7 @@ def test_evaluate_writes_flat_results_whatever_the_devices(
   assert results["flow/synthetic/count"] == 11
   assert results["knn/synthetic/count"] == 30
   assert results["meta/step"] == 3
-  assert results["meta/checkpoint"] == str(workdir)
+  assert results["meta/checkpoint"] == str(untrained)
   # An untrained model: the random-init rows are its own.
   assert results["flow/synthetic/epe"] == pytest.approx(
       results["flow/synthetic/epe_random_init"], rel=1e-6

@@ -10,11 +10,10 @@ import torch
 
 from mcjepa_jax import flow_ops
 
-_WARPS = ("gather", "matmul")
 _COST_VOLUMES = ("shifts", "banded")
 
 # Compiled whole: op by op, the tests compile for longer.
-_warp = jax.jit(flow_ops.warp, static_argnames="form")
+_warp = jax.jit(flow_ops.warp)
 _cost_volume = jax.jit(flow_ops.cost_volume, static_argnames=("radius", "form"))
 _inside = jax.jit(flow_ops.inside)
 _normalize_pair = jax.jit(flow_ops.normalize_pair)
@@ -25,9 +24,9 @@ _visible_range_map = jax.jit(
 )
 
 
-@functools.partial(jax.jit, static_argnames="form")
-def _warp_vjp(x, flow, cotangent, form):
-  warped, vjp = jax.vjp(functools.partial(flow_ops.warp, form=form), x, flow)
+@jax.jit
+def _warp_vjp(x, flow, cotangent):
+  warped, vjp = jax.vjp(flow_ops.warp, x, flow)
   return warped, vjp(cotangent)
 
 
@@ -84,11 +83,10 @@ def test_swap_pairs_exchanges_neighbours():
   np.testing.assert_array_equal(flow_ops.swap_pairs(x), [1, 0, 3, 2, 5, 4])
 
 
-@pytest.mark.parametrize("form", _WARPS)
 @pytest.mark.parametrize("motion", _MOTIONS)
-def test_warp_of_frame_2_by_flow_12_is_frame_1(motion, form):
+def test_warp_of_frame_2_by_flow_12_is_frame_1(motion):
   frame_1, frame_2, flow = _moved(motion)
-  warped = _warp(frame_2, flow, form=form)
+  warped = _warp(frame_2, flow)
   mask = _inside(flow)
   assert 0.7 < mask.mean() <= 1
   error = jnp.abs((warped - frame_1) * mask).max()
@@ -104,21 +102,19 @@ def test_swapped_components_fail_to_bring_frame_2_back():
   assert jnp.abs(error * mask).max() > 0.5
 
 
-@pytest.mark.parametrize("form", _WARPS)
-def test_warp_reads_coordinates_where_the_flow_points(form):
+def test_warp_reads_coordinates_where_the_flow_points():
   grid = flow_ops.pixel_grid(6, 9)[None]
   flow = 3 * _normal(1, 6, 9, 2)
-  warped = _warp(grid, flow, form=form)
+  warped = _warp(grid, flow)
   np.testing.assert_allclose(
       warped, jnp.clip(grid + flow, 0, jnp.array([8, 5])), atol=1e-5
   )
 
 
-@pytest.mark.parametrize("form", _WARPS)
-def test_warp_has_gradient_at_zero_flow(form):
+def test_warp_has_gradient_at_zero_flow():
   x = _normal(1, 5, 6, 2)
   flow = jnp.zeros((1, 5, 6, 2))
-  _, (_, gradient) = _warp_vjp(x, flow, jnp.ones_like(x), form)
+  _, (_, gradient) = _warp_vjp(x, flow, jnp.ones_like(x))
   # By hand: the difference to the next pixel, to the right and below.
   total = x.sum(-1)
   np.testing.assert_allclose(
@@ -133,12 +129,11 @@ def test_warp_has_gradient_at_zero_flow(form):
   )
 
 
-@pytest.mark.parametrize("form", _WARPS)
-def test_warp_equals_grid_sample_in_value_and_gradient(form):
+def test_warp_equals_grid_sample_in_value_and_gradient():
   n, h, w, c = 2, 6, 9, 3
   x, flow = _normal(n, h, w, c), 4 * _normal(n, h, w, 2, seed=1)
   weight = _normal(n, h, w, c, seed=2)
-  warped, ours = _warp_vjp(x, flow, weight, form)
+  warped, ours = _warp_vjp(x, flow, weight)
   x_t = torch.tensor(np.asarray(x), requires_grad=True)
   flow_t = torch.tensor(np.asarray(flow), requires_grad=True)
   grid = torch.tensor(np.asarray(flow_ops.pixel_grid(h, w))) + flow_t
@@ -156,12 +151,11 @@ def test_warp_equals_grid_sample_in_value_and_gradient(form):
     np.testing.assert_allclose(gradient, theirs.numpy(), atol=1e-4)
 
 
-@pytest.mark.parametrize("form", _WARPS)
 @pytest.mark.parametrize("size", [(1, 1), (1, 4), (3, 1)])
-def test_warp_takes_maps_of_one_pixel_across(size, form):
+def test_warp_takes_maps_of_one_pixel_across(size):
   x = _normal(2, *size, 3)
   flow = jnp.full((2, *size, 2), 0.25)
-  _, (gradient, _) = _warp_vjp(x, flow, jnp.ones_like(x), form)
+  _, (gradient, _) = _warp_vjp(x, flow, jnp.ones_like(x))
   np.testing.assert_allclose(gradient.sum(), x.size, rtol=1e-5)
 
 

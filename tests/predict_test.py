@@ -7,29 +7,13 @@ from mcjepa_jax.data import flow_io
 from tests import tiny
 
 
-def _save(path, size, seed=0):
-  pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
-  Image.fromarray(pixels).save(path)
-  return str(path)
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-  """A workdir with a checkpoint of an untrained model."""
-  folder = tmp_path_factory.mktemp("work")
-  cfg = tiny.config()
-  state, _, _ = tiny.state_and_step(cfg, "both")
-  meta = {"model": cfg.model.to_dict(), "seed": 0, "config": "tiny"}
-  with checkpoint.Checkpoints(folder) as checkpoints:
-    checkpoints.save(3, state, {}, meta)
-  return folder
-
-
-def test_two_images_of_any_size_give_flow_and_pictures(workdir, tmp_path):
-  inputs = [_save(tmp_path / f"{i}.png", (37, 50), i) for i in range(2)]
+def test_two_images_of_any_size_give_flow_and_pictures(untrained, tmp_path):
+  inputs = [
+      tiny.save_image(tmp_path / f"{i}.png", (37, 50), i) for i in range(2)
+  ]
   output = tmp_path / "out"
   code = predict.main([
-      f"--checkpoint={workdir}", "--inputs", *inputs, f"--output={output}"
+      f"--checkpoint={untrained}", "--inputs", *map(str, inputs), f"--output={output}"
   ])  # fmt: skip
   assert code == 0
   flow, valid = flow_io.read_flo(output / "0_flow.flo")
@@ -40,10 +24,10 @@ def test_two_images_of_any_size_give_flow_and_pictures(workdir, tmp_path):
 
 
 def test_all_faults_are_told_and_nothing_is_loaded(tmp_path, capsys):
-  a, b = _save(tmp_path / "a.png", (8, 8)), tmp_path / "b.png"
+  a, b = tiny.save_image(tmp_path / "a.png", (8, 8)), tmp_path / "b.png"
   b.write_bytes(b"no image")
   code = predict.main([
-      f"--checkpoint={tmp_path / 'none'}", "--inputs", a, str(b),
+      f"--checkpoint={tmp_path / 'none'}", "--inputs", str(a), str(b),
       f"--output={a}/folder",
   ])  # fmt: skip
   assert code == 2
@@ -56,15 +40,15 @@ def test_all_faults_are_told_and_nothing_is_loaded(tmp_path, capsys):
 
 def test_images_of_unequal_size_are_refused_with_both_sizes(tmp_path):
   inputs = [
-      _save(tmp_path / "a.png", (8, 9)), _save(tmp_path / "b.png", (8, 10))
-  ]  # fmt: skip
+      str(tiny.save_image(tmp_path / f"{w}.png", (8, w))) for w in (9, 10)
+  ]
   with pytest.raises(errors.UserError, match="9x8.*10x8"):
     predict.read_pair(inputs)
 
 
-def test_a_checkpoint_of_another_architecture_is_refused(workdir):
+def test_a_checkpoint_of_another_architecture_is_refused(untrained):
   import jax
 
   abstract = {"encoder": {"stem_0": jax.ShapeDtypeStruct((3,), np.float32)}}
   with pytest.raises(errors.UserError, match="expected"):
-    checkpoint.restore_params(workdir, abstract)
+    checkpoint.restore_params(untrained, abstract)

@@ -1,12 +1,14 @@
 """A config so small that its step compiles in seconds, and its parts."""
 
 import functools
+import pathlib
 
 import jax
 import numpy as np
+from PIL import Image
 
 from configs import default, quickstart
-from mcjepa_jax import assembly, sharding, step as steps
+from mcjepa_jax import assembly, checkpoint, sharding, step as steps
 
 
 def config(module=quickstart, **changes) -> default.ConfigDict:
@@ -80,3 +82,21 @@ def state_and_step(cfg, kind, *, devices=1, min_mib=4.0):
       model, optimizers, assembly.recipe(cfg), kind
   )
   return state, steps.jit_train_step(function, abstract, mesh), mesh
+
+
+def save_image(path: pathlib.Path, size=(40, 48), seed=0) -> pathlib.Path:
+  """The path, at which a noise image of (h, w) now is."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
+  Image.fromarray(pixels).save(path)
+  return path
+
+
+def save_checkpoint(workdir: pathlib.Path) -> pathlib.Path:
+  """The workdir, with a checkpoint of the untrained model at step 3."""
+  cfg = config()
+  state, _, _ = state_and_step(cfg, "both")
+  meta = {"model": cfg.model.to_dict(), "seed": 0, "config": "tiny"}
+  with checkpoint.Checkpoints(workdir) as checkpoints:
+    checkpoints.save(3, state, {}, meta)
+  return workdir
