@@ -20,14 +20,15 @@ class Clock:
   """Seconds of the wall clock by what they were spent on.
 
   Nested spans count for the inner one alone, so that all spans and `other`
-  add up to the time since the clock was made.
+  add up to the time since `started`, and what `add` brought.
   """
 
   def __init__(self, started: float | None = None):
-    self._started = time.perf_counter() if started is None else started
+    self.started = time.perf_counter() if started is None else started
     self._seconds: dict[str, float] = {}
     self._open: list[str] = []
-    self._mark = self._started
+    self._mark = self.started
+    self._earlier = 0.0
 
   def _turn(self) -> None:
     now = time.perf_counter()
@@ -46,10 +47,18 @@ class Clock:
       self._turn()
       self._open.pop()
 
+  def add(self, seconds: Mapping[str, float]) -> None:
+    """Counts what `seconds` said in an earlier session of the run."""
+    parts = dict(seconds)
+    self._earlier += parts.pop("total", 0.0)
+    for name, value in parts.items():
+      self._seconds[name] = self._seconds.get(name, 0.0) + value
+
   def seconds(self) -> dict[str, float]:
     """Seconds so far by name, `other` and their sum `total` included."""
     self._turn()
-    return self._seconds | {"total": self._mark - self._started}
+    total = self._earlier + self._mark - self.started
+    return self._seconds | {"total": total}
 
 
 def process_start() -> float:

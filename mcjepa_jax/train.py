@@ -11,6 +11,7 @@ import os
 import pathlib
 import signal
 import threading
+import time
 from typing import Any
 
 from clu import parameter_overview
@@ -244,6 +245,7 @@ def save(
           "motion_size": list(config.motion.size),
           "seed": config.seed,
           "versions": evaluate.versions(),
+          "seconds": run.clock.seconds(),
       },
       metrics,
   )
@@ -409,7 +411,8 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
       if newest is None:
         state = first_state(run)
       else:
-        state, saved, _ = checkpoints.restore(newest, abstract)
+        state, saved, meta = checkpoints.restore(newest, abstract)
+        clock.add(meta.get("seconds", {}))
         for task, stream in streams.items():
           stream.restore(saved[task])
         print(f"Resumed at step {newest} of {config.num_steps}.")
@@ -472,8 +475,8 @@ def run_loop(run: Run, state: steps.TrainState) -> steps.TrainState:
         if batch.kind not in warm:
           jax.block_until_ready(logs)
       if not warm:
-        total = clock.seconds()["total"]
-        progress.note(f"First step finished {total:.0f} s after the start.")
+        since = time.perf_counter() - clock.started
+        progress.note(f"First step finished {since:.0f} s after the start.")
       warm.add(batch.kind)
       with clock.span("step"):
         if pending:

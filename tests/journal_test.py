@@ -29,6 +29,16 @@ def test_the_spans_of_a_clock_and_other_add_up_to_the_total(monkeypatch):
   }  # fmt: skip
 
 
+def test_a_clock_counts_an_earlier_session_too(monkeypatch):
+  now = iter([0.0, 1.0, 4.0, 5.0])
+  monkeypatch.setattr(journal.time, "perf_counter", lambda: next(now))
+  clock = journal.Clock()
+  clock.add({"step": 20.0, "other": 2.0, "total": 22.0})
+  with clock.span("step"):
+    pass
+  assert clock.seconds() == {"other": 4.0, "step": 23.0, "total": 27.0}
+
+
 def test_a_log_opened_at_a_step_drops_what_follows_and_a_torn_line(tmp_path):
   log = journal.Journal(tmp_path, step=0, records=True)
   for step in range(4):

@@ -202,8 +202,9 @@ def test_a_finished_run_says_so_and_trains_nothing(config_path, whole):
 
 
 @pytest.mark.slow
-def test_the_parts_of_the_wall_clock_add_up(whole):
-  line = _lines(whole / "metrics.jsonl")[-1]
+@pytest.mark.parametrize("run", ["whole", "resumed"])
+def test_the_parts_of_the_wall_clock_add_up(request, run):
+  line = _lines(request.getfixturevalue(run) / "metrics.jsonl")[-1]
   parts = {k: v for k, v in line.items() if k.startswith("seconds/")}
   total = parts.pop("seconds/total")
   assert abs(sum(parts.values()) - total) < 0.01
