@@ -70,6 +70,9 @@ def get_config() -> ConfigDict:
 
   config.workers = 4  # Grain processes for each stream; 0 is in this process
   config.prefetch = 2  # batches placed on the devices ahead of their step
+  # Records that cannot be read are replaced by others and named in
+  # quarantine.jsonl; more than this share of those drawn ends the run.
+  config.bad_records = 0.01
 
   config.log_every = 50  # steps between lines of the logs
   config.log_records = False  # also each step's record ids, records.jsonl
@@ -124,7 +127,11 @@ def _motion() -> ConfigDict:
   motion = ConfigDict()
   motion.batch_size = 8  # pairs a step
   motion.size = (384, 832)  # h, w; multiples of 32
-  motion.sources = (("sintel_clean", 1.0),)  # name, weight; mixed by batch
+  # (name, number) or (name, number, (h, w)) for a size of its own; a batch is of
+  # one source. Numbers are "weights": shares of the batches, or "repetitions":
+  # how often each record is seen where another set's are seen once.
+  motion.sources = (("sintel_clean", 1.0),)
+  motion.mixing = "weights"
   motion.geometry = "crop"  # "crop", or "resize" for whole frames
   motion.downscale = (1.0, 1.0)  # range of the factor applied before the crop
   motion.gaps = (1, 1)  # range of frames between the two of a pair, in videos
@@ -170,7 +177,8 @@ def _content() -> ConfigDict:
   content = ConfigDict()
   content.batch_size = 384  # images a step; two views of each
   content.size = 224  # pixels a side of a view
-  content.source = "imagenet"
+  content.sources = (("imagenet", 1.0),)  # (name, number), as motion's
+  content.mixing = "weights"
   content.scale = (0.08, 1.0)  # area of the crop
   content.ratio = (3 / 4, 4 / 3)
   content.flip = True  # left-right, half of the views

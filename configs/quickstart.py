@@ -44,7 +44,7 @@ def get_config() -> default.ConfigDict:
   content = config.content
   content.batch_size = 40
   content.size = 64
-  content.source = "synthetic"
+  content.sources = (("synthetic", 1.0),)
   content.scale = (0.3, 0.8)
   content.ratio = (0.8, 1.25)
   content.jitter.update(brightness=0.5, contrast=0.5, hue=0.3, p=1.0)

@@ -38,7 +38,7 @@ def get_config() -> default.ConfigDict:
   motion.terms.smoothness.update(stride_1=0.0, stride_4=1.0)
 
   content = config.content
-  content.source = "imagenet"
+  content.sources = (("imagenet", 1.0),)
   content.batch_size = 48
   content.scale = (0.2, 1.0)
   content.ratio = (3 / 4, 4 / 3)

@@ -74,6 +74,10 @@ def recipe(config: Any) -> step.Recipe:
   )
 
 
+def _weight(mixing: str, number: float, dataset: Any) -> float:
+  return number * len(dataset) if mixing == "repetitions" else number
+
+
 def streams(config: Any) -> dict[str, pipeline.Stream]:
   """The streams that the mode reads, by task, each at its first batch.
 
@@ -83,38 +87,42 @@ def streams(config: Any) -> dict[str, pipeline.Stream]:
   reads = step.tasks_of_mode(config.mode)
   if "motion" in reads:
     motion = config.motion
+    mixed = []
+    for name, number, size in sources.sized(motion.sources, motion.size):
+      dataset = sources.motion(
+          name,
+          config.data_root,
+          seed=config.seed,
+          size=size,
+          gaps=tuple(motion.gaps),
+      )
+      mixed.append(
+          pipeline.MotionSource(
+              name=name,
+              dataset=dataset,
+              size=size,
+              weight=_weight(motion.mixing, number, dataset),
+              mode=motion.geometry,
+              scale=tuple(motion.downscale),
+          )
+      )
     result["motion"] = pipeline.motion_stream(
-        [
-            pipeline.MotionSource(
-                name=name,
-                dataset=sources.motion(
-                    name,
-                    config.data_root,
-                    seed=config.seed,
-                    size=tuple(motion.size),
-                    gaps=tuple(motion.gaps),
-                ),
-                size=tuple(motion.size),
-                weight=weight,
-                mode=motion.geometry,
-                scale=tuple(motion.downscale),
-            )
-            for name, weight in motion.sources
-        ],
+        mixed,
         batch_size=motion.batch_size,
         seed=config.seed,
         num_workers=config.workers,
     )
   if "content" in reads:
     content = config.content
+    mixed = []
+    for name, number in content.sources:
+      dataset = sources.images(
+          name, config.data_root, seed=config.seed, size=content.size
+      )
+      weight = _weight(content.mixing, number, dataset)
+      mixed.append(pipeline.ContentSource(name, dataset, weight))
     result["content"] = pipeline.content_stream(
-        sources.images(
-            content.source,
-            config.data_root,
-            seed=config.seed,
-            size=content.size,
-        ),
-        name=content.source,
+        mixed,
         batch_size=content.batch_size,
         size=content.size,
         scale=tuple(content.scale),

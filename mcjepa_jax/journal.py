@@ -1,6 +1,6 @@
 """What a run writes down: JSON lines, TensorBoard, where its time went."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import json
 import os
@@ -14,6 +14,8 @@ import numpy as np
 import psutil
 
 from mcjepa_jax import errors, visualize
+
+_FEW_RECORDS = 1_000
 
 
 class Clock:
@@ -160,6 +162,61 @@ class Journal:
     if self._records is not None:
       self._records.close()
     self._board.close()
+
+
+class Quarantine:
+  """The records that were replaced, each named once in quarantine.jsonl.
+
+  `limit` is the share of those drawn that may be; of fewer than 1,000 as of
+  1,000. Opened at a step, it drops lines from that step on.
+  """
+
+  def __init__(self, workdir: pathlib.Path, *, step: int, limit: float):
+    path = workdir / "quarantine.jsonl"
+    self._file = _reopen(path, step)
+    self._limit = limit
+    self._named: dict[str, dict[str, str]] = {}
+    for line in read_lines(path):
+      self._named.setdefault(line["task"], {})[line["record"]] = line["fault"]
+    self._drawn: dict[str, int] = {}
+    self._replaced: dict[str, int] = {}
+
+  def add(
+      self, step: int, task: str, drawn: int, faults: Sequence[tuple[str, str]]
+  ) -> list[tuple[str, str]]:
+    """Those of a step's faults, (record, fault), that are new.
+
+    Raises:
+      UserError: too many of the records drawn so far had to be replaced.
+    """
+    named, new = self._named.setdefault(task, {}), []
+    for record, fault in faults:
+      if record not in named:
+        named[record] = fault
+        new.append((record, fault))
+        line = {"step": step, "task": task, "record": record, "fault": fault}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+    drawn = self._drawn[task] = self._drawn.get(task, 0) + drawn
+    replaced = self._replaced[task] = self._replaced.get(task, 0) + len(faults)
+    if replaced > self._limit * max(drawn, _FEW_RECORDS):
+      raise errors.UserError(
+          f"bad_records: expected at most {self._limit:.2%} of {task}'s records"
+          f" to be unreadable, got {replaced} of {drawn}",
+          *(f"{record}: {fault}" for record, fault in named.items()),
+      )
+    return new
+
+  def counts(self) -> dict[str, float]:
+    """How many records were replaced, by task, since the run began."""
+    return {
+        f"quarantined/{task}": float(len(named))
+        for task, named in self._named.items()
+    }
+
+  def close(self) -> None:
+    """Flushes all."""
+    self._file.close()
 
 
 def _event_writer(folder: pathlib.Path, step: int) -> Any:

@@ -48,6 +48,7 @@ from mcjepa_jax import (
     step as steps,
     validation,
 )
+from mcjepa_jax.data import sources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +181,16 @@ def _compiled(
   batch = steps.batch_shapes(
       kind,
       pairs=config.motion.batch_size,
-      frame_size=config.motion.size,
+      # The largest of the sources': the step is compiled for each.
+      frame_size=max(
+          (
+              size
+              for *_, size in sources.sized(
+                  config.motion.sources, config.motion.size
+              )
+          ),
+          key=math.prod,
+      ),
       images=config.content.batch_size,
       view_size=config.content.size,
   )

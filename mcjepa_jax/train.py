@@ -59,6 +59,7 @@ class Batch:
   kind: str
   arrays: dict[str, jax.Array]
   records: dict[str, list[str]]
+  faults: dict[str, list[tuple[str, str]]]
   streams: dict[str, Any]
 
 
@@ -178,11 +179,13 @@ def batches(run: Run, start: int) -> Iterator[Batch]:
   for number in range(start, config.num_steps):
     kind = steps.kind_at(config.mode, number, config.motion.start_step)
     before = {task: stream.state() for task, stream in run.streams.items()}
-    arrays, records = {}, {}
+    arrays, records, faults = {}, {}, {}
     for task in steps.tasks(kind):
-      new_arrays, records[task] = next(run.streams[task])
-      arrays |= new_arrays
-    yield Batch(kind, sharding.to_global(arrays, run.mesh), records, before)
+      part = next(run.streams[task])
+      arrays |= part.arrays
+      records[task], faults[task] = part.records, part.faults
+    arrays = sharding.to_global(arrays, run.mesh)
+    yield Batch(kind, arrays, records, faults, before)
 
 
 def compiled_steps(run: Run) -> dict[str, Callable[..., Any]]:
@@ -281,6 +284,9 @@ class Progress:
     self.log = journal.Journal(
         run.workdir, step=start, records=config.log_records
     )
+    self._quarantine = journal.Quarantine(
+        run.workdir, step=start, limit=config.bad_records
+    )
 
   def report(self, number: int, logs: dict[str, jax.Array]) -> None:
     """Fetches what a step logged, checks and shows it."""
@@ -300,7 +306,16 @@ class Progress:
           for name, value in self._run.clock.seconds().items()
       }
       rate = {"examples_per_second": rate}
-      self.log.scalars(number, values | rate | seconds)
+      replaced = self._quarantine.counts()
+      self.log.scalars(number, values | rate | seconds | replaced)
+
+  def quarantine(self, number: int, batch: Batch) -> None:
+    """Shows the records of a batch that were replaced."""
+    for task, faults in batch.faults.items():
+      for record, fault in self._quarantine.add(
+          number, task, len(batch.records[task]), faults
+      ):
+        self.note(f"Replaced {record}: {fault}")
 
   def note(self, text: str) -> None:
     """Prints a line above the bar."""
@@ -309,6 +324,7 @@ class Progress:
   def close(self) -> None:
     """Ends the bar and the logs."""
     self._bar.close()
+    self._quarantine.close()
     self.log.close()
 
 
@@ -317,7 +333,7 @@ def draw(run: Run, state: steps.TrainState, log: journal.Journal) -> None:
   with run.clock.span("pictures"):
     number = int(state.step)
     # Not the loop's own iteration: pictures leave the order of data alone.
-    firsts = {task: stream[0][0] for task, stream in run.streams.items()}
+    firsts = {task: stream[0].arrays for task, stream in run.streams.items()}
     pictures = panels.of_state(run.model, state.params, run.mesh, firsts)
     for name, picture in pictures.items():
       log.picture(number, name, picture)
@@ -470,14 +486,17 @@ def run_loop(run: Run, state: steps.TrainState) -> steps.TrainState:
           queue.append(batch)
         batch = queue.popleft()
         progress.log.records(number, batch.records)
-      with clock.span("step" if batch.kind in warm else "compile"):
+        progress.quarantine(number, batch)
+      # Each kind of step is compiled for each size of its sources.
+      program = (batch.kind, *(x.shape for x in batch.arrays.values()))
+      with clock.span("step" if program in warm else "compile"):
         state, logs = compiled[batch.kind](state, batch.arrays)
-        if batch.kind not in warm:
+        if program not in warm:
           jax.block_until_ready(logs)
       if not warm:
         since = time.perf_counter() - clock.started
         progress.note(f"First step finished {since:.0f} s after the start.")
-      warm.add(batch.kind)
+      warm.add(program)
       with clock.span("step"):
         if pending:
           progress.report(*pending)

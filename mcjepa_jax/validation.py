@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from mcjepa_jax import command, errors, objective, step
+from mcjepa_jax.data import sources
 from mcjepa_jax.models import convnext
 
 # Keys that a resumed run may change: they do not touch what is learned.
@@ -14,6 +15,7 @@ OPERATIONAL = frozenset(
     {
         "task",
         "name",
+        "bad_records",
         "data_root",
         "checkpoint",
         "results",
@@ -64,6 +66,8 @@ def faults(config: Any, *, devices: int | None = None) -> list[str]:
   expect("model.dtype", *one_of("float32", "bfloat16"))
   expect("motion.occlusion", *one_of("none", "forward_backward", "range_map"))
   expect("motion.geometry", *one_of("crop", "resize"))
+  for task in ("motion", "content"):
+    expect(f"{task}.mixing", *one_of("weights", "repetitions"))
   expect("motion.smoothness.form", *one_of("arflow", "uflow"))
   expect("motion.smoothness.order", lambda x: x in (1, 2), "1 or 2")
   for key in ("num_steps", "accumulate", "motion.batch_size",
@@ -105,6 +109,10 @@ def _widths(value: Any) -> bool:
   return len(value) > 0 and all(type(x) is int and x > 0 for x in value)
 
 
+def _is_size(value: Any) -> bool:
+  return isinstance(value, tuple) and len(value) == 2 and _widths(value)
+
+
 def _weighted(value: Any) -> bool:
   return len(value) > 0 and all(
       isinstance(x, tuple)
@@ -114,6 +122,12 @@ def _weighted(value: Any) -> bool:
       and x[1] > 0
       for x in value
   )
+
+
+def _weighted_or_sized(value: Any) -> bool:
+  return all(
+      isinstance(x, tuple) and (len(x) < 3 or _is_size(x[2])) for x in value
+  ) and _weighted(tuple(x[:2] if len(x) == 3 else x for x in value))
 
 
 def _expect_ranges(expect: Callable[..., None]) -> None:
@@ -142,12 +156,14 @@ def _expect_ranges(expect: Callable[..., None]) -> None:
   expect("model.encoder.layer_scale", lambda x: x >= 0, "0 or more")
   for key in ("radius", "max_flow"):
     expect(f"model.estimator.{key}", lambda x: x > 0, "a positive number")
+  expect("motion.size", _is_size, "(height, width), two positive integers")
   expect(
-      "motion.size",
-      lambda x: len(x) == 2 and _widths(x),
-      "(height, width), two positive integers",
+      "motion.sources",
+      _weighted_or_sized,
+      "(name, positive number) or (name, positive number, (height, width))",
   )
-  expect("motion.sources", _weighted, "(name, positive weight) pairs")
+  expect("content.sources", _weighted, "(name, positive number) pairs")
+  expect("bad_records", *up_to(1))
   expect("motion.downscale", *interval())
   expect(
       "motion.gaps",
@@ -197,14 +213,16 @@ def _size_faults(config: Any, reads: tuple[str, ...]) -> list[str]:
     ]
   strides = _strides(config)
   coarsest = strides[-1]
-  size = tuple(config.motion.size)
-  if "motion" in reads and (
-      len(size) != 2 or any(s <= 0 or s % coarsest for s in size)
-  ):
-    found.append(
-        f"motion.size: expected (height, width), multiples of {coarsest},"
-        f" the encoder's coarsest stride, got {size}"
-    )
+  if "motion" in reads:
+    sized = sources.sized(config.motion.sources, config.motion.size)
+    of_sources = {size: f"motion.sources: {name}" for name, _, size in sized}
+    sizes = of_sources | {tuple(config.motion.size): "motion.size"}
+    found += [
+        f"{key}: expected (height, width), multiples of {coarsest}, the"
+        f" encoder's coarsest stride, got {size}"
+        for size, key in sizes.items()
+        if any(side % coarsest for side in size)
+    ]
   if "content" in reads and config.content.size % coarsest:
     found.append(
         f"content.size: expected a multiple of {coarsest}, the encoder's"

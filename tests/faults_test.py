@@ -6,12 +6,15 @@ import json
 import numpy as np
 import pytest
 
-from mcjepa_jax import main
+from mcjepa_jax import errors, main, train
 from mcjepa_jax.data import flow_io
 from tests import tiny
 
 _QUICKSTART = "--config=configs/quickstart.py"
-_IMAGES = ("--config.content.source=images", "--config.mode=content")
+_IMAGES = (
+    "--config.content.sources=(('images', 1.0),)",
+    "--config.mode=content",
+)
 _FRAMES = ("--config.motion.sources=(('frames', 1.0),)", "--config.mode=motion")
 
 
@@ -208,3 +211,26 @@ def test_evaluate_writes_flat_results_whatever_the_devices(
   assert len({key.rsplit("/", 1)[0] for key in rows}) == 11
   expected = {"config", "checkpoint", "step", "commit", "devices", "seconds"}
   assert {f"meta/{key}" for key in expected} <= set(results)
+
+
+@pytest.mark.slow
+def test_an_unreadable_image_is_replaced_and_named_unless_none_may_be(tmp_path):
+  folder = tmp_path / "data" / "images"
+  for i in range(6):
+    path = tiny.save_image(folder / f"{i}.png", seed=i)
+  path.write_bytes(path.read_bytes()[:200])
+  cfg = tiny.config(
+      mode="content",
+      data_root=str(tmp_path / "data"),
+      content__sources=(("images", 1.0),),
+      num_steps=4,
+  )
+  train.train(cfg, tmp_path / "w")
+  (line,) = (tmp_path / "w" / "quarantine.jsonl").read_text().splitlines()
+  assert json.loads(line)["record"] == "images/5.png"
+  assert "5.png" in json.loads(line)["fault"]
+  (last,) = (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()[-1:]
+  assert json.loads(last)["quarantined/content"] == 1
+  cfg.bad_records = 0.0
+  with pytest.raises(errors.UserError, match="bad_records.*got 1 of"):
+    train.train(cfg, tmp_path / "w2")

@@ -46,7 +46,7 @@ class Records:
 
 
 class Broken(Records):
-  """Its first element is a fault that tells what the worker's JAX has done."""
+  """Each element is a fault that tells what the worker's JAX has done."""
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
     bridge = sys.modules.get("jax._src.xla_bridge")
@@ -63,7 +63,11 @@ def motion(length: int = 10, *, seed: int = 0, batch_size: int = 4, **options):
 
 def content(length: int = 10, *, seed: int = 0, batch_size: int = 4, **options):
   return pipeline.content_stream(
-      Records(length), size=8, batch_size=batch_size, seed=seed, **options
+      [pipeline.ContentSource("images", Records(length))],
+      size=8,
+      batch_size=batch_size,
+      seed=seed,
+      **options,
   )
 
 
@@ -75,7 +79,7 @@ def assert_same(batch, other):
 
 
 def test_a_pair_is_two_neighbouring_frames():
-  arrays, records = motion()[3]
+  arrays, records, _ = motion()[3]
   assert arrays["frames"].shape == (8, 16, 16, 3)
   assert arrays["frames"].dtype == np.uint8
   numbers = [int(record.removeprefix("made/")) for record in records]
@@ -88,7 +92,7 @@ def test_a_pair_is_two_neighbouring_frames():
 
 
 def test_the_views_of_an_image_are_neighbours_and_differ():
-  arrays, records = content()[3]
+  arrays, records, _ = content()[3]
   views = arrays["views"]
   assert views.shape == (8, 8, 8, 3)
   assert views.dtype == np.uint8
@@ -133,24 +137,112 @@ def test_streams_and_sources_share_no_randomness(monkeypatch):
   pairs = pipeline.motion_stream(sources, batch_size=40, seed=5)
   images = content(40, batch_size=40, seed=5)
   orders = [
-      [record[-3:] for record in records]
-      for records in (pairs[0][1], pairs[1][1], images[0][1])
+      [record[-3:] for record in part.records]
+      for part in (pairs[0], pairs[1], images[0])
   ]
   assert len(set(draws)) == len(draws) == 120
   assert orders[0] != orders[1] != orders[2] != orders[0]
 
 
+def joined(parts):
+  """The parts of all hosts, in order, as one."""
+  (key,) = parts[0].arrays
+  return (
+      {key: np.concatenate([part.arrays[key] for part in parts])},
+      [record for part in parts for record in part.records],
+  )
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
 @pytest.mark.parametrize("stream", [motion, content])
-def test_the_parts_of_the_hosts_are_the_batch_of_one_host(stream):
-  parts = [stream(host_index=h, host_count=2) for h in range(2)]
+def test_the_parts_of_the_hosts_are_the_batch_of_one_host(stream, hosts):
+  streams = [stream(host_index=h, host_count=hosts) for h in range(hosts)]
   for k in (0, 3, 7):
-    whole = stream()[k]
-    halves = [part[k] for part in parts]
-    joined = {
-        key: np.concatenate([half[0][key] for half in halves])
-        for key in whole[0]
-    }
-    assert_same((joined, halves[0][1] + halves[1][1]), whole)
+    assert_same(joined([s[k] for s in streams]), stream()[k])
+
+
+@pytest.mark.parametrize("stream", [motion, content])
+def test_in_mid_epoch_other_hosts_go_on_with_the_same_batches(stream):
+  # 10 records in fours: batch 4 lies in the second epoch.
+  with stream(host_index=1, host_count=2) as before:
+    for _ in range(4):
+      next(before)
+    state = before.state()
+  after = [stream(host_index=h, host_count=4) for h in range(4)]
+  for other in after:
+    other.restore(state)
+  for k in range(4, 8):
+    assert_same(joined([next(other) for other in after]), stream()[k])
+  for other in after:
+    other.close()
+
+
+@pytest.mark.parametrize("stream", [motion, content])
+def test_over_three_epochs_each_record_comes_three_times(stream):
+  # Batches of 4 straddle the epochs of 10 records.
+  records = [r for k in range(15) for r in stream()[k].records][:30]
+  for epoch in range(3):
+    assert len(set(records[10 * epoch : 10 * epoch + 10])) == 10
+
+
+class Holed(Records):
+  """Some of its elements cannot be read."""
+
+  def __init__(self, length: int, holes: tuple[int, ...]):
+    super().__init__(length)
+    self._holes = holes
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    if index in self._holes:
+      raise UserError(f"{index:03d}.png: cut")
+    return super().__getitem__(index)
+
+
+def holed(*holes: int, **options):
+  source = pipeline.ContentSource("images", Holed(10, holes))
+  return pipeline.content_stream(
+      [source], size=8, batch_size=5, seed=0, **options
+  )
+
+
+def test_an_unreadable_record_is_replaced_and_all_others_keep_their_places():
+  whole, part = holed()[0].records + holed()[1].records, [
+      holed(3, 4)[k] for k in (0, 1)
+  ]
+  records = part[0].records + part[1].records
+  expected = {f"images/00{i}": f"images/00{i}" for i in range(10)}
+  expected |= {"images/003": "images/005", "images/004": "images/005"}
+  assert records == [expected[record] for record in whole]
+  faults = part[0].faults + part[1].faults
+  # 3 is tried in its own place; 4 in its own, and as the next after 3.
+  assert sorted(faults) == [
+      ("images/003", "003.png: cut"),
+      ("images/004", "004.png: cut"),
+      ("images/004", "004.png: cut"),
+  ]
+  untouched = [
+      i for i, r in enumerate(whole) if r not in ("images/003", "images/004")
+  ]
+  views = [
+      np.concatenate([s[k].arrays["views"] for k in (0, 1)])
+      for s in (holed(), holed(3, 4))
+  ]
+  for i in untouched:
+    np.testing.assert_array_equal(*(v[2 * i : 2 * i + 2] for v in views))
+
+
+def test_workers_pass_on_what_was_replaced():
+  with holed(3, 4, num_workers=2) as stream:
+    for k in range(4):
+      part = next(stream)
+      assert_same(part, holed(3, 4)[k])
+      assert part.faults == holed(3, 4)[k].faults
+
+
+def test_where_nothing_can_be_read_the_faults_are_the_error():
+  with pytest.raises(UserError) as caught:
+    next(holed(*range(10)))
+  assert len(caught.value.messages) == 10
 
 
 def test_sources_take_turns_by_weight_with_a_size_of_their_own():
@@ -161,7 +253,7 @@ def test_sources_take_turns_by_weight_with_a_size_of_their_own():
   stream = pipeline.motion_stream(sources, batch_size=3, seed=0)
   names = []
   for k in range(40):
-    arrays, records = stream[k]
+    arrays, records, _ = stream[k]
     (name,) = {record.split("/")[0] for record in records}
     size = (8, 12) if name == "much" else (12, 8)
     assert arrays["frames"].shape == (6, *size, 3)
@@ -180,7 +272,7 @@ def test_no_label_enters_a_batch():
       (
           "views",
           lambda data: pipeline.content_stream(
-              data, size=8, batch_size=4, seed=0
+              [pipeline.ContentSource("a", data)], size=8, batch_size=4, seed=0
           ),
       ),
   ):
@@ -218,10 +310,11 @@ def test_restoring_over_other_data_names_every_difference():
 
 
 def test_a_worker_passes_on_a_fault_and_starts_no_backend():
+  source = pipeline.ContentSource("images", Broken(1))
   stream = pipeline.content_stream(
-      Broken(4), size=8, batch_size=2, seed=0, num_workers=1
+      [source], size=8, batch_size=2, seed=0, num_workers=1
   )
-  with stream, pytest.raises(UserError, match="^a.png: ") as caught:
+  with stream, pytest.raises(UserError, match="images/000: a.png: ") as caught:
     next(stream)
   assert caught.value.messages == (str(caught.value),)
   assert "backends started: False" in str(caught.value)
@@ -266,7 +359,8 @@ from mcjepa_jax.data import pipeline, synthetic
 flags.FLAGS.mark_as_parsed()
 images = synthetic.Images(size=(16, 16), seed=0, num_examples=4)
 stream = pipeline.content_stream(
-    images, size=8, batch_size=2, seed=0, num_workers=1
+    [pipeline.ContentSource("images", images)],
+    size=8, batch_size=2, seed=0, num_workers=1,
 )
 next(stream)
 print(*(child.pid for child in multiprocessing.active_children()), flush=True)

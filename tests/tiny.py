@@ -42,7 +42,7 @@ def config(module=quickstart, **changes) -> default.ConfigDict:
     result.motion.photometric.update(l1=0.15, ssim=0.85)
   result.content.batch_size = 4
   result.content.size = 32
-  result.content.source = "synthetic"
+  result.content.sources = (("synthetic", 1.0),)
   result.num_steps = 4
   result.workers = 0
   result.panel_every = 0

@@ -30,6 +30,17 @@ def test_the_configs_as_they_are_have_no_fault(module):
         (dict(accumulate=3), "batch_size: expected a multiple of accumulate"),
         (dict(motion__sources=(("synthetic",),)), "motion.sources: expected"),
         (dict(motion__sources=("synthetic",)), "motion.sources: expected"),
+        (
+            dict(motion__sources=(("synthetic", 1.0, 64),)),
+            "motion.sources: expected .*height, width",
+        ),
+        (
+            dict(motion__sources=(("synthetic", 1.0, (64, 60)),)),
+            "motion.sources: synthetic: expected .* of 16",
+        ),
+        (dict(motion__mixing="shares"), "mixing: expected one of weights"),
+        (dict(content__sources=()), "content.sources: expected"),
+        (dict(bad_records=2.0), "bad_records: expected 0 to 1"),
         (dict(motion__size=("a", 64)), "motion.size: expected"),
         (dict(motion__downscale=(0.0, 1.0)), "downscale: expected .* above 0"),
         (dict(motion__gaps=(1,)), "motion.gaps: expected"),

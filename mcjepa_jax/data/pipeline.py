@@ -9,14 +9,14 @@ holds, and no label enters a batch:
 A data set has `__len__`, `__getitem__(i) -> dict` and `record_id(i) -> str`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
 from multiprocessing import connection, parent_process
 import os
 import signal
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 import weakref
 
 import grain
@@ -30,6 +30,9 @@ from mcjepa_jax.errors import UserError
 # 105 ms so and 439 ms through a pipe (1 MiB: 1.8 and 2.2 ms); but containers
 # often have 64 MiB of shared memory, and a worker that finds none dies.
 _MIN_SHARED_MEMORY = 2**22
+
+# Records in a row that are tried in the place of one that cannot be read.
+_ATTEMPTS = 10
 
 Arrays = dict[str, UInt8[np.ndarray, "n h w 3"]]
 
@@ -53,6 +56,15 @@ class MotionSource:
   swap: bool = True
 
 
+@dataclasses.dataclass(frozen=True)
+class ContentSource:
+  """Images of one set."""
+
+  name: str
+  dataset: Any  # its elements hold image, u8[h w 3]
+  weight: float = 1.0  # share of the batches, relative to the other sources
+
+
 def _random(seed: int, place: tuple[int, ...]) -> np.random.SeedSequence:
   # As a spawn key, since zeros are filled in after a short entropy: (seed, 0)
   # and (seed, 0, 0, 0) are one generator.
@@ -72,9 +84,9 @@ class _Source:
   def __len__(self) -> int:
     return len(self.dataset)
 
-  def __getitem__(self, index: int) -> tuple[str, list[np.ndarray]]:
+  def images(self, index: int) -> list[np.ndarray]:
     element = self.dataset[index]
-    return self.record(index), [element[key] for key in self.keys]
+    return [element[key] for key in self.keys]
 
   def record(self, index: int) -> str:
     return f"{self.name}/{self.dataset.record_id(index)}"
@@ -92,30 +104,49 @@ class _Source:
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Geometry:
-  """Applies a transform with the generator of one place in the stream."""
+class Part(NamedTuple):
+  """This host's rows of a batch."""
 
-  transform: Callable[..., np.ndarray]
+  arrays: Arrays
+  records: list[str]  # of each row's pair or image
+  faults: list[tuple[str, str]]  # (record, fault) of those that were replaced
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cut:
+  """Reads a record and cuts it with the generator of its place in the stream.
+
+  A record that cannot be read or cut is replaced by the next of its data set
+  that can, so that all others keep their places.
+  """
+
+  source: _Source
+  key: str
   seed: int
   place: tuple[int, int]  # stream, source
 
-  def __call__(
-      self, index: int, element: tuple[str, list[np.ndarray]]
-  ) -> tuple[str, np.ndarray]:
-    record, images = element
-    rng = np.random.default_rng(_random(self.seed, (*self.place, index)))
-    try:
-      return record, self.transform(*images, rng)
-    except UserError as error:
-      raise UserError(*(f"{record}: {m}" for m in error.messages)) from error
+  def __call__(self, index: int, number: int) -> Part:
+    faults = []
+    for attempt in range(min(_ATTEMPTS, len(self.source))):
+      other = (number + attempt) % len(self.source)
+      record = self.source.record(other)
+      rng = np.random.default_rng(_random(self.seed, (*self.place, index)))
+      try:
+        images = self.source.transform(*self.source.images(other), rng)
+      except UserError as error:
+        faults.append((record, "; ".join(error.messages)))
+      else:
+        return Part({self.key: images}, [record], faults)
+    raise UserError(*(f"{record}: {fault}" for record, fault in faults))
 
 
-def _stack(
-    key: str, elements: Sequence[tuple[str, np.ndarray]]
-) -> tuple[Arrays, list[str]]:
-  records, images = zip(*elements, strict=True)
-  return {key: np.concatenate(images)}, list(records)
+def _stack(parts: Sequence[Part]) -> Part:
+  (key,) = parts[0].arrays
+  return Part(
+      {key: np.concatenate([part.arrays[key] for part in parts])},
+      [record for part in parts for record in part.records],
+      [fault for part in parts for fault in part.faults],
+  )
 
 
 def _batches(
@@ -133,17 +164,17 @@ def _batches(
   # seed 0 would be epoch 0 of seed 1.
   shuffle_seed = int(_random(seed, place).generate_state(1)[0])
   return (
-      grain.MapDataset.source(source)
+      grain.MapDataset.range(len(source))
       .shuffle(seed=shuffle_seed)
       .repeat()
       # After repeat, so that the index, and with it the crop, is new in each
       # epoch.
-      .map_with_index(_Geometry(source.transform, seed, place))
+      .map_with_index(_Cut(source, key, seed, place))
       .batch(
           batch_size // host_count,
           # Grain's length of the other kind overflows at one row.
           drop_remainder=True,
-          batch_fn=functools.partial(_stack, key),
+          batch_fn=_stack,
       )
       # Part h of batch k is small batch k * host_count + h: consecutive rows,
       # so that the hosts' parts in order are the batch of a single host.
@@ -186,7 +217,7 @@ def _flatten(tree: Any, path: str = "") -> dict[str, Any]:
 
 
 class Stream(Iterator):
-  """Iterates over (arrays, records) from any batch on.
+  """Iterates over the parts of this host from any batch on.
 
   `stream[k]` is batch k, computed in this process. Workers start with the first
   `next`, or before it with `start`.
@@ -204,7 +235,7 @@ class Stream(Iterator):
     """Describes the iteration; nothing runs yet.
 
     Args:
-      batches: element k is (arrays, records) of batch k.
+      batches: element k is the part of batch k.
       fingerprint: what the order of the data depends on, as JSON.
       start: index of the first batch.
       num_workers: processes, each making whole batches; 0 for one thread.
@@ -221,16 +252,18 @@ class Stream(Iterator):
     # tracebacks on stderr.
     weakref.finalize(self, _end, self._running)
 
-  def __getitem__(self, index: int) -> tuple[Arrays, list[str]]:
+  def __getitem__(self, index: int) -> Part:
     return self._batches[index]
 
-  def __next__(self) -> tuple[Arrays, list[str]]:
+  def __next__(self) -> Part:
     self.start()
-    arrays, records = next(self._running[0])
+    part = next(self._running[0])
     self._next_batch += 1
     # Out of shared memory, which JAX on CPU would alias for as long as the
     # batch lives: what still lives at exit is reported as leaked.
-    return {k: np.array(v, subok=False) for k, v in arrays.items()}, records
+    return part._replace(
+        arrays={k: np.array(v, subok=False) for k, v in part.arrays.items()}
+    )
 
   def start(self) -> None:
     """Starts the workers, if they do not run yet."""
@@ -415,12 +448,11 @@ def motion_stream(
 
 
 def content_stream(
-    dataset: Any,
+    sources: Sequence[ContentSource],
     *,
     batch_size: int,
     size: int,
     seed: int,
-    name: str = "images",
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: bool = True,
@@ -432,7 +464,8 @@ def content_stream(
 ) -> Stream:
   """Returns the stream of {"views"}; `batch_size` counts images of all hosts.
 
-  Each image gives two random resized crops of size x size.
+  Each image gives two random resized crops of size x size. Batches are mixed
+  as those of `motion_stream`.
   """
   cut = functools.partial(
       transforms.two_views, size=size, scale=scale, ratio=ratio, flip=flip
@@ -440,7 +473,7 @@ def content_stream(
   return _stream(
       "content",
       "views",
-      [_Source(name, dataset, 1.0, ("image",), cut)],
+      [_Source(s.name, s.dataset, s.weight, ("image",), cut) for s in sources],
       batch_size=batch_size,
       seed=seed,
       start=start,

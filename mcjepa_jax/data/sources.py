@@ -4,6 +4,7 @@ Procedural examples for training and for evaluation come from different seeds;
 `labelled` and `flow_pairs` are for evaluation only.
 """
 
+from collections.abc import Sequence
 import functools
 import pathlib
 from typing import Any
@@ -24,6 +25,16 @@ def choice(table: dict[str, Any], name: str, key: str) -> Any:
         f"{key}: expected one of {', '.join(sorted(table))}, got {name!r}"
     )
   return table[name]
+
+
+def sized(
+    entries: Sequence[tuple], size: tuple[int, int]
+) -> list[tuple[str, float, tuple[int, int]]]:
+  """(name, number, (h, w)) of motion's sources; `size` where one names none."""
+  return [
+      (name, number, tuple(own[0]) if own else tuple(size))
+      for name, number, *own in entries
+  ]
 
 
 def motion(
@@ -75,7 +86,7 @@ def images(name: str, root: str, *, seed: int, size: int) -> Any:
           folder / "cifar10" / "train.npz"
       ),
   }
-  make = choice(table, name, "content.source")
+  make = choice(table, name, "content.sources")
   return make(_root(root, name))
 
 

@@ -1,0 +1,48 @@
+"""From a config to its streams."""
+
+import pathlib
+
+import pytest
+
+from mcjepa_jax import assembly
+from tests import tiny
+
+
+@pytest.fixture
+def data_root(tmp_path) -> pathlib.Path:
+  """A folder with sequences of 4 and of 7 frames: 3 and 6 pairs."""
+  for folder, count in (("frames/a", 4), ("DAVIS/JPEGImages/480p/b", 7)):
+    for i in range(count):
+      tiny.save_image(tmp_path / folder / f"{i:05d}.png", (40, 64), i)
+  return tmp_path
+
+
+def _names(data_root, batches, **changes):
+  """Name and size of each batch of motion."""
+  cfg = tiny.config(data_root=str(data_root), mode="motion", **changes)
+  stream = assembly.streams(cfg)["motion"]
+  parts = [stream[k] for k in range(batches)]
+  return [
+      (part.records[0].split("/")[0], part.arrays["frames"].shape[1:3])
+      for part in parts
+  ]
+
+
+def test_weights_are_shares_of_the_batches_and_a_source_may_have_its_size(
+    data_root,
+):
+  names = _names(
+      data_root, 8, motion__sources=(("frames", 3.0), ("davis", 1.0, (32, 64)))
+  )
+  assert names.count(("frames", (32, 32))) == 6
+  assert names.count(("davis", (32, 64))) == 2
+
+
+def test_repetitions_multiply_the_lengths_of_the_sets(data_root):
+  names = _names(
+      data_root,
+      12,
+      motion__mixing="repetitions",
+      motion__sources=(("frames", 1.0), ("davis", 1.0)),
+  )
+  assert [name for name, _ in names].count("davis") == 8
