@@ -63,7 +63,8 @@ def recipe(config: Any) -> step.Recipe:
       occlusion=motion.occlusion,
       occlusion_start=motion.occlusion_start,
       out_of_frame=motion.out_of_frame,
-      motion_jitter=_photometry(motion.jitter),
+      motion_jitter=_photometry(motion.jitter)
+      | dict(erase_probability=motion.erase),
       content_terms=content.terms.to_dict(),
       content_augmentation=_photometry(content.jitter)
       | dict(

@@ -172,7 +172,8 @@ def _expect_ranges(expect: Callable[..., None]) -> None:
   )
   expect("content.scale", *interval(1))
   expect("content.ratio", *interval())
-  expect("content.gray", *up_to(1))
+  for key in ("content.gray", "motion.erase"):
+    expect(key, *up_to(1))
   for key in ("content.blur", "content.solarize"):
     expect(
         key,

@@ -38,6 +38,11 @@ def test_weights_are_shares_of_the_batches_and_a_source_may_have_its_size(
   assert names.count(("davis", (32, 64))) == 2
 
 
+def test_the_recipe_passes_on_the_eraser():
+  recipe = assembly.recipe(tiny.config(motion__erase=0.5))
+  assert recipe.motion_jitter["erase_probability"] == 0.5
+
+
 def test_repetitions_multiply_the_lengths_of_the_sets(data_root):
   names = _names(
       data_root,
