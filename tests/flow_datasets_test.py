@@ -191,6 +191,13 @@ def test_flying_things_leave_out_a_flow_past_the_last_frame(tmp_path):
   assert _ids(things) == ["B_0003_0007", "B_0003_0008"]
 
 
+def test_a_render_of_flying_things_that_is_not_there_is_named(tmp_path):
+  layouts.flying_things(tmp_path)
+  (tmp_path / "frames_finalpass").rename(tmp_path / "elsewhere")
+  with pytest.raises(UserError, match="frames_finalpass: not found; expected"):
+    flow_datasets.flying_things(tmp_path, "TEST", render="final")
+
+
 def test_an_empty_set_is_refused(tmp_path):
   (tmp_path / "middlebury" / "other-gt-flow").mkdir(parents=True)
   (tmp_path / "middlebury" / "other-data").mkdir(parents=True)

@@ -388,6 +388,16 @@ def test_flo5_of_another_kind_is_refused(tmp_path, array, options, fault):
     flow_io.read_flow(_flo5(tmp_path / "a.flo5", array, **options))
 
 
+@pytest.mark.parametrize("suffix", [".npz", ".flo5"])
+def test_packed_flow_over_the_pixel_limit_is_refused(
+    tmp_path, monkeypatch, suffix
+):
+  path = PACKED[suffix](tmp_path / f"a{suffix}", np.zeros((2, 3, 2)))
+  monkeypatch.setattr(flow_io, "MAX_PIXELS", 5)
+  with pytest.raises(UserError, match="more than 5 pixels"):
+    flow_io.read_flow(path)
+
+
 def test_flo5_without_its_values_is_refused(tmp_path):
   path = tmp_path / "a.flo5"
   for shape, chunks in (((2**20, 2**20, 2), (8, 8, 2)), ((8, 8, 2), (4, 4, 2))):

@@ -134,7 +134,7 @@ def kitti(root, images="image_2"):
 
 
 def kitti_multiview(root, images="image_2"):
-  """One scene, frames 7 to 14 of its 21."""
+  """One scene, frames 7 to 14."""
   for code, split in ((0, "training"), (TEST, "testing")):
     for frame in range(7, 15):
       image(root / split / images / f"000000_{frame:02d}.png", frame, code)

@@ -213,6 +213,15 @@ def test_gaps_reach_further_in_sequences_and_not_over_what_is_left_out(root):
   assert ids == ["000000_07+1", "000000_13+1"]
 
 
+def test_kitti_pairs_are_pairs_also_where_the_extension_is_unpacked(tmp_path):
+  layouts.kitti(tmp_path)
+  layouts.kitti_multiview(tmp_path)
+  pairs = _motion("kitti_2015", tmp_path, gaps=(1, 3))
+  ids = [pairs.record_id(i) for i in range(len(pairs))]
+  assert ids == ["000000_10+1", "000007_10+1"]
+  assert len(_motion("kitti_2015_multiview", tmp_path)) == 2
+
+
 def test_sets_of_real_samples_open_by_their_names(shared_data):
   for name, count in (
       *(("davis", 88), ("flying_chairs", 4), ("middlebury", 4)),

@@ -271,15 +271,14 @@ def flying_things(
 ) -> FramePairs:
   """Returns FlyingThings3D's "TRAIN" or "TEST" pairs into the future or past."""
   folder = _find(root, _THINGS, f"optical_flow/{split}")
+  images = _find(folder, (f"frames_{render}pass/{split}",), "*")
   into, step = {"future": ("Future", 1), "past": ("Past", -1)}[direction]
   pattern = f"*/*/into_{direction}/{camera}/OpticalFlowInto{into}_*.pfm"
   pairs = []
   for flow in sorted((folder / "optical_flow" / split).glob(pattern)):
     scene = flow.parents[2]
     number = flow.stem.split("_")[1]
-    frames = folder.joinpath(
-        f"frames_{render}pass", split, scene.parent.name, scene.name, camera
-    )
+    frames = images / scene.parent.name / scene.name / camera
     other = frames / f"{_next(flow, number, step)}.png"
     # A scene's last flow points to a frame that the set does not hold.
     if other.is_file():
@@ -430,7 +429,7 @@ def kitti_frames(
 ) -> Frames:
   """Returns the left camera's frames, "training" or "testing".
 
-  Those are a pair a scene, with `multiview` the 20 frames of the extension.
+  With `multiview` they are of the multi-view extension.
   """
   part = "_multiview" if multiview else ""
   folder = _find(root, _kitti_places(year, part, split), "*_[02]")
@@ -513,19 +512,19 @@ def tartanair(root: flow_io.Path) -> FramePairs:
   folder = _find(root, _TARTAN, *(f"{t}/image_left" for t in _TRAJECTORIES))
   pairs = []
   for trajectories in _TRAJECTORIES:
-    for flow in sorted(folder.glob(f"{trajectories}/flow/*_flow.npy")):
-      first, second, _ = flow.name.split("_")
-      path = flow.parent.parent
+    for path in sorted(folder.glob(trajectories)):
       name = path.relative_to(folder).as_posix().replace("/", "_")
-      pairs.append(
-          FlowPair(
-              name=f"{name}_{first}",
-              frame_1=str(path / "image_left" / f"{first}_left.png"),
-              frame_2=str(path / "image_left" / f"{second}_left.png"),
-              flow=str(flow),
-              invalid=str(flow.with_name(f"{first}_{second}_mask.npy")),
-          )
-      )
+      for stem in _stems(path / "flow", r"([0-9]+_[0-9]+)_flow\.npy"):
+        first, second = stem.split("_")
+        pairs.append(
+            FlowPair(
+                name=f"{name}_{first}",
+                frame_1=str(path / "image_left" / f"{first}_left.png"),
+                frame_2=str(path / "image_left" / f"{second}_left.png"),
+                flow=str(path / "flow" / f"{stem}_flow.npy"),
+                invalid=str(path / "flow" / f"{stem}_mask.npy"),
+            )
+        )
   return _set(pairs, folder)
 
 

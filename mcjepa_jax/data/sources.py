@@ -18,6 +18,8 @@ _STILL = 0.5  # mean change, of 255, under which a video's pair is left out
 # Frames 10 and 11 are what kitti_20.. evaluates: neither they nor their
 # neighbours are trained on, as in github.com/lliuz/ARFlow (KITTIFlowMV).
 _KITTI_EVALUATED = r".*_(09|10|11|12)"
+# The extension may be unpacked into the folder of the pairs.
+_KITTI_NO_PAIR = r".*_(?!10|11)[0-9]+"
 
 
 def choice(table: dict[str, Any], name: str, key: str) -> Any:
@@ -80,8 +82,12 @@ def motion(
       ),
       "hd1k": sequences(flows.hd1k_frames, "hd1k_input"),
       "hd1k_test": sequences(flows.hd1k_frames, "hd1k_challenge"),
-      "kitti_2012": sequences(flows.kitti_frames, "2012", "training"),
-      "kitti_2012_test": sequences(flows.kitti_frames, "2012", "testing"),
+      "kitti_2012": sequences(
+          flows.kitti_frames, "2012", "training", leave_out=_KITTI_NO_PAIR
+      ),
+      "kitti_2012_test": sequences(
+          flows.kitti_frames, "2012", "testing", leave_out=_KITTI_NO_PAIR
+      ),
       "kitti_2012_multiview": sequences(
           flows.kitti_frames,
           "2012",
@@ -92,8 +98,12 @@ def motion(
       "kitti_2012_multiview_test": sequences(
           flows.kitti_frames, "2012", "testing", multiview=True
       ),
-      "kitti_2015": sequences(flows.kitti_frames, "2015", "training"),
-      "kitti_2015_test": sequences(flows.kitti_frames, "2015", "testing"),
+      "kitti_2015": sequences(
+          flows.kitti_frames, "2015", "training", leave_out=_KITTI_NO_PAIR
+      ),
+      "kitti_2015_test": sequences(
+          flows.kitti_frames, "2015", "testing", leave_out=_KITTI_NO_PAIR
+      ),
       "kitti_2015_multiview": sequences(
           flows.kitti_frames,
           "2015",
