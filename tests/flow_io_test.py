@@ -2,11 +2,14 @@
 
 import contextlib
 import io
+import os
 import struct
 import tracemalloc
+import zipfile
 import zlib
 
 import cv2
+import h5py
 import numpy as np
 from PIL import Image
 import pytest
@@ -176,6 +179,290 @@ def test_kitti_png_with_another_header_or_length_is_refused(
   path.write_bytes(data)
   with pytest.raises(UserError, match=f"a.png.*{fault}"):
     flow_io.read_kitti_flow(path)
+
+
+def _npy(path, array, **header):
+  """An .npy file whose header may say what is not so."""
+  said = np.lib.format.header_data_from_array_1_0(array) | header
+  file = io.BytesIO()
+  np.lib.format.write_array_header_1_0(file, said)
+  path.write_bytes(file.getvalue() + array.tobytes())
+  return path
+
+
+def _npz(path, compression=zipfile.ZIP_DEFLATED, **arrays):
+  with zipfile.ZipFile(path, "w", compression) as archive:
+    for name, array in arrays.items():
+      array = _npy(path.with_name("member"), array).read_bytes()
+      archive.writestr(f"{name}.npy", array)
+  return path
+
+
+def _flo5(path, array, name="flow", **options):
+  with h5py.File(path, "w") as store:
+    store.create_dataset(name, data=array, **options)
+  return path
+
+
+def _unknown():
+  """A flow with every way to say unknown, and what must come of it."""
+  flow = np.arange(40, dtype=np.float32).reshape(4, 5, 2)
+  for i, value in enumerate((np.nan, np.inf, -np.inf, 1e10)):
+    flow[0, i, i % 2] = value
+  valid = np.ones((4, 5, 1), np.float32)
+  valid[0, :4] = 0
+  return flow, np.where(valid > 0, flow, 0), valid
+
+
+PACKED = {
+    ".npy": lambda path, flow: _npy(path, flow),
+    ".npz": lambda path, flow: _npz(path, u=flow[..., 0], v=flow[..., 1]),
+    ".flo5": lambda path, flow: _flo5(path, flow, compression="gzip"),
+}
+
+
+@pytest.mark.parametrize("suffix", PACKED)
+def test_packed_flow_is_zero_and_not_valid_where_unknown(tmp_path, suffix):
+  flow, known, valid = _unknown()
+  path = PACKED[suffix](tmp_path / f"a{suffix}", flow)
+  read, read_valid = flow_io.read_flow(path)
+  np.testing.assert_array_equal(read, known)
+  np.testing.assert_array_equal(read_valid, valid)
+  assert read.dtype == np.float32
+
+
+@pytest.mark.parametrize("suffix", PACKED)
+def test_every_cut_packed_file_is_refused(tmp_path, suffix):
+  path = PACKED[suffix](tmp_path / f"a{suffix}", _flow(2, 3)[0])
+  whole = path.read_bytes()
+  for n in range(0, len(whole), 1 + len(whole) // 99):
+    path.write_bytes(whole[:n])
+    with pytest.raises(UserError, match=path.name):
+      flow_io.read_flow(path)
+
+
+@pytest.mark.parametrize("suffix", PACKED)
+def test_a_damaged_byte_raises_nothing_but_a_user_error(tmp_path, suffix):
+  path = PACKED[suffix](tmp_path / f"a{suffix}", _flow(4, 5)[0])
+  whole = path.read_bytes()
+  refused = 0
+  for at in range(0, len(whole), 1 + len(whole) // 299):
+    path.write_bytes(whole[:at] + b"\xff" + whole[at + 1 :])
+    try:
+      flow_io.read_flow(path)
+    except UserError:
+      refused += 1
+  assert refused
+
+
+@pytest.mark.parametrize(
+    "array, header",
+    [
+        (np.zeros((2, 3, 2)), {}),
+        (np.zeros((2, 3, 2), ">f4"), {}),
+        (np.zeros((2, 3, 3), np.float32), {}),
+        (np.zeros((2, 3), np.float32), {}),
+        (np.zeros((0, 3, 2), np.float32), {}),
+        (np.zeros((2, 3, 2), np.float32), {"fortran_order": True}),
+        (np.zeros((2, 3, 2), np.float32), {"shape": (2**31, 2**31, 2)}),
+        (np.zeros((2, 3, 2), np.float32), {"shape": (2**62, 4, 2)}),
+        (np.zeros((2, 3, 2), np.float32), {"shape": (-2, -3, 2)}),
+        (np.zeros((2, 3, 2), np.float32), {"descr": "|O"}),
+    ],
+)
+def test_npy_of_another_kind_or_a_lying_header_is_refused(
+    tmp_path, array, header
+):
+  with pytest.raises(UserError, match="a.npy"):
+    flow_io.read_flow(_npy(tmp_path / "a.npy", array, **header))
+
+
+class _Opened:
+  """What a pickle would run."""
+
+  def __reduce__(self):
+    return os.abort, ()
+
+
+def test_pickled_objects_are_refused_and_not_run(tmp_path):
+  objects = np.array([[_Opened()] * 2] * 2, dtype=object)
+  np.save(tmp_path / "a.npy", objects, allow_pickle=True)
+  np.savez(tmp_path / "a.npz", u=objects, v=objects)
+  for name in ("a.npy", "a.npz"):
+    with pytest.raises(UserError, match=f"{name}: expected numbers"):
+      flow_io.read_flow(tmp_path / name)
+
+
+def test_an_npy_header_of_version_2_is_refused_before_it_is_read(tmp_path):
+  path = tmp_path / "a.npy"
+  path.write_bytes(b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**32 - 1))
+  with pytest.raises(UserError, match="version 1.0"):
+    flow_io.read_npy(path, np.uint8, 2)
+
+
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", ">f4", "<f8"])
+@pytest.mark.parametrize(
+    "compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]
+)
+def test_npz_u_points_right_in_every_float(tmp_path, dtype, compression):
+  u = np.arange(6, dtype=dtype).reshape(2, 3)
+  path = _npz(tmp_path / "a.npz", compression, u=u, v=-u)
+  flow, _ = flow_io.read_flow(path)
+  np.testing.assert_array_equal(flow[..., 0], u)
+  np.testing.assert_array_equal(flow[..., 1], -u)
+
+
+_U = np.ones((2, 3), np.float16)
+
+
+@pytest.mark.parametrize(
+    "arrays, fault",
+    [
+        (dict(u=_U), "'v', came"),
+        (dict(u=_U, v=_U[:1]), "one size"),
+        (dict(u=_U, v=_U.astype(int)), "expected floats"),
+        (dict(u=_U[0], v=_U[0]), "expected floats"),
+        (dict(u=_U[:0], v=_U[:0]), "expected numbers"),
+    ],
+)
+def test_npz_without_u_and_v_of_one_size_is_refused(tmp_path, arrays, fault):
+  with pytest.raises(UserError, match=f"a.npz.*{fault}"):
+    flow_io.read_flow(_npz(tmp_path / "a.npz", **arrays))
+
+
+def test_npz_packed_by_other_means_is_refused(tmp_path):
+  path = _npz(tmp_path / "a.npz", zipfile.ZIP_BZIP2, u=_U, v=_U)
+  with pytest.raises(UserError, match="stored or deflated"):
+    flow_io.read_flow(path)
+
+
+@pytest.mark.parametrize(
+    "shape, fault",
+    [
+        ((2**13, 2**13 + 1), "can hold"),
+        ((2, 4), "8 bytes|16 bytes"),
+        ((2, 2), "more"),
+    ],
+)
+def test_npz_members_hold_what_their_header_says(tmp_path, shape, fault):
+  member = _npy(tmp_path / "member", _U, shape=shape).read_bytes()
+  with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+    for name in "uv":
+      archive.writestr(f"{name}.npy", member)
+  with pytest.raises(UserError, match=f"a.npz.*{fault}"):
+    flow_io.read_flow(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(compression="gzip"),
+        dict(compression="gzip", shuffle=True),
+        dict(compression="gzip", shuffle=True, chunks=(3, 4, 1)),
+        dict(chunks=(3, 4, 1)),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f8"])
+def test_flo5_reads_as_hdf5_itself_does(tmp_path, options, dtype):
+  flow = _flow(7, 9)[0].astype(dtype)
+  path = _flo5(tmp_path / "a.flo5", flow, **options)
+  with h5py.File(path) as store:
+    wanted = store["flow"][()].astype(np.float32)
+  np.testing.assert_array_equal(flow_io.read_flow(path)[0], wanted)
+
+
+@pytest.mark.parametrize(
+    "array, options, fault",
+    [
+        (np.zeros((2, 3, 2), np.int32), {}, "expected floats"),
+        (np.zeros((2, 3), np.float32), {}, "expected floats"),
+        (np.zeros((2, 3, 3), np.float32), {}, "h w 2"),
+        (np.zeros((2, 3, 2), np.float32), dict(name="disparity"), "'flow'"),
+        (np.zeros((2, 3, 2), np.float32), dict(compression="lzf"), "deflated"),
+        (np.zeros((0, 3, 2), np.float32), {}, "h w 2"),
+    ],
+)
+def test_flo5_of_another_kind_is_refused(tmp_path, array, options, fault):
+  with pytest.raises(UserError, match=f"a.flo5.*{fault}"):
+    flow_io.read_flow(_flo5(tmp_path / "a.flo5", array, **options))
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".flo5"])
+def test_packed_flow_over_the_pixel_limit_is_refused(
+    tmp_path, monkeypatch, suffix
+):
+  path = PACKED[suffix](tmp_path / f"a{suffix}", np.zeros((2, 3, 2)))
+  monkeypatch.setattr(flow_io, "MAX_PIXELS", 5)
+  with pytest.raises(UserError, match="more than 5 pixels"):
+    flow_io.read_flow(path)
+
+
+def test_flo5_without_its_values_is_refused(tmp_path):
+  path = tmp_path / "a.flo5"
+  for shape, chunks in (((2**20, 2**20, 2), (8, 8, 2)), ((8, 8, 2), (4, 4, 2))):
+    with h5py.File(path, "w") as store:
+      store.create_dataset(
+          "flow", shape, np.float32, chunks=chunks, compression="gzip"
+      )
+    with pytest.raises(UserError, match="a.flo5.*can hold"):
+      flow_io.read_flow(path)
+
+
+def test_flo5_follows_nothing_out_of_its_file(tmp_path):
+  other = _flo5(tmp_path / "other.h5", np.ones((2, 3, 2), np.float32))
+  (tmp_path / "raw").write_bytes(bytes(48))
+  layout = h5py.VirtualLayout((2, 3, 2), np.float32)
+  layout[:] = h5py.VirtualSource(other, "flow", (2, 3, 2))
+  raw = [(str(tmp_path / "raw"), 0, 48)]
+  makers = (
+      lambda store: store.update(flow=h5py.ExternalLink(other, "flow")),
+      lambda store: store.update(flow=h5py.SoftLink("/elsewhere")),
+      lambda store: store.create_virtual_dataset("flow", layout),
+      lambda store: store.create_group("flow"),
+      lambda store: store.create_dataset(
+          "flow", (2, 3, 2), np.float32, external=raw
+      ),
+  )
+  for make in makers:
+    with h5py.File(tmp_path / "a.flo5", "w") as store:
+      make(store)
+    with pytest.raises(
+        UserError, match="a.flo5: expected (a data set )?'flow'"
+    ):
+      flow_io.read_flow(tmp_path / "a.flo5")
+
+
+def _bomb_npz(path):
+  """A member that unpacks to 16 MB where its header says 24 bytes."""
+  header = _npy(path.with_name("member"), _U).read_bytes()[:-12]
+  with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    for name in "uv":
+      archive.writestr(f"{name}.npy", header + bytes(2**24))
+
+
+def _bomb_flo5(path):
+  """A chunk that unpacks to 16 MB where 512 bytes are its size."""
+  with h5py.File(path, "w") as store:
+    flow = store.create_dataset(
+        "flow", (8, 8, 2), np.float32, chunks=(8, 8, 2), compression="gzip"
+    )
+    flow.id.write_direct_chunk((0, 0, 0), zlib.compress(bytes(2**24)))
+
+
+@pytest.mark.parametrize(
+    "name, make", [("a.npz", _bomb_npz), ("a.flo5", _bomb_flo5)]
+)
+def test_what_unpacks_to_more_than_it_says_takes_no_memory(
+    tmp_path, name, make
+):
+  make(tmp_path / name)
+  tracemalloc.start()
+  with pytest.raises(UserError, match=f"{name}.*came more"):
+    flow_io.read_flow(tmp_path / name)
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert peak < 2**22
 
 
 def test_missing_files_folders_and_suffixes_are_named(tmp_path):

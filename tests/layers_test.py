@@ -15,7 +15,7 @@ _PACKAGE = "mcjepa_jax"
 _LAYERS = (
     # 0: arrays in, arrays out; text in, plain values out.
     """flow_ops metrics vicreg visualize photometry data.flow_io data.transforms
-    data.synthetic models.convnext models.vit command hlo""",
+    data.synthetic data.catalog models.convnext models.vit command hlo""",
     # 1: losses, models and sources made of these; the means of training.
     """flow_losses models.flow_decoder data.flow_datasets data.image_datasets
     data.video optimizer sharding checkpoint journal""",

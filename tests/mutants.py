@@ -273,6 +273,20 @@ MUTANTS = (
         ),
     ),
     *_mutants(
+        "data/flow_datasets.py",
+        "flow_datasets_test.py",
+        (
+            "spring_flow_scaled",
+            "flow[::scale, ::scale], valid",
+            "scale * flow[::scale, ::scale], valid",
+        ),
+        (
+            "chairs_split_swapped",
+            '{"training": b"1", "validation": b"2"}',
+            '{"training": b"2", "validation": b"1"}',
+        ),
+    ),
+    *_mutants(
         "data/transforms.py",
         "transforms_test.py",
         (

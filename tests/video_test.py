@@ -258,6 +258,24 @@ def test_names_that_differ_in_the_last_number_are_a_sequence(
   assert _ids(pairs) == ids
 
 
+def test_only_the_folders_that_are_given_are_looked_at(tmp_path):
+  for place in ("a/left", "a/masks", "b/left/deep"):
+    _write_frames(tmp_path / place, ["1.png", "2.png"])
+  folders = [tmp_path / "b/left", tmp_path / "a/left"]
+  found = video.frame_folders(tmp_path, folders)
+  assert [s.name for s in found] == ["b/left/deep", "a/left"]
+  with pytest.raises(UserError, match="none: expected a folder of frames"):
+    video.frame_folders(tmp_path, [tmp_path / "none"])
+
+
+def test_frames_that_are_left_out_end_a_sequence(tmp_path):
+  _write_frames(tmp_path, [f"s_{n:02d}.png" for n in range(6)])
+  pairs = video.SequencePairs(
+      video.frame_folders(tmp_path, leave_out=r".*_0[23]"), gaps=(1, 5)
+  )
+  assert _ids(pairs) == ["s_00+1", "s_04+1"]
+
+
 def test_folders_without_a_sequence_are_refused(tmp_path):
   with pytest.raises(UserError, match="expected numbered images"):
     video.frame_folders(tmp_path)

@@ -1,12 +1,15 @@
-"""Optical flow sets with ground truth, in their official layouts.
+"""Optical flow sets in their official layouts, with and without ground truth.
 
-An example is {name, frame_1, frame_2: u8 [h w 3], flow: f32 [h w 2] from frame
-1 to frame 2 in pixels, valid: f32 [h w 1]}, with visible: f32 [h w 1] where the
-set knows occlusion. valid is 1 where the ground truth counts; visible is 1
-where the pixel is seen in both frames, and is meaningful where valid is 1.
+A labelled example is {name, frame_1, frame_2: u8 [h w 3], flow: f32 [h w 2]
+from frame 1 to frame 2 in pixels, valid: f32 [h w 1]}, with visible: f32 [h w
+1] where the set knows occlusion. valid is 1 where the ground truth counts;
+visible is 1 where the pixel is seen in both frames, and is meaningful where
+valid is 1. Pairs without ground truth are left out.
 
-Pairs without ground truth are left out. Training without labels reads the same
-folders as frames: `video.frame_pairs`.
+For training without labels the same places are read as frames: what ends in
+`_frames` returns (folder, its subfolders of sequences) for `video.frame_folders`;
+sets of unrelated pairs take `labels=False`, which opens no label. Where a set is
+looked for, and what each expects below, stands in `catalog.DATASETS`.
 """
 
 from collections.abc import Iterable
@@ -23,24 +26,45 @@ from mcjepa_jax.errors import UserError
 # As many faults of one folder as a reader wants to see at once.
 _MAX_FAULTS = 10
 
+_CAMERAS = ("left", "right")
+_CHAIRS_SPLIT = "FlyingChairs_train_val.txt"
+_THINGS = ("FlyingThings3D", "")
+# What the archives are called; the left camera's frames: in 2012 in colour where
+# colour is there.
+_KITTI = {
+    "2012": ("stereo", ("colored_0", "image_2", "image_0")),
+    "2015": ("scene", ("image_2",)),
+}
+_HD1K = ("HD1K", "hd1k", "")
+_SPRING = ("spring", "Spring", "")
+_TARTAN = ("TartanAir", "tartanair", "")
+# ENV/Easy/P000 as documented, ENV/ENV/Easy/P000 as the archives unpack.
+_TRAJECTORIES = ("*/*/P*", "*/*/*/P*")
+_VIPER = ("VIPER", "viper", "")
+
+Frames = tuple[pathlib.Path, list[pathlib.Path]]
+
 
 @dataclasses.dataclass(frozen=True)
 class FlowPair:
-  """The files of one pair; masks that the set lacks are None."""
+  """The files of one pair; what the set lacks is None."""
 
   name: str
   frame_1: str
   frame_2: str
   flow: str
-  occlusions: str | None = (
-      None  # Gray png, not 0 where frame 2 hides the pixel.
-  )
-  invalid: str | None = None  # Gray png, not 0 where the flow is wrong.
+  # Where a mask is not 0, frame 2 hides the pixel, or the flow is wrong there.
+  # A .npy of bytes, or a picture with one channel or more.
+  occlusions: str | None = None
+  invalid: str | None = None
   flow_visible: str | None = None  # Flow file valid where both frames see it.
+  # The flow's grid is so many times the frames': every so many rows and columns
+  # of it, from the first, are taken as they are.
+  flow_scale: int = 1
 
 
-class FlowSet:
-  """Pairs of frames with their ground truth, decoded when asked for."""
+class FramePairs:
+  """Pairs of frames, decoded when asked for; no label is opened."""
 
   def __init__(self, pairs: Iterable[FlowPair]):
     self.pairs = tuple(pairs)
@@ -56,14 +80,23 @@ class FlowSet:
     pair = self.pairs[index]
     frame_1 = flow_io.read_image(pair.frame_1)
     frame_2 = flow_io.read_image(pair.frame_2)
-    flow, valid = flow_io.read_flow(pair.flow)
     _expect_size(frame_2, pair.frame_2, frame_1, pair.frame_1)
-    _expect_size(flow, pair.flow, frame_1, pair.frame_1)
+    return {"frame_1": frame_1, "frame_2": frame_2}
+
+
+class FlowSet(FramePairs):
+  """Pairs of frames with their ground truth, decoded when asked for."""
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray | str]:
+    pair = self.pairs[index]
+    example = super().__getitem__(index)
+    frame_1, scale = example["frame_1"], pair.flow_scale
+    flow, valid = flow_io.read_flow(pair.flow)
+    _expect_size(flow, pair.flow, frame_1, pair.frame_1, scale=scale)
+    flow, valid = flow[::scale, ::scale], valid[::scale, ::scale]
     if pair.invalid is not None:
       valid = valid * (1 - _read_mask(pair.invalid, frame_1, pair.frame_1))
-    example = dict(
-        name=pair.name, frame_1=frame_1, frame_2=frame_2, flow=flow, valid=valid
-    )
+    example |= dict(name=pair.name, flow=flow, valid=valid)
     if pair.occlusions is not None:
       occluded = _read_mask(pair.occlusions, frame_1, pair.frame_1)
       example["visible"] = 1 - occluded
@@ -73,44 +106,48 @@ class FlowSet:
     return example
 
 
-def _expect_size(came: np.ndarray, path: str, frame: np.ndarray, of: str):
-  if came.shape[:2] != frame.shape[:2]:
-    (height, width), (wanted_height, wanted_width) = (
-        came.shape[:2],
-        frame.shape[:2],
-    )
+def _expect_size(
+    came: np.ndarray, path: str, frame: np.ndarray, of: str, *, scale: int = 1
+):
+  height, width = (scale * side for side in frame.shape[:2])
+  if came.shape[:2] != (height, width):
     raise UserError(
-        f"{path}: expected {wanted_width}x{wanted_height}, the size of {of}, "
-        f"came {width}x{height}"
+        f"{path}: expected {width}x{height}, {'twice ' if scale == 2 else ''}"
+        f"the size of {of}, came {came.shape[1]}x{came.shape[0]}"
     )
 
 
 def _read_mask(path: str, frame: np.ndarray, of: str) -> np.ndarray:
-  mask = flow_io.read_image(path)[..., :1] > 0
+  if path.endswith(".npy"):
+    mask = flow_io.read_npy(path, np.uint8, 2)[..., None] > 0
+  else:
+    mask = flow_io.read_image(path).any(axis=-1, keepdims=True)
   _expect_size(mask, path, frame, of)
   return mask.astype(np.float32)
 
 
 def _find(
-    root: flow_io.Path, candidates: tuple[str, ...], probe: str
+    root: flow_io.Path, candidates: tuple[str, ...], *probes: str
 ) -> pathlib.Path:
-  """Returns the first candidate folder under `root` that holds `probe`."""
+  """Returns the first candidate folder under `root` that holds a probe."""
   root = pathlib.Path(root)
   for candidate in candidates:
     # glob yields nothing for a folder that is not there.
-    if any((root / candidate).glob(probe)):
+    if any(any((root / candidate).glob(probe)) for probe in probes):
       return root / candidate
-  missing = root / candidates[0] / probe
+  missing = root / candidates[0] / probes[0]
   while not missing.parent.exists():
     missing = missing.parent
   raise UserError(
-      f"{missing}: not found; expected {root / candidates[0] / probe}"
-      + "".join(f", or {root / other / probe}" for other in candidates[1:])
+      f"{missing}: not found; expected {root / candidates[0] / probes[0]}"
+      + "".join(f", or {root / other / probes[0]}" for other in candidates[1:])
   )
 
 
-def _flow_set(pairs: list[FlowPair], folder: pathlib.Path) -> FlowSet:
-  """Returns the set, once every file that it names is known to exist."""
+def _set(
+    pairs: list[FlowPair], folder: pathlib.Path, *, labels: bool = True
+) -> FramePairs:
+  """Returns the set, once every file that it must have is known to exist."""
   if not pairs:
     raise UserError(
         f"{folder}: expected flow files with their frames, came none"
@@ -118,18 +155,18 @@ def _flow_set(pairs: list[FlowPair], folder: pathlib.Path) -> FlowSet:
   listings: dict[str, set[str]] = {}
   faults = []
   for pair in pairs:
-    for path in (pair.frame_1, pair.frame_2):
+    for path in (pair.frame_1, pair.frame_2) + (pair.flow,) * labels:
       parent, name = os.path.split(path)
       # One listing of a folder costs less than a look at each of its files.
       if parent not in listings:
         listings[parent] = _listing(parent)
       if name not in listings[parent]:
-        faults.append(f"{path}: not found; expected a frame of {pair.flow}")
+        faults.append(f"{path}: not found; expected a file of {pair.name}")
     if len(faults) >= _MAX_FAULTS:
       break
   if faults:
     raise UserError(*faults)
-  return FlowSet(pairs)
+  return FlowSet(pairs) if labels else FramePairs(pairs)
 
 
 def _listing(folder: flow_io.Path) -> set[str]:
@@ -145,14 +182,36 @@ def _if_file(path: pathlib.Path) -> str | None:
   return str(path) if path.is_file() else None
 
 
-def flying_chairs(root: flow_io.Path) -> FlowSet:
-  """Returns FlyingChairs: NNNNN_img1.ppm, _img2.ppm, _flow.flo."""
-  folder = _find(root, ("FlyingChairs_release/data", "data", ""), "*_flow.flo")
-  names = sorted(
-      name.removesuffix("_flow.flo")
-      for name in _listing(folder)
-      if name.endswith("_flow.flo")
-  )
+def _next(flow: pathlib.Path, number: str, step: int = 1) -> str:
+  """Returns the number `step` frames later, with as many digits."""
+  if not re.fullmatch("[0-9]+", number):
+    raise UserError(f"{flow}: expected a frame's number, came {number!r}")
+  return f"{int(number) + step:0{len(number)}d}"
+
+
+def _subfolders(folder: pathlib.Path, *patterns: str) -> Frames:
+  """Returns the folder and those below it that match a pattern, in order."""
+  found = [p for glob in patterns for p in sorted(folder.glob(glob))]
+  if not found:
+    raise UserError(f"{folder}: expected folders {patterns}, came none")
+  return folder, found
+
+
+def flying_chairs(
+    root: flow_io.Path, split: str, *, labels: bool = True
+) -> FramePairs:
+  """Returns FlyingChairs: NNNNN_img1.ppm, _img2.ppm, _flow.flo.
+
+  `split` is "training" or "validation" by FlyingChairs_train_val.txt, beside
+  the pairs or one folder up: a line a pair, 1 for training, 2 for validation.
+  Where there is no such file each is all pairs.
+  """
+  folder = _find(root, ("FlyingChairs_release/data", "data", ""), "*_img1.ppm")
+  names = _stems(folder, r"([0-9]+)_(img1\.ppm|img2\.ppm|flow\.flo)")
+  for place in (folder, folder.parent):
+    if (place / _CHAIRS_SPLIT).exists():
+      names = _in_split(place / _CHAIRS_SPLIT, names, split)
+      break
   pairs = [
       FlowPair(
           name=name,
@@ -162,46 +221,149 @@ def flying_chairs(root: flow_io.Path) -> FlowSet:
       )
       for name in names
   ]
-  return _flow_set(pairs, folder)
+  return _set(pairs, folder, labels=labels)
 
 
-def _sintel(root: flow_io.Path, render: str) -> FlowSet:
+def _stems(folder: pathlib.Path, pattern: str) -> list[str]:
+  """Returns the first group of the names that match, each once, in order."""
+  found = (re.fullmatch(pattern, name) for name in _listing(folder))
+  return sorted({match[1] for match in found if match})
+
+
+def _in_split(path: pathlib.Path, names: list[str], split: str) -> list[str]:
+  with flow_io.opened(path, "a split file") as (file, size):
+    # A digit and a line's end of two bytes; what is longer is another file.
+    kinds = file.read(min(size, 3 * len(names) + 4)).split()
+  if len(kinds) != len(names) or not {b"1", b"2"}.issuperset(kinds):
+    raise UserError(
+        f"{path}: expected a 1 or 2 for each of {len(names)} pairs, came "
+        f"{len(kinds)} or more lines, {sorted(set(kinds))[:9]}, in {size} bytes"
+    )
+  kind = {"training": b"1", "validation": b"2"}[split]
+  return [n for n, k in zip(names, kinds, strict=True) if k == kind]
+
+
+def flying_chairs_2(
+    root: flow_io.Path, split: str, *, labels: bool = True
+) -> FramePairs:
+  """Returns FlyingChairs2's "train" or "val" pairs, into the future."""
+  folder = _find(root, ("FlyingChairs2", ""), f"{split}/*-img_0.png") / split
+  pairs = [
+      FlowPair(
+          name=name,
+          frame_1=str(folder / f"{name}-img_0.png"),
+          frame_2=str(folder / f"{name}-img_1.png"),
+          flow=str(folder / f"{name}-flow_01.flo"),
+          occlusions=_if_file(folder / f"{name}-occ_01.png"),
+      )
+      for name in _stems(folder, r"([0-9]+)-(img_[01]\.png|flow_01\.flo)")
+  ]
+  return _set(pairs, folder, labels=labels)
+
+
+def flying_things(
+    root: flow_io.Path,
+    split: str,
+    *,
+    render: str = "clean",
+    camera: str = "left",
+    direction: str = "future",
+) -> FramePairs:
+  """Returns FlyingThings3D's "TRAIN" or "TEST" pairs into the future or past."""
+  folder = _find(root, _THINGS, f"optical_flow/{split}")
+  images = _find(folder, (f"frames_{render}pass/{split}",), "*")
+  into, step = {"future": ("Future", 1), "past": ("Past", -1)}[direction]
+  pattern = f"*/*/into_{direction}/{camera}/OpticalFlowInto{into}_*.pfm"
+  pairs = []
+  for flow in sorted((folder / "optical_flow" / split).glob(pattern)):
+    scene = flow.parents[2]
+    number = flow.stem.split("_")[1]
+    frames = images / scene.parent.name / scene.name / camera
+    other = frames / f"{_next(flow, number, step)}.png"
+    # A scene's last flow points to a frame that the set does not hold.
+    if other.is_file():
+      pairs.append(
+          FlowPair(
+              name=f"{scene.parent.name}_{scene.name}_{number}",
+              frame_1=str(frames / f"{number}.png"),
+              frame_2=str(other),
+              flow=str(flow),
+          )
+      )
+  return _set(pairs, folder / "optical_flow" / split)
+
+
+def flying_things_frames(root: flow_io.Path, render: str) -> Frames:
+  """Returns the folders of FlyingThings3D's training frames, both cameras."""
+  split = f"frames_{render}pass/TRAIN"
+  folder = _find(root, _THINGS, split) / split
+  return _subfolders(folder, *(f"*/*/{camera}" for camera in _CAMERAS))
+
+
+def flying_things_subset(
+    root: flow_io.Path,
+    split: str,
+    *,
+    render: str = "clean",
+    cameras: tuple[str, ...] = ("left",),
+    direction: str = "future",
+    labels: bool = True,
+) -> FramePairs:
+  """Returns FlyingThings3D's DispNet/FlowNet2 subset, "train" or "val".
+
+  Its scenes follow each other in one folder, so the names of the flow files
+  tell also without labels which frames are neighbours.
+  """
+  probe = f"{split}/flow/{cameras[0]}/into_{direction}"
+  folder = _find(root, ("FlyingThings3D_subset", ""), probe) / split
+  pairs = []
+  for camera in cameras:
+    frames = folder / f"image_{render}" / camera
+    kind = pathlib.Path(camera, f"into_{direction}")
+    for number in _stems(folder / "flow" / kind, r"([0-9]+)\.flo"):
+      flow = folder / "flow" / kind / f"{number}.flo"
+      after = _next(flow, number, {"future": 1, "past": -1}[direction])
+      occlusions = folder / "flow_occlusions" / kind / f"{number}.png"
+      pairs.append(
+          FlowPair(
+              name=f"{camera}_{number}",
+              frame_1=str(frames / f"{number}.png"),
+              frame_2=str(frames / f"{after}.png"),
+              flow=str(flow),
+              occlusions=_if_file(occlusions),
+          )
+      )
+  return _set(pairs, folder / "flow", labels=labels)
+
+
+def sintel(root: flow_io.Path, render: str) -> FramePairs:
+  """Returns MPI-Sintel's training scenes in the "clean" or "final" pass."""
   folder = _find(root, ("MPI-Sintel/training", "training"), "flow")
   pairs = []
   for flow in sorted(folder.glob("flow/*/frame_*.flo")):
     scene, number = flow.parent.name, flow.stem.removeprefix("frame_")
-    if not number.isdecimal():
-      raise UserError(f"{flow}: expected frame_NNNN.flo")
     frames = folder / render / scene
-    after = f"{int(number) + 1:0{len(number)}d}"
+    masks = f"{scene}/frame_{number}.png"
     pairs.append(
         FlowPair(
             name=f"{scene}_{number}",
             frame_1=str(frames / f"frame_{number}.png"),
-            frame_2=str(frames / f"frame_{after}.png"),
+            frame_2=str(frames / f"frame_{_next(flow, number)}.png"),
             flow=str(flow),
-            occlusions=_if_file(
-                folder / "occlusions" / scene / f"frame_{number}.png"
-            ),
-            invalid=_if_file(
-                folder / "invalid" / scene / f"frame_{number}.png"
-            ),
+            occlusions=_if_file(folder / "occlusions" / masks),
+            invalid=_if_file(folder / "invalid" / masks),
         )
     )
-  return _flow_set(pairs, folder / "flow")
+  return _set(pairs, folder / "flow")
 
 
-def sintel_clean(root: flow_io.Path) -> FlowSet:
-  """Returns the clean pass of MPI-Sintel's training scenes."""
-  return _sintel(root, "clean")
+def sintel_frames(root: flow_io.Path, split: str, render: str) -> Frames:
+  """Returns the scenes of MPI-Sintel's "training" or "test" in one pass."""
+  folder = _find(root, (f"MPI-Sintel/{split}", split), f"{render}/*")
+  return _subfolders(folder / render, "*")
 
 
-def sintel_final(root: flow_io.Path) -> FlowSet:
-  """Returns the final pass of MPI-Sintel's training scenes."""
-  return _sintel(root, "final")
-
-
-def middlebury(root: flow_io.Path) -> FlowSet:
+def middlebury(root: flow_io.Path) -> FramePairs:
   """Returns Middlebury's other-data: frame10, frame11 and flow10."""
   folder = _find(root, ("middlebury", ""), "other-gt-flow")
   pairs = []
@@ -215,56 +377,69 @@ def middlebury(root: flow_io.Path) -> FlowSet:
             flow=str(flow),
         )
     )
-  return _flow_set(pairs, folder / "other-gt-flow")
+  return _set(pairs, folder / "other-gt-flow")
 
 
-def _kitti(
-    root: flow_io.Path, candidates: tuple[str, ...], images: tuple[str, ...]
-) -> FlowSet:
-  folder = _find(root, candidates, "flow_occ")
-  present = [name for name in images if (folder / name).is_dir()]
-  if not present:
-    raise UserError(
-        f"{folder / images[0]}: not found; expected a folder of frames "
-        f"({' or '.join(images)})"
-    )
-  frames = folder / present[0]
-  pairs = []
-  for flow in sorted(folder.glob("flow_occ/*_10.png")):
-    name = flow.stem.removesuffix("_10")
-    pairs.append(
-        FlowPair(
-            name=name,
-            frame_1=str(frames / f"{name}_10.png"),
-            frame_2=str(frames / f"{name}_11.png"),
-            flow=str(flow),
-            flow_visible=_if_file(folder / "flow_noc" / flow.name),
-        )
-    )
-  return _flow_set(pairs, folder / "flow_occ")
+def middlebury_frames(root: flow_io.Path) -> Frames:
+  """Returns the scenes of Middlebury's other-data, as many frames as are there."""
+  folder = _find(root, ("middlebury", ""), "other-data")
+  return _subfolders(folder / "other-data", "*")
 
 
-def kitti_2015(root: flow_io.Path) -> FlowSet:
-  """Returns KITTI 2015's training pairs: image_2, flow_occ, flow_noc."""
-  return _kitti(
-      root,
-      ("kitti/data_scene_flow/training", "kitti/2015/training", "training"),
-      ("image_2",),
+def _kitti_images(folder: pathlib.Path, year: str) -> pathlib.Path:
+  names = _KITTI[year][1]
+  for name in names:
+    if (folder / name).is_dir():
+      return folder / name
+  raise UserError(
+      f"{folder / names[0]}: not found; expected a folder of frames "
+      f"({' or '.join(names)})"
   )
 
 
-def kitti_2012(root: flow_io.Path) -> FlowSet:
-  """Returns KITTI 2012's training pairs, in colour where colour is there."""
-  return _kitti(
-      root,
-      ("kitti/data_stereo_flow/training", "kitti/2012/training", "training"),
-      ("colored_0", "image_2", "image_0"),
-  )
+def _kitti_places(year: str, part: str, split: str) -> tuple[str, ...]:
+  archive = f"kitti/data_{_KITTI[year][0]}_flow{part}/{split}"
+  return archive, f"kitti/{year}{part}/{split}", split
 
 
-def hd1k(root: flow_io.Path) -> FlowSet:
+def kitti(
+    root: flow_io.Path, year: str, *, truth: str = "flow_occ"
+) -> FramePairs:
+  """Returns KITTI "2012"'s or "2015"'s training pairs.
+
+  With `truth="flow_noc"` only what both frames see is valid.
+  """
+  folder = _find(root, _kitti_places(year, "", "training"), truth)
+  frames = _kitti_images(folder, year)
+  pairs = [
+      FlowPair(
+          name=name,
+          frame_1=str(frames / f"{name}_10.png"),
+          frame_2=str(frames / f"{name}_11.png"),
+          flow=str(folder / truth / f"{name}_10.png"),
+          flow_visible=_if_file(folder / "flow_noc" / f"{name}_10.png"),
+      )
+      for name in _stems(folder / truth, r"([0-9]+)_10\.png")
+  ]
+  return _set(pairs, folder / truth)
+
+
+def kitti_frames(
+    root: flow_io.Path, year: str, split: str, *, multiview: bool = False
+) -> Frames:
+  """Returns the left camera's frames, "training" or "testing".
+
+  With `multiview` they are of the multi-view extension.
+  """
+  part = "_multiview" if multiview else ""
+  folder = _find(root, _kitti_places(year, part, split), "*_[02]")
+  frames = _kitti_images(folder, year)
+  return frames, [frames]
+
+
+def hd1k(root: flow_io.Path) -> FramePairs:
   """Returns HD1K: each frame with the next one of its sequence."""
-  folder = _find(root, ("HD1K", "hd1k", ""), "hd1k_flow_gt/flow_occ")
+  folder = _find(root, _HD1K, "hd1k_flow_gt/flow_occ")
   frames = folder / "hd1k_input" / "image_2"
   names = sorted(n for n in _listing(frames) if re.fullmatch(r"\d+_\d+.png", n))
   pairs = []
@@ -280,54 +455,110 @@ def hd1k(root: flow_io.Path) -> FlowSet:
               flow=flow,
           )
       )
-  return _flow_set(pairs, folder / "hd1k_flow_gt" / "flow_occ")
+  return _set(pairs, folder / "hd1k_flow_gt" / "flow_occ")
 
 
-def flying_things(root: flow_io.Path) -> FlowSet:
-  """Returns FlyingThings3D's TRAIN split: clean pass, left, into the future."""
-  folder = _find(
-      root,
-      ("FlyingThings3D", "FlyingThings3D_subset", ""),
-      "optical_flow/TRAIN",
-  )
+def hd1k_frames(root: flow_io.Path, part: str) -> Frames:
+  """Returns the frames of "hd1k_input" (training) or "hd1k_challenge" (test)."""
+  folder = _find(root, _HD1K, f"{part}/image_2") / part
+  return _subfolders(folder, "image_2")
+
+
+def spring(
+    root: flow_io.Path, *, camera: str = "left", direction: str = "future"
+) -> FramePairs:
+  """Returns Spring's training pairs, on the grid of the frames.
+
+  The flow has twice the frames' height and width, and is in the frames' pixels:
+  of each 2x2 values the upper left one is taken, and not scaled, as Spring's own
+  loader does (github.com/cv-stuttgart/spring_utils, dataloader.py). The match
+  map, at the frames' size, is not black where a pixel has no match.
+  """
+  folder = _find(root, _SPRING, "train/*/frame_left") / "train"
+  code, step = {"future": ("FW", 1), "past": ("BW", -1)}[direction]
+  kind = f"flow_{code}_{camera}"
   pairs = []
-  pattern = "*/*/into_future/left/OpticalFlowIntoFuture_*_L.pfm"
-  for flow in sorted((folder / "optical_flow" / "TRAIN").glob(pattern)):
-    scene = flow.parents[2]
-    number = flow.stem.split("_")[1]
-    frames = folder.joinpath(
-        "frames_cleanpass", "TRAIN", scene.parent.name, scene.name, "left"
+  for flow in sorted(folder.glob(f"*/{kind}/{kind}_*.flo5")):
+    scene, number = flow.parent.parent, flow.stem.removeprefix(f"{kind}_")
+    frames = f"{scene}/frame_{camera}/frame_{camera}_"
+    match = f"matchmap_{kind}"
+    pairs.append(
+        FlowPair(
+            name=f"{scene.name}_{number}",
+            frame_1=f"{frames}{number}.png",
+            frame_2=f"{frames}{_next(flow, number, step)}.png",
+            flow=str(flow),
+            occlusions=_if_file(
+                scene / "maps" / match / f"{match}_{number}.png"
+            ),
+            flow_scale=2,
+        )
     )
-    after = f"{int(number) + 1:04d}"
-    # A scene's last flow points to a frame that the set does not hold.
-    if (frames / f"{after}.png").is_file():
-      pairs.append(
-          FlowPair(
-              name=f"{scene.parent.name}_{scene.name}_{number}",
-              frame_1=str(frames / f"{number}.png"),
-              frame_2=str(frames / f"{after}.png"),
-              flow=str(flow),
-          )
-      )
-  return _flow_set(pairs, folder / "optical_flow" / "TRAIN")
+  return _set(pairs, folder)
 
 
-FLOW_SETS = {
-    "flying_chairs": flying_chairs,
-    "flying_things": flying_things,
-    "hd1k": hd1k,
-    "kitti_2012": kitti_2012,
-    "kitti_2015": kitti_2015,
-    "middlebury": middlebury,
-    "sintel_clean": sintel_clean,
-    "sintel_final": sintel_final,
-}
+def spring_frames(root: flow_io.Path, split: str) -> Frames:
+  """Returns the scenes of Spring's "train" or "test", of both cameras."""
+  folder = _find(root, _SPRING, f"{split}/*/frame_left") / split
+  return _subfolders(folder, *(f"*/frame_{camera}" for camera in _CAMERAS))
 
 
-def open_flow_set(name: str, root: flow_io.Path) -> FlowSet:
-  """Returns the set of that name under the data root."""
-  if name not in FLOW_SETS:
-    raise UserError(
-        f"flow set: expected one of {', '.join(FLOW_SETS)}, came {name!r}"
-    )
-  return FLOW_SETS[name](root)
+def tartanair(root: flow_io.Path) -> FramePairs:
+  """Returns TartanAir's pairs of the left camera, valid where the mask is 0.
+
+  The mask marks what is occluded, leaves the picture or moves by itself, whose
+  flow is wrong, as one; so `visible` is not told apart.
+  """
+  folder = _find(root, _TARTAN, *(f"{t}/image_left" for t in _TRAJECTORIES))
+  pairs = []
+  for trajectories in _TRAJECTORIES:
+    for path in sorted(folder.glob(trajectories)):
+      name = path.relative_to(folder).as_posix().replace("/", "_")
+      for stem in _stems(path / "flow", r"([0-9]+_[0-9]+)_flow\.npy"):
+        first, second = stem.split("_")
+        pairs.append(
+            FlowPair(
+                name=f"{name}_{first}",
+                frame_1=str(path / "image_left" / f"{first}_left.png"),
+                frame_2=str(path / "image_left" / f"{second}_left.png"),
+                flow=str(path / "flow" / f"{stem}_flow.npy"),
+                invalid=str(path / "flow" / f"{stem}_mask.npy"),
+            )
+        )
+  return _set(pairs, folder)
+
+
+def tartanair_frames(root: flow_io.Path) -> Frames:
+  """Returns TartanAir's trajectories, of both cameras."""
+  folder = _find(root, _TARTAN, *(f"{t}/image_left" for t in _TRAJECTORIES))
+  return _subfolders(folder, *(f"{t}/image_*" for t in _TRAJECTORIES))
+
+
+def viper(root: flow_io.Path, split: str) -> FramePairs:
+  """Returns VIPER's "train" or "val" pairs, each frame with the next."""
+  folder = _find(root, _VIPER, f"{split}/flow") / split
+  pairs = []
+  for scene in sorted((folder / "flow").glob("*")):
+    frames = folder / "img" / scene.name
+    # Frames are published as png and, a tenth of the size, as jpg.
+    suffix = "png" if any(frames.glob("*.png")) else "jpg"
+    for flow in sorted(scene.glob("*_*.npz")):
+      number = flow.stem.split("_")[1]
+      # Some of the published files are empty, as 041_01849.npz.
+      if flow.stat().st_size:
+        after = f"{scene.name}_{_next(flow, number)}.{suffix}"
+        pairs.append(
+            FlowPair(
+                name=flow.stem,
+                frame_1=str(frames / f"{flow.stem}.{suffix}"),
+                frame_2=str(frames / after),
+                flow=str(flow),
+            )
+        )
+  return _set(pairs, folder / "flow")
+
+
+def viper_frames(root: flow_io.Path, split: str) -> Frames:
+  """Returns the sequences of VIPER's "train", "val" or "test" frames."""
+  folder = _find(root, _VIPER, f"{split}/img") / split
+  return _subfolders(folder / "img", "*")

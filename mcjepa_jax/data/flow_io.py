@@ -2,8 +2,8 @@
 
 A flow reader returns (flow, valid): flow [h w 2] in pixels, (u right, v down),
 and valid [h w 1], 1 where the file knows the flow. Where it does not, flow is
-0, so no NaN or 1e10 can reach a product with the mask. In .flo and .pfm
-"unknown" is NaN or a magnitude above 1e9 (Middlebury's rule).
+0, so no NaN or 1e10 can reach a product with the mask. Except in KITTI's png
+"unknown" is NaN, infinite or a magnitude above 1e9 (Middlebury's rule).
 
 Files may be hostile: the size that a header claims is held against the size of
 the file before anything is allocated, and every fault is a UserError that names
@@ -13,6 +13,7 @@ the file.
 from collections.abc import Callable
 import contextlib
 import io
+import math
 import os
 import pathlib
 import re
@@ -20,10 +21,12 @@ import stat
 import struct
 from typing import BinaryIO
 import warnings
+import zipfile
 import zlib
 
 import cv2
-from jaxtyping import Float32, UInt8
+import h5py
+from jaxtyping import Float, Float32, UInt8
 import numpy as np
 from PIL import Image
 
@@ -41,8 +44,19 @@ _FLO_MAGIC = b"PIEH"
 _UNKNOWN_ABOVE = 1e9
 _UNKNOWN = 1e10
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+# What zipfile, zlib and HDF5 answer a hostile file with.
+_HOSTILE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    ValueError,
+)
 # Deflate packs at most 1032 bytes into one, and a byte holds 8 1-bit pixels.
 _DEFLATE_RATIO = 1032
+_DEFLATE, _SHUFFLE = h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE
 # A JPEG block of 8x8 pixels takes a bit at least, BMP's runs 255 pixels two bytes;
 # a WebP of one colour takes next to nothing, so its bound is no fact but ours.
 _PIXELS_PER_BYTE = {
@@ -85,7 +99,10 @@ def _read_floats(
   return values.reshape(shape).astype(np.float32, copy=False)
 
 
-def _split_unknown(flow: Float32[np.ndarray, "h w 2"]) -> Flow:
+def _split_unknown(flow: Float[np.ndarray, "h w 2"]) -> Flow:
+  # What float32 cannot hold becomes infinite: unknown.
+  with np.errstate(over="ignore"):
+    flow = flow.astype(np.float32, copy=False)
   # NaN fails either comparison, so it counts as unknown.
   if max(-flow.min(), flow.max()) <= _UNKNOWN_ABOVE:
     return np.ascontiguousarray(flow), np.ones_like(flow[..., :1])
@@ -280,8 +297,183 @@ def write_kitti_flow(
   _write(path, png.tobytes())
 
 
+def _npy_header(
+    file: io.BufferedIOBase, path: Path
+) -> tuple[tuple[int, ...], np.dtype]:
+  """Returns (shape, dtype) of the plain array whose values come next."""
+  try:
+    # Of the later versions a header may claim gigabytes.
+    if np.lib.format.read_magic(file) != (1, 0):
+      raise ValueError("not version 1.0")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+  # A hostile header raises whatever Python's own parser raises.
+  except Exception as error:
+    raise UserError(f"{path}: expected an .npy array, came: {error}") from error
+  if dtype.hasobject or fortran or min(shape, default=0) < 1:
+    raise UserError(
+        f"{path}: expected numbers in rows, came {dtype} {shape}"
+        f"{' in columns' if fortran else ''}"
+    )
+  return shape, dtype
+
+
+def read_npy(path: Path, dtype: type, axes: int) -> np.ndarray:
+  """Returns the array of an .npy file that must have this dtype and rank."""
+  wanted = f"an .npy file of {np.dtype(dtype)} with {axes} axes"
+  with opened(path, wanted) as (file, size):
+    shape, came = _npy_header(file, path)
+    if came != dtype or len(shape) != axes:
+      raise UserError(f"{path}: expected {wanted}, came {came} {shape}")
+    # Python's integers do not overflow, NumPy's would.
+    count = math.prod(shape)
+    expected = file.tell() + count * came.itemsize
+    if expected != size:
+      raise UserError(
+          f"{path}: its header says {shape}, so expected {expected} bytes, "
+          f"came {size}"
+      )
+    return np.fromfile(file, came, count).reshape(shape)
+
+
+def read_npy_flow(path: Path) -> Flow:
+  """Returns (flow, valid) of a float32 .npy [h w 2], as TartanAir writes it."""
+  flow = read_npy(path, np.float32, 3)
+  if flow.shape[2] != 2:
+    raise UserError(f"{path}: expected [h w 2], came {flow.shape}")
+  return _split_unknown(flow)
+
+
+def read_npz_flow(path: Path) -> Flow:
+  """Returns (flow, valid) of an .npz file with u and v [h w], as VIPER's."""
+  with opened(path, "an .npz file") as (file, size):
+    try:
+      with zipfile.ZipFile(file) as archive:
+        u, v = (_npz_float(archive, name, path, size) for name in "uv")
+    except UserError:
+      raise
+    except _HOSTILE as error:
+      raise UserError(
+          f"{path}: expected an .npz file, came: {error}"
+      ) from error
+  if u.shape != v.shape:
+    raise UserError(
+        f"{path}: expected u and v of one size, came {u.shape} and {v.shape}"
+    )
+  return _split_unknown(np.stack([u, v], axis=-1))
+
+
+def _npz_float(
+    archive: zipfile.ZipFile, name: str, path: Path, size: int
+) -> Float[np.ndarray, "h w"]:
+  """Returns a member; no more is unpacked than its header says."""
+  if f"{name}.npy" not in archive.namelist():
+    raise UserError(
+        f"{path}: expected an array {name!r}, came {archive.namelist()[:9]}"
+    )
+  entry = archive.getinfo(f"{name}.npy")
+  if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+    raise UserError(f"{path}: expected {name!r} stored or deflated")
+  held = _DEFLATE_RATIO * min(entry.compress_size, size)
+  with archive.open(entry) as member:
+    shape, dtype = _npy_header(member, path)
+    _expect_floats(path, dtype, shape, axes=2, held=held)
+    wanted = math.prod(shape) * dtype.itemsize
+    # The byte that must not come makes zipfile look at the checksum.
+    data = member.read(wanted + 1)
+  if len(data) != wanted:
+    raise UserError(
+        f"{path}: {name!r} says {shape}, so expected {wanted} bytes, came "
+        f"{'more' if len(data) > wanted else len(data)}"
+    )
+  return np.frombuffer(data, dtype).reshape(shape)
+
+
+def _expect_floats(
+    path: Path, dtype: np.dtype, shape: tuple[int, ...], *, axes: int, held: int
+):
+  """Raises unless they are a flow's and at most `held` bytes."""
+  if dtype.kind != "f" or dtype.itemsize > 8 or len(shape) != axes:
+    raise UserError(
+        f"{path}: expected floats with {axes} axes, came {dtype} {shape}"
+    )
+  if (
+      math.prod(shape[:2]) > MAX_PIXELS
+      or math.prod(shape) * dtype.itemsize > held
+  ):
+    raise UserError(
+        f"{path}: its header says {shape}, more than {MAX_PIXELS} pixels or "
+        f"than the {held} bytes that its packed bytes can hold"
+    )
+
+
+def read_flo5(path: Path) -> Flow:
+  """Returns (flow, valid) of Spring's .flo5: HDF5 with a data set "flow".
+
+  Nothing outside the file is followed: no link, external or virtual data.
+  """
+  with opened(path, "a .flo5 (HDF5) file") as (file, size):
+    try:
+      with h5py.File(file, "r") as store:
+        flow = _hdf5_flow(store, path, size)
+    except UserError:
+      raise
+    except _HOSTILE as error:
+      raise UserError(
+          f"{path}: expected a .flo5 (HDF5) file, came: {error}"
+      ) from error
+  return _split_unknown(flow)
+
+
+def _hdf5_flow(
+    store: h5py.File, path: Path, size: int
+) -> Float[np.ndarray, "h w 2"]:
+  """Returns the data set "flow", once nothing about it can surprise."""
+  if not isinstance(store.get("flow", getlink=True), h5py.HardLink):
+    raise UserError(f"{path}: expected a data set 'flow', came {list(store)}")
+  flow = store["flow"]
+  if not isinstance(flow, h5py.Dataset) or flow.is_virtual or flow.external:
+    raise UserError(f"{path}: expected 'flow' to be a data set of this file")
+  plist = flow.id.get_create_plist()
+  filters = [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
+  if filters not in ([], [_DEFLATE], [_SHUFFLE, _DEFLATE]):
+    raise UserError(f"{path}: expected 'flow' deflated, came filters {filters}")
+  stored = flow.id.get_storage_size()
+  ratio = _DEFLATE_RATIO if filters else 1
+  _expect_floats(
+      path, flow.dtype, flow.shape, axes=3, held=ratio * min(stored, size)
+  )
+  if flow.shape[2] != 2 or 0 in flow.shape or stored > size:
+    raise UserError(f"{path}: expected [h w 2] in {size} bytes, came {flow}")
+  if not filters:
+    return flow[()]
+  if math.prod(flow.chunks) > flow.size:
+    raise UserError(f"{path}: expected chunks of {flow}, came {flow.chunks}")
+  # HDF5 unpacks as much as a chunk holds, a thousand times the file's size.
+  values = np.empty(flow.shape, flow.dtype)
+  wanted = math.prod(flow.chunks) * flow.dtype.itemsize
+  for place in flow.iter_chunks():
+    start = tuple(side.start for side in place)
+    skipped, packed = flow.id.read_direct_chunk(start)
+    data = zlib.decompressobj().decompress(packed, wanted + 1)
+    if skipped or len(data) != wanted:
+      raise UserError(
+          f"{path}: expected {wanted} bytes in the chunk at {start}, came "
+          f"{'more' if len(data) > wanted else len(data)}"
+      )
+    if _SHUFFLE in filters:
+      data = np.frombuffer(data, np.uint8).reshape(flow.dtype.itemsize, -1)
+      data = data.T.tobytes()
+    chunk = np.frombuffer(data, flow.dtype).reshape(flow.chunks)
+    tile = values[place]
+    tile[...] = chunk[tuple(map(slice, tile.shape))]
+  return values
+
+
 FLOW_READERS: dict[str, Callable[[Path], Flow]] = {
     ".flo": read_flo,
+    ".flo5": read_flo5,
+    ".npy": read_npy_flow,
+    ".npz": read_npz_flow,
     ".pfm": read_pfm,
     ".png": read_kitti_flow,
 }

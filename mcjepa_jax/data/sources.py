@@ -16,6 +16,11 @@ from mcjepa_jax.data import flow_datasets, image_datasets, synthetic, video
 _TRAIN_PAIRS = 1_000_000
 _TRAIN_IMAGES = 1_000_000
 _STILL = 0.5  # mean change, of 255, under which a video's pair is left out
+# Frames 10 and 11 are what kitti_20.. evaluates: neither they nor their
+# neighbours are trained on, as in github.com/lliuz/ARFlow (KITTIFlowMV).
+_KITTI_EVALUATED = r".*_(09|10|11|12)"
+# The extension may be unpacked into the folder of the pairs.
+_KITTI_NO_PAIR = r".*_(?!10|11)[0-9]+"
 
 
 def choice(table: dict[str, Any], name: str, key: str) -> Any:
@@ -47,14 +52,28 @@ def motion(
 ) -> Any:
   """The frame pairs of a training source: {frame_1, frame_2}, no labels.
 
-  `gaps` is the range of frames between the two of a pair, in sequences.
+  `gaps` is the range of frames between the two of a pair, in sequences. A set
+  with a split is trained on its training part, and a name with `test` in it
+  reads frames whose truth is not published.
   """
 
-  def folders(*parts):
-    return lambda root: video.SequencePairs(
-        video.frame_folders(root.joinpath(*parts)), gaps=gaps
-    )
+  def sequences(find, *args, leave_out="", **options):
+    def make(root):
+      found = find(root, *args, **options)
+      folders = video.frame_folders(*found, leave_out=leave_out)
+      return video.SequencePairs(folders, gaps=gaps)
 
+    return make
+
+  def folders(*parts):
+    return sequences(lambda root: (root.joinpath(*parts), None))
+
+  # Pairs that belong to no sequence: `gaps` says nothing about them.
+  def pairs(find, split, **options):
+    return lambda root: find(root, split, labels=False, **options)
+
+  flows = flow_datasets
+  both = ("left", "right")
   table = {
       "synthetic": lambda root: train_pairs(seed, size, _TRAIN_PAIRS),
       "video": lambda root: video.SequencePairs(
@@ -62,13 +81,60 @@ def motion(
       ),
       "frames": folders("frames"),
       "davis": folders("DAVIS", "JPEGImages", "480p"),
-      "sintel_clean": folders("MPI-Sintel", "training", "clean"),
-      "sintel_final": folders("MPI-Sintel", "training", "final"),
-      # Unrelated pairs: each is a sequence of two.
-      "flying_chairs": lambda root: video.SequencePairs(
-          video.frame_folders(root / "FlyingChairs_release" / "data"),
-          skip_cuts=False,
+      "flying_chairs": pairs(flows.flying_chairs, "training"),
+      "flying_chairs_2": pairs(flows.flying_chairs_2, "train"),
+      "flying_things": sequences(flows.flying_things_frames, "clean"),
+      "flying_things_final": sequences(flows.flying_things_frames, "final"),
+      "flying_things_subset": pairs(
+          flows.flying_things_subset, "train", cameras=both
       ),
+      "flying_things_subset_final": pairs(
+          flows.flying_things_subset, "train", cameras=both, render="final"
+      ),
+      "hd1k": sequences(flows.hd1k_frames, "hd1k_input"),
+      "hd1k_test": sequences(flows.hd1k_frames, "hd1k_challenge"),
+      "kitti_2012": sequences(
+          flows.kitti_frames, "2012", "training", leave_out=_KITTI_NO_PAIR
+      ),
+      "kitti_2012_test": sequences(
+          flows.kitti_frames, "2012", "testing", leave_out=_KITTI_NO_PAIR
+      ),
+      "kitti_2012_multiview": sequences(
+          flows.kitti_frames,
+          "2012",
+          "training",
+          multiview=True,
+          leave_out=_KITTI_EVALUATED,
+      ),
+      "kitti_2012_multiview_test": sequences(
+          flows.kitti_frames, "2012", "testing", multiview=True
+      ),
+      "kitti_2015": sequences(
+          flows.kitti_frames, "2015", "training", leave_out=_KITTI_NO_PAIR
+      ),
+      "kitti_2015_test": sequences(
+          flows.kitti_frames, "2015", "testing", leave_out=_KITTI_NO_PAIR
+      ),
+      "kitti_2015_multiview": sequences(
+          flows.kitti_frames,
+          "2015",
+          "training",
+          multiview=True,
+          leave_out=_KITTI_EVALUATED,
+      ),
+      "kitti_2015_multiview_test": sequences(
+          flows.kitti_frames, "2015", "testing", multiview=True
+      ),
+      "middlebury": sequences(flows.middlebury_frames),
+      "sintel_clean": sequences(flows.sintel_frames, "training", "clean"),
+      "sintel_final": sequences(flows.sintel_frames, "training", "final"),
+      "sintel_test_clean": sequences(flows.sintel_frames, "test", "clean"),
+      "sintel_test_final": sequences(flows.sintel_frames, "test", "final"),
+      "spring": sequences(flows.spring_frames, "train"),
+      "spring_test": sequences(flows.spring_frames, "test"),
+      "tartanair": sequences(flows.tartanair_frames),
+      "viper": sequences(flows.viper_frames, "train"),
+      "viper_test": sequences(flows.viper_frames, "test"),
   }
   make = choice(table, name, "motion.sources")
   return make(_root(root, name))
@@ -95,15 +161,55 @@ def flow_pairs(
 ) -> Any:
   """A set with true flow: {frame_1, frame_2, flow, valid}.
 
-  `seed`, `size` and `count` are of the procedural set alone.
+  A set with a split is evaluated on its validation or test part, as far as that
+  has truth. Without more in the name it is the clean pass of the left camera,
+  into the future. `seed`, `size` and `count` are of the procedural set alone.
   """
+  flows, only = flow_datasets, functools.partial
+  things = only(flows.flying_things, split="TEST")
+  subset = only(flows.flying_things_subset, split="val")
+  final = dict(render="final")
+  right, past = dict(camera="right"), dict(direction="past")
+  rights = dict(cameras=("right",))
   table = {
-      set_name: functools.partial(flow_datasets.open_flow_set, set_name)
-      for set_name in flow_datasets.FLOW_SETS
+      "synthetic": lambda folder: synthetic.Pairs(
+          size=size, seed=seed, num_examples=count
+      ),
+      "flying_chairs": only(flows.flying_chairs, split="validation"),
+      "flying_chairs_2": only(flows.flying_chairs_2, split="val"),
+      "flying_things": things,
+      "flying_things_past": only(things, **past),
+      "flying_things_right": only(things, **right),
+      "flying_things_right_past": only(things, **right, **past),
+      "flying_things_final": only(things, **final),
+      "flying_things_final_past": only(things, **final, **past),
+      "flying_things_final_right": only(things, **final, **right),
+      "flying_things_final_right_past": only(things, **final, **right, **past),
+      "flying_things_subset": subset,
+      "flying_things_subset_past": only(subset, **past),
+      "flying_things_subset_right": only(subset, **rights),
+      "flying_things_subset_right_past": only(subset, **rights, **past),
+      "flying_things_subset_final": only(subset, **final),
+      "flying_things_subset_final_past": only(subset, **final, **past),
+      "flying_things_subset_final_right": only(subset, **final, **rights),
+      "flying_things_subset_final_right_past": only(
+          subset, **final, **rights, **past
+      ),
+      "hd1k": flows.hd1k,
+      "kitti_2012": only(flows.kitti, year="2012"),
+      "kitti_2012_noc": only(flows.kitti, year="2012", truth="flow_noc"),
+      "kitti_2015": only(flows.kitti, year="2015"),
+      "kitti_2015_noc": only(flows.kitti, year="2015", truth="flow_noc"),
+      "middlebury": flows.middlebury,
+      "sintel_clean": only(flows.sintel, render="clean"),
+      "sintel_final": only(flows.sintel, render="final"),
+      "spring": flows.spring,
+      "spring_past": only(flows.spring, **past),
+      "spring_right": only(flows.spring, **right),
+      "spring_right_past": only(flows.spring, **right, **past),
+      "tartanair": flows.tartanair,
+      "viper": only(flows.viper, split="val"),
   }
-  table["synthetic"] = lambda folder: synthetic.Pairs(
-      size=size, seed=seed, num_examples=count
-  )
   make = choice(table, name, "evals: flow")
   return make(_root(root, name))
 

@@ -469,21 +469,30 @@ def videos(
   return sequences
 
 
-def frame_folders(root: flow_io.Path) -> list[FolderFrames]:
+def frame_folders(
+    root: flow_io.Path,
+    folders: Iterable[flow_io.Path] | None = None,
+    *,
+    leave_out: str = "",
+) -> list[FolderFrames]:
   """Returns all image sequences in a folder and its subfolders.
 
   Files of one folder whose names differ in the last number alone are a
   sequence, in steps of its smallest difference, and a missing frame ends it: so
   DAVIS, Sintel's scenes, FlyingThings3D, HD1K, KITTI's 000000_10 and _11, and
   the pairs of FlyingChairs are each read as they lie. A gap counts steps.
+  `folders` are all that is looked at below `root`; a name whose stem is the
+  regular expression `leave_out` counts as missing.
   """
   root = pathlib.Path(root)
   sequences = []
-  for folder, folders, names in os.walk(root, onerror=_cannot_list):
-    folders[:] = sorted((f for f in folders if f[0] != "."), key=_natural)
-    place = pathlib.Path(folder).relative_to(root).as_posix()
-    for run in _runs(names):
-      sequences.append(FolderFrames(folder, run, "" if place == "." else place))
+  for top in (root,) if folders is None else folders:
+    for folder, below, names in os.walk(top, onerror=_cannot_list):
+      below[:] = sorted((f for f in below if f[0] != "."), key=_natural)
+      place = pathlib.Path(folder).relative_to(root).as_posix()
+      for run in _runs(names, leave_out):
+        name = "" if place == "." else place
+        sequences.append(FolderFrames(folder, run, name))
   if not sequences:
     raise UserError(
         f"{root}: expected numbered images ({', '.join(IMAGE_SUFFIXES)}), at "
@@ -504,11 +513,13 @@ def _natural(name: flow_io.Path) -> list:
   return [int(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
-def _runs(names: Iterable[str]) -> list[list[str]]:
+def _runs(names: Iterable[str], leave_out: str) -> list[list[str]]:
   """Returns the sequences of at least two frames among a folder's files."""
   numbered: dict[tuple[str, str], dict[int, str]] = {}
   for name in names:
     stem, suffix = os.path.splitext(name)
+    if leave_out and re.fullmatch(leave_out, stem):
+      continue
     found = re.fullmatch(r"(.*?)([0-9]+)(\D*)", stem)
     if found and suffix.lower() in IMAGE_SUFFIXES and name[0] != ".":
       rest = (found[1], found[3] + suffix)
