@@ -381,8 +381,10 @@ def scene_layers(
   return [background, *others[:behind], main, *others[behind:]]
 
 
-def check(kind: str, size: tuple[int, int], seed: int, num_examples: int):
-  """Raises UserError for all that a set of this kind cannot have."""
+def check(
+    kind: str, size: tuple[int, int], seed: int, num_examples: int, *others: str
+):
+  """Raises UserError for what no set of scenes can have, and other faults."""
   faults = [
       f"{kind} {key}: expected at least {least}, got {value}"
       for key, value, least in (
@@ -393,8 +395,8 @@ def check(kind: str, size: tuple[int, int], seed: int, num_examples: int):
       )
       if value < least
   ]
-  if faults:
-    raise errors.UserError(*faults)
+  if faults or others:
+    raise errors.UserError(*faults, *others)
 
 
 def _sample(
