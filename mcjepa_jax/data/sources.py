@@ -9,7 +9,13 @@ import pathlib
 from typing import Any
 
 from mcjepa_jax import errors
-from mcjepa_jax.data import flow_datasets, image_datasets, synthetic, video
+from mcjepa_jax.data import (
+    cutouts,
+    flow_datasets,
+    image_datasets,
+    synthetic,
+    video,
+)
 
 # A training run never sees all: an epoch is longer than the quickstart.
 _TRAIN_PAIRS = 1_000_000
@@ -46,6 +52,9 @@ def motion(
 
   table = {
       "synthetic": lambda root: train_pairs(seed, size, _TRAIN_PAIRS),
+      "cutouts": lambda root: _cutouts(
+          root, _train_seed(seed), size, _TRAIN_PAIRS
+      ),
       "video": lambda root: video.SequencePairs(
           video.videos(root / "video"), gaps=gaps, min_change=_STILL
       ),
@@ -84,7 +93,7 @@ def flow_pairs(
 ) -> Any:
   """A set with true flow: {frame_1, frame_2, flow, valid}.
 
-  `seed`, `size` and `count` are of the procedural set alone.
+  `seed`, `size` and `count` are of the procedural set and the cut-outs alone.
   """
   table = {
       set_name: functools.partial(flow_datasets.open_flow_set, set_name)
@@ -93,6 +102,7 @@ def flow_pairs(
   table["synthetic"] = lambda folder: synthetic.Pairs(
       size=size, seed=seed, num_examples=count
   )
+  table["cutouts"] = lambda folder: _cutouts(folder, seed, size, count)
   make = choice(table, name, "evals: flow")
   return make(_root(root, name))
 
@@ -121,6 +131,16 @@ def train_images(seed: int, size: int, count: int) -> Any:
 def train_pairs(seed: int, size: tuple[int, int], count: int) -> Any:
   """The first procedural training pairs, with flow: the mean motion's source."""
   return synthetic.Pairs(size=size, seed=_train_seed(seed), num_examples=count)
+
+
+def _cutouts(
+    root: pathlib.Path, seed: int, size: tuple[int, int], count: int
+) -> cutouts.Pairs:
+  """Scenes out of root/images: other seeds share photographs, but no motion."""
+  photographs = image_datasets.ImageFolder(
+      root / "images", min_side=2 * max(size)
+  )
+  return cutouts.Pairs(photographs, size=size, seed=seed, num_examples=count)
 
 
 def _train_seed(seed: int) -> int:
