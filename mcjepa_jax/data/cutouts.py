@@ -65,6 +65,11 @@ class Layer:
   # (turn of n, frequency in radians per unit, phase, amplitude) of each.
   ripples: tuple[tuple[float, float, float, float], ...] = ()
 
+  @property
+  def extent(self) -> float:
+    """Distance from the centre that the silhouette does not pass."""
+    return self.radius * (1 + sum(map(abs, self.harmonics)))
+
   def to_image(self) -> Float[np.ndarray, "2 3 3"]:
     """Homogeneous maps from the rippled layer to the image, for each frame."""
     maps = synthetic.similarities(
@@ -101,6 +106,21 @@ class _Motion:
     self._to_image = layer.to_image()
     self._to_layer = np.linalg.inv(self._to_image)
     self._times = np.array((-0.5, 0.5), np.float32)[:, None, None]
+
+  def window(self, points, margin: float, step: int = 1) -> synthetic.Window:
+    """The rows and columns with points, as to_layer's, in or near the layer."""
+    layer = self._layer
+    if layer.radius is None:
+      return synthetic.WHOLE
+    growth = math.exp((abs(layer.log_zoom) + abs(layer.stretch)) / 2)
+    ripples = sum(abs(ripple[3]) for ripple in layer.ripples) / 2
+    reach = growth * (layer.extent + ripples) + margin
+    centers = self._to_image[::step, :2, 2].T.astype("f4")[..., None, None]
+    near = (np.abs(points - centers) <= reach).all(0).any(0)
+    rows, columns = near.any(1).nonzero()[0], near.any(0).nonzero()[0]
+    if not rows.size:
+      return slice(0, 1), slice(0, 1)  # one pixel shows as little of it as none
+    return tuple(slice(int(x[0]), int(x[-1]) + 1) for x in (rows, columns))
 
   def to_layer(self, points, step: int = 1) -> synthetic.Points:
     """Points of frames 1 and 2, or with step -1 of 2 and 1, in the layer."""
@@ -158,8 +178,7 @@ def _paint(
   if layer.radius is None:
     low, high = local.min((1, 2, 3)), local.max((1, 2, 3))
   else:
-    farthest = layer.radius * (1 + sum(map(abs, layer.harmonics)))
-    low, high = np.array((-farthest, farthest), "f4")[:, None].repeat(2, 1)
+    low, high = np.full((2, 2), layer.extent, "f4") * ((-1,), (1,))
   # Whole texels, and enough of them for the blur and the silhouette's edge.
   margin = 4 / (_TEXELS * scale)
   low, high = low - margin, high + margin
@@ -186,21 +205,34 @@ def render(
   As synthetic.render's; element j of `images` holds photograph j as `image`.
   """
   grid, scale = synthetic.scene_grid(size)
+  # A silhouette's edge is this far from nothing, in pixels.
+  margin = 4 * _EDGE / scale
   motions = [_Motion(layer) for layer in layers]
-  local = [motion.to_layer(grid) for motion in motions]
-
+  windows = [m.window(grid[:, None], margin) for m in motions]
+  local = [
+      m.to_layer(grid[:, *window])
+      for m, window in zip(motions, windows, strict=True)
+  ]
   painted = (
       (
+          windows[k],
           _paint(layer, images[layer.photograph]["image"], local[k], scale),
           _depth_inside(layer, local[k]) if k else None,
       )
       for k, layer in enumerate(layers)
   )
   images, owner = synthetic.composite(painted, edge=_EDGE / scale)
-  moved = [m.to_frames(p, -1) for m, p in zip(motions, local, strict=True)]
+  moved = [
+      (window, m.to_frames(p, -1))
+      for m, window, p in zip(motions, windows, local, strict=True)
+  ]
 
   def depth(k, points):
-    return _depth_inside(layers[k], motions[k].to_layer(points, -1))
+    plane = np.full_like(points[0], -1)
+    window = motions[k].window(points, 0.0, -1)
+    near = motions[k].to_layer(points[:, :, *window], -1)
+    plane[:, *window] = _depth_inside(layers[k], near)
+    return plane
 
   scene = {"images": images, "segments": owner}
   return scene | synthetic.exact_flow(owner, moved, depth, grid, scale)

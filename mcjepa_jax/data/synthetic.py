@@ -52,6 +52,8 @@ NUM_CLASSES = len(CLASS_NAMES)
 
 Plane = Float[np.ndarray, "t h w"]
 Points = Float[np.ndarray, "2 t h w"]
+Window = tuple[slice, slice]  # rows and columns of both frames
+WHOLE = (slice(None), slice(None))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,43 +192,52 @@ def scene_grid(
 
 
 def composite(
-    painted: Iterable[tuple[Float[np.ndarray, "t 3 h w"], Plane | None]],
+    painted: Iterable[
+        tuple[
+            Window,
+            Float[np.ndarray, "t 3 _ _"],
+            Float[np.ndarray, "t _ _"] | None,
+        ]
+    ],
     *,
     edge: float,
 ) -> tuple[UInt8[np.ndarray, "t h w 3"], Int[np.ndarray, "t h w"]]:
   """The frames, and the number of the layer that owns each pixel.
 
-  Each layer has colours, 0 to 1, and its depth inside the silhouette (the first
-  one none); they come back to front. `edge` is the silhouettes' width in units.
+  Each layer has a window that holds it, and there its colours, 0 to 1, and its
+  depth inside the silhouette (the first one none); they come back to front.
+  `edge` is the silhouettes' width in units.
   """
   image = owner = None
-  for k, (colors, depth) in enumerate(painted):
+  for k, (window, colors, depth) in enumerate(painted):
     if image is None:
       image = colors
       owner = np.zeros((len(image), *image.shape[2:]), np.int32)
       continue
     alpha = 0.5 + 0.5 * np.tanh(depth / np.float32(edge))
-    image += alpha[:, None] * (colors - image)
-    owner[depth > 0] = k
+    part = image[:, :, *window]
+    part += alpha[:, None] * (colors - part)
+    owner[:, *window][depth > 0] = k
   image = np.clip(255 * image + 0.5, 0, 255).astype(np.uint8)
   return np.ascontiguousarray(np.moveaxis(image, 1, -1)), owner
 
 
 def exact_flow(
     owner: Int[np.ndarray, "2 h w"],
-    moved: Sequence[Points],
+    moved: Sequence[tuple[Window, Float[np.ndarray, "2 2 _ _"]]],
     depth: Callable[[int, Points], Plane],
     grid: Float[np.ndarray, "2 h w"],
     scale: float,
 ) -> dict[str, np.ndarray]:
   """{"flows": f32 [2 h w 2], "visible": f32 [2 h w 1]}, for each frame.
 
-  `moved` is, for each layer, where it carries the grid's points in the other
-  frame; `depth(k, p)` the depth inside layer k of points in the other frame.
+  `moved` is, for each layer, a window that holds it and where it carries those
+  points in the other frame; `depth(k, p)` the depth inside layer k of points in
+  the other frame.
   """
   target = np.empty((2, *owner.shape), np.float32)
-  for k, points in enumerate(moved):
-    np.copyto(target, points, where=owner == k)
+  for k, (window, points) in enumerate(moved):
+    np.copyto(target[:, :, *window], points, where=owner[:, *window] == k)
   visible = np.ones_like(owner, bool)
   for k in range(1, len(moved)):
     visible &= (owner >= k) | (depth(k, target) <= 0)
@@ -260,6 +271,7 @@ def render(
 
   painted = (
       (
+          WHOLE,
           paint(layer, to_layer[k], grid),
           depth(k, grid, to_layer[k]) if k else None,
       )
@@ -273,7 +285,8 @@ def render(
 
   # The map of frame 1 into frame 2 and its inverse.
   moved = [
-      affine(to_image[k][::-1] @ to_layer[k], grid) for k in range(len(layers))
+      (WHOLE, affine(to_image[k][::-1] @ to_layer[k], grid))
+      for k in range(len(layers))
   ]
   return scene | exact_flow(
       owner, moved, lambda k, p: depth(k, p, to_layer[k][::-1]), grid, scale
