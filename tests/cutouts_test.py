@@ -11,7 +11,13 @@ from PIL import Image
 import pytest
 
 from mcjepa_jax import errors
-from mcjepa_jax.data import cutouts, image_datasets, sources, synthetic
+from mcjepa_jax.data import (
+    cutouts,
+    image_datasets,
+    pipeline,
+    sources,
+    synthetic,
+)
 from tests import scene_checks
 
 
@@ -218,11 +224,24 @@ def _inside(layer: cutouts.Layer, local: np.ndarray) -> np.ndarray:
   return depth
 
 
-@pytest.mark.parametrize("seed", range(6))
+def _strong_layers() -> list[cutouts.Layer]:
+  """Discs that grow and shrink more than any drawn one."""
+  ripples = ((0.3, 0.2, 1.0, 4.0), (2.0, 0.1, 2.0, 4.0))
+  motion = dict(rotation=0.3, stretch=0.3, stretch_turn=0.4, ripples=ripples)
+  return [
+      cutouts.Layer(translation=(3.0, 1.0), **motion),
+      cutouts.Layer(center=(-20.0, 0.0), radius=10.0, log_zoom=0.3, **motion),
+      cutouts.Layer(center=(14.0, 9.0), radius=8.0, log_zoom=-0.3, **motion),
+  ]
+
+
+@pytest.mark.parametrize("seed", [None, *range(5)])
 def test_flow_and_occlusion_are_those_of_a_search_in_depth_order(seed):
   size, scale = (48, 80), 48 / 64
-  rng = np.random.default_rng(seed)
-  layers = cutouts.scene_layers(rng, 40, size, 0.3)
+  layers = _strong_layers()
+  if seed is not None:
+    rng = np.random.default_rng(seed)
+    layers = cutouts.scene_layers(rng, 40, size, 0.3)
   scene = cutouts.render(layers, _flat_colors(40), size)
   grid = scene_checks.grid(*size).reshape(-1, 2)
   middle = (np.array(size[::-1]) - 1) / 2
@@ -266,6 +285,24 @@ def test_a_ripple_shears_by_the_sine_of_the_place_across_it():
   expected[..., 1] = 4 * np.sin(2 * math.pi / 32 * x)
   for flow, sign in zip(scene["flows"], (1, -1), strict=True):
     np.testing.assert_allclose(flow, sign * expected, atol=1e-4)
+
+
+def test_an_edge_fades_over_a_pixel():
+  layers = [cutouts.Layer(), cutouts.Layer(photograph=1, radius=20.0)]
+  images = _photographs(np.full((9, 9, 3), k, np.uint8) for k in (40, 200))
+  frame_1 = cutouts.render(layers, images, (96, 96))["images"][0]
+  depth = 30 - np.linalg.norm(scene_checks.grid(96, 96) - 47.5, axis=-1)
+  expected = 120 + 80 * np.tanh(2 * depth)
+  np.testing.assert_allclose(frame_1[..., 0], expected, atol=0.6)
+
+
+def test_a_small_photograph_keeps_its_proportions():
+  y, x = np.indices((40, 80))
+  image = np.repeat((2 * (x + y)).astype(np.uint8)[..., None], 3, -1)
+  frame = cutouts.render([cutouts.Layer()], _photographs([image]), (64, 64))
+  frame = frame["images"][0].astype(float)
+  right, down = (np.diff(frame, axis=axis).mean() for axis in (1, 0))
+  np.testing.assert_allclose(right, down, rtol=0.05)
 
 
 def test_layers_show_photographs_that_differ():
@@ -331,11 +368,14 @@ def test_sources_make_pairs_of_a_folder_of_any_photographs(tmp_path, folder):
       count=3,
   )
   assert len(motion) > 100_000 and len(held_out) == 3
-  first = motion[0]
-  assert first["frame_1"].shape == first["frame_2"].shape == (32, 64, 3)
-  assert "label" not in first
+  batch, _ = pipeline.motion_stream(
+      [pipeline.MotionSource("cutouts", motion, (32, 64))], batch_size=2, seed=0
+  )[0]
+  assert batch.keys() == {"frames"}
+  assert batch["frames"].shape == (4, 32, 64, 3)
+  assert "label" not in motion[0]
   assert {"frame_1", "frame_2", "flow", "valid"} <= held_out[0].keys()
-  assert not np.array_equal(first["flow"], held_out[0]["flow"])
+  assert not np.array_equal(motion[0]["flow"], held_out[0]["flow"])
   assert motion.record_id(0) != held_out.record_id(0)
 
 

@@ -15,6 +15,7 @@ Each layer's photograph is reduced once, antialiased, to a texture of two texels
 a pixel of the frames, and both frames sample that texture.
 """
 
+from collections.abc import Iterable
 import dataclasses
 import math
 from typing import Any
@@ -85,11 +86,13 @@ class Layer:
 
 
 def _rippled(
-    layer: Layer, points: synthetic.Points, times: Float[np.ndarray, "t 1 1"]
+    ripples: Iterable[tuple[float, float, float, float]],
+    points: synthetic.Points,
+    times: Float[np.ndarray, "t 1 1"],
 ) -> synthetic.Points:
-  """The layer's points pushed by its ripples, `times` of their amplitude."""
+  """A layer's points pushed by its ripples, `times` of their amplitude."""
   x, y = points
-  for turn, frequency, phase, amplitude in layer.ripples:
+  for turn, frequency, phase, amplitude in ripples:
     cos, sin = math.cos(turn), math.sin(turn)
     wave = np.float32(frequency * cos) * x + np.float32(frequency * sin) * y
     push = np.sin(wave + np.float32(phase)) * (times * np.float32(amplitude))
@@ -102,7 +105,6 @@ class _Motion:
 
   def __init__(self, layer: Layer):
     self._layer = layer
-    self._back = dataclasses.replace(layer, ripples=layer.ripples[::-1])
     self._to_image = layer.to_image()
     self._to_layer = np.linalg.inv(self._to_image)
     self._times = np.array((-0.5, 0.5), np.float32)[:, None, None]
@@ -125,11 +127,11 @@ class _Motion:
   def to_layer(self, points, step: int = 1) -> synthetic.Points:
     """Points of frames 1 and 2, or with step -1 of 2 and 1, in the layer."""
     points = synthetic.affine(self._to_layer[::step], points)
-    return _rippled(self._back, points, -self._times[::step])
+    return _rippled(self._layer.ripples[::-1], points, -self._times[::step])
 
   def to_frames(self, points, step: int = 1) -> synthetic.Points:
     """Points of the layer in frames 1 and 2, or with step -1 in 2 and 1."""
-    points = _rippled(self._layer, points, self._times[::step])
+    points = _rippled(self._layer.ripples, points, self._times[::step])
     return synthetic.affine(self._to_image[::step], points)
 
 

@@ -28,7 +28,7 @@ from mcjepa_jax import errors
 SIDE = 64
 # A transition this wide keeps silhouettes free of aliases, so that interpolating
 # one frame along the flow gives the other.
-SILHOUETTE_EDGE = 0.4
+_SILHOUETTE_EDGE = 0.4
 
 # A class is the direction of a texture's waves and their length in scene units,
 # "coarse_woven" for one; a mirrored pattern keeps its class. Many waves of free
@@ -277,7 +277,7 @@ def render(
       )
       for k, layer in enumerate(layers)
   )
-  images, owner = composite(painted, edge=SILHOUETTE_EDGE)
+  images, owner = composite(painted, edge=_SILHOUETTE_EDGE)
   names = np.array([layer.segment for layer in layers], np.int32)
   scene = {"images": images, "segments": names[owner]}
   if num_frames == 1:
