@@ -18,7 +18,7 @@ _LAYERS = (
     data.synthetic data.catalog models.convnext models.vit command hlo""",
     # 1: losses, models and sources made of these; the means of training.
     """flow_losses models.flow_decoder data.flow_datasets data.image_datasets
-    data.video optimizer sharding checkpoint journal""",
+    data.cutouts data.video optimizer sharding checkpoint journal""",
     # 2: everything of one kind together.
     """objective models.mcjepa data.sources data.pipeline data.check
     data.convert""",

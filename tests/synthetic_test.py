@@ -8,6 +8,7 @@ import pytest
 
 from mcjepa_jax import errors
 from mcjepa_jax.data import synthetic
+from tests import scene_checks
 
 
 @pytest.fixture(scope="module")
@@ -15,41 +16,6 @@ def pairs() -> dict[str, np.ndarray]:
   """256 held-out pairs, stacked by key."""
   records = list(synthetic.Pairs(seed=101, num_examples=256))
   return {key: np.stack([r[key] for r in records]) for key in records[0]}
-
-
-def _grid(height: int, width: int) -> np.ndarray:
-  x, y = np.meshgrid(np.arange(width), np.arange(height))
-  return np.stack((x, y), -1).astype(np.float64)
-
-
-def _sample(images: np.ndarray, points: np.ndarray, kernel) -> np.ndarray:
-  """Images [n h w c] at points [n h w 2] (x, y) by a separable 4-tap kernel."""
-  n, height, width, _ = images.shape
-  corner = np.floor(points).astype(int)
-  batch = np.arange(n)[:, None, None]
-  out = 0.0
-  for dy in range(-1, 3):
-    for dx in range(-1, 3):
-      tap = corner + (dx, dy)
-      weight = kernel(np.abs(points - tap)).prod(-1, keepdims=True)
-      x, y = tap[..., 0].clip(0, width - 1), tap[..., 1].clip(0, height - 1)
-      out = out + weight * images[batch, y, x]
-  return out
-
-
-def _cubic(t: np.ndarray) -> np.ndarray:
-  """Keys' kernel, a = -1/2."""
-  near = (1.5 * t - 2.5) * t * t + 1
-  far = ((-0.5 * t + 2.5) * t - 4) * t + 2
-  return np.where(t <= 1, near, np.where(t < 2, far, 0.0))
-
-
-def _linear(t: np.ndarray) -> np.ndarray:
-  return np.maximum(1 - t, 0.0)
-
-
-def _masked_mean(values: np.ndarray, mask: np.ndarray) -> float:
-  return float((values.mean(-1) * mask[..., 0]).sum() / mask.sum())
 
 
 def _plain(gray: float, **fields) -> synthetic.Layer:
@@ -63,17 +29,26 @@ def _plain(gray: float, **fields) -> synthetic.Layer:
   )
 
 
-def _flat(record) -> bytes:
-  return b"".join(np.asarray(record[key]).tobytes() for key in sorted(record))
-
-
 @pytest.mark.parametrize("source", [synthetic.Pairs, synthetic.Images])
 def test_a_record_depends_on_seed_and_index_alone(source):
   dataset = source(seed=3, num_examples=30)
-  forward = [_flat(dataset[i]) for i in range(12)]
+  forward = [scene_checks.flat(dataset[i]) for i in range(12)]
   copy = pickle.loads(pickle.dumps(source(seed=3, num_examples=12)))
-  assert [_flat(copy[i]) for i in reversed(range(12))] == forward[::-1]
+  assert [scene_checks.flat(copy[i]) for i in reversed(range(12))] == forward[
+      ::-1
+  ]
   assert len(set(forward)) == 12
+
+
+def test_scenes_stay_those_that_results_were_measured_on():
+  record = synthetic.Pairs(size=(48, 80), seed=7, num_examples=3)[2]
+  means = [
+      record[key].astype(np.float64).mean()
+      for key in ("frame_1", "frame_2", "flow_12", "visible_1", "segments_1")
+  ]
+  np.testing.assert_allclose(
+      means, (108.7101, 110.6247, 0.665955, 0.873958, 0.238021), rtol=1e-4
+  )
 
 
 def test_seeds_share_no_scene():
@@ -145,7 +120,7 @@ def test_no_constant_flow_beats_zero(pairs):
 @pytest.mark.parametrize("frame", ["1", "2"])
 def test_a_twentieth_of_the_pixels_is_covered_in_the_other_frame(pairs, frame):
   flow = pairs["flow_12" if frame == "1" else "flow_21"]
-  target = _grid(64, 64) + flow
+  target = scene_checks.grid(64, 64) + flow
   inside = ((target >= 0) & (target <= 63)).all(-1)
   covered = inside & (pairs["visible_" + frame][..., 0] == 0)
   assert covered.mean() >= 0.05
@@ -160,12 +135,12 @@ def test_flow_carries_one_frame_onto_the_other(pairs, direction):
   a, b = direction
   here = pairs["frame_" + a].astype(np.float64)
   there = pairs["frame_" + b].astype(np.float64)
-  visible, grid = pairs["visible_" + a], _grid(64, 64)
+  visible, grid = pairs["visible_" + a], scene_checks.grid(64, 64)
 
   def difference(flow):
     n = len(flow)
-    warped = _sample(there[:n], grid + flow, _cubic)
-    return _masked_mean(np.abs(warped - here[:n]), visible[:n])
+    warped = scene_checks.sample(there[:n], grid + flow, scene_checks.cubic)
+    return scene_checks.masked_mean(np.abs(warped - here[:n]), visible[:n])
 
   flow = pairs["flow_" + direction]
   assert difference(flow) < 2
@@ -178,11 +153,13 @@ def test_flow_carries_one_frame_onto_the_other(pairs, direction):
 @pytest.mark.parametrize("direction", ["12", "21"])
 def test_flows_compose_to_nothing_where_visible(pairs, direction):
   forward, back = pairs["flow_" + direction], pairs["flow_" + direction[::-1]]
-  back = _sample(back, _grid(64, 64) + forward, _linear)
+  back = scene_checks.sample(
+      back, scene_checks.grid(64, 64) + forward, scene_checks.linear
+  )
   error = np.linalg.norm(forward + back, axis=-1, keepdims=True)
-  assert _masked_mean(error, pairs["visible_" + direction[0]]) < 0.1
+  assert scene_checks.masked_mean(error, pairs["visible_" + direction[0]]) < 0.1
   hidden = 1 - pairs["visible_" + direction[0]]
-  assert _masked_mean(error, hidden) > 1
+  assert scene_checks.masked_mean(error, hidden) > 1
 
 
 def test_a_moving_disc_covers_and_uncovers_what_it_should():
@@ -193,7 +170,7 @@ def test_a_moving_disc_covers_and_uncovers_what_it_should():
       _plain(0.75, radius=10.0, translation=(8.0, 0.0), segment=1),
   ]
   scene = synthetic.render(layers, (64, 64))
-  x, y = np.moveaxis(_grid(64, 64) - 31.5, -1, 0)
+  x, y = np.moveaxis(scene_checks.grid(64, 64) - 31.5, -1, 0)
   disc_1 = np.hypot(x + 4, y) < 10
   disc_2 = np.hypot(x - 4, y) < 10
   np.testing.assert_array_equal(scene["segments"], [disc_1, disc_2])
@@ -233,7 +210,7 @@ def test_points_that_leave_the_frame_are_not_visible():
   np.testing.assert_allclose(
       scene["flows"][0], np.tile((2.5, -1.0), (32, 64, 1)), atol=1e-5
   )
-  x, y = np.moveaxis(_grid(32, 64), -1, 0)
+  x, y = np.moveaxis(scene_checks.grid(32, 64), -1, 0)
   expected = (x + 2.5 <= 63) & (y >= 1)
   np.testing.assert_array_equal(scene["visible"][0][..., 0], expected)
   expected = (x >= 2.5) & (y + 1 <= 31)
@@ -244,7 +221,7 @@ def test_rotation_and_zoom_move_points_as_written():
   turn, zoom = 0.1, 0.05
   layer = _plain(0.5, rotation=turn, log_zoom=zoom, translation=(1.0, 2.0))
   flow_12, flow_21 = synthetic.render([layer], (64, 64))["flows"]
-  p = _grid(64, 64) - 31.5
+  p = scene_checks.grid(64, 64) - 31.5
   matrix = np.exp(zoom) * np.array(
       [[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]
   )
@@ -322,7 +299,7 @@ def test_the_label_changes_the_pattern_of_the_object_and_nothing_else():
 
 def _patterns(name: str, num: int = 64) -> np.ndarray:
   """Values [num 64 64] of a class's pattern in layers that rest."""
-  grid = np.moveaxis(_grid(64, 64) - 31.5, -1, 0).astype(np.float32)
+  grid = np.moveaxis(scene_checks.grid(64, 64) - 31.5, -1, 0).astype(np.float32)
   rng = np.random.default_rng(0)
   layers = [
       dataclasses.replace(

@@ -10,7 +10,13 @@ import pathlib
 from typing import Any
 
 from mcjepa_jax import errors
-from mcjepa_jax.data import flow_datasets, image_datasets, synthetic, video
+from mcjepa_jax.data import (
+    cutouts,
+    flow_datasets,
+    image_datasets,
+    synthetic,
+    video,
+)
 
 # A training run never sees all: an epoch is longer than the quickstart.
 _TRAIN_PAIRS = 1_000_000
@@ -76,6 +82,9 @@ def motion(
   both = ("left", "right")
   table = {
       "synthetic": lambda root: train_pairs(seed, size, _TRAIN_PAIRS),
+      "cutouts": lambda root: _cutouts(
+          root, _train_seed(seed), size, _TRAIN_PAIRS
+      ),
       "video": lambda root: video.SequencePairs(
           video.videos(root / "video"), gaps=gaps, min_change=_STILL
       ),
@@ -163,7 +172,8 @@ def flow_pairs(
 
   A set with a split is evaluated on its validation or test part, as far as that
   has truth. Without more in the name it is the clean pass of the left camera,
-  into the future. `seed`, `size` and `count` are of the procedural set alone.
+  into the future. `seed`, `size` and `count` are of the procedural set and the
+  cut-outs alone.
   """
   flows, only = flow_datasets, functools.partial
   things = only(flows.flying_things, split="TEST")
@@ -175,6 +185,7 @@ def flow_pairs(
       "synthetic": lambda folder: synthetic.Pairs(
           size=size, seed=seed, num_examples=count
       ),
+      "cutouts": lambda folder: _cutouts(folder, seed, size, count),
       "flying_chairs": only(flows.flying_chairs, split="validation"),
       "flying_chairs_2": only(flows.flying_chairs_2, split="val"),
       "flying_things": things,
@@ -238,6 +249,16 @@ def train_images(seed: int, size: int, count: int) -> Any:
 def train_pairs(seed: int, size: tuple[int, int], count: int) -> Any:
   """The first procedural training pairs, with flow: the mean motion's source."""
   return synthetic.Pairs(size=size, seed=_train_seed(seed), num_examples=count)
+
+
+def _cutouts(
+    root: pathlib.Path, seed: int, size: tuple[int, int], count: int
+) -> cutouts.Pairs:
+  """Scenes out of root/images: other seeds share photographs, but no motion."""
+  photographs = image_datasets.ImageFolder(
+      root / "images", min_side=2 * max(size)
+  )
+  return cutouts.Pairs(photographs, size=size, seed=seed, num_examples=count)
 
 
 def _train_seed(seed: int) -> int:

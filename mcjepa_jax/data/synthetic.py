@@ -15,17 +15,17 @@ inside frame 2 and no layer covers it there), `visible_2` the reverse. `valid`
 is 1 everywhere: the flow is also exact where its target is hidden.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import math
 
-from jaxtyping import Float
+from jaxtyping import Float, Int, UInt8
 import numpy as np
 
 from mcjepa_jax import errors
 
 # Scene units per shorter side of the image.
-_SIDE = 64
+SIDE = 64
 # A transition this wide keeps silhouettes free of aliases, so that interpolating
 # one frame along the flow gives the other.
 _SILHOUETTE_EDGE = 0.4
@@ -50,7 +50,10 @@ PATTERNS = {
 CLASS_NAMES = tuple(PATTERNS)
 NUM_CLASSES = len(CLASS_NAMES)
 
-_Plane = Float[np.ndarray, "t h w"]
+Plane = Float[np.ndarray, "t h w"]
+Points = Float[np.ndarray, "2 t h w"]
+Window = tuple[slice, slice]  # rows and columns of both frames
+WHOLE = (slice(None), slice(None))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,20 +83,32 @@ class Layer:
 
   def to_image(self) -> Float[np.ndarray, "2 3 3"]:
     """Homogeneous maps from the layer to the image, for each frame."""
-    maps = np.zeros((2, 3, 3))
-    for frame, time in enumerate((-0.5, 0.5)):
-      zoom = math.exp(time * self.log_zoom)
-      cos = zoom * math.cos(time * self.rotation)
-      sin = zoom * math.sin(time * self.rotation)
-      x = self.center[0] + time * self.translation[0]
-      y = self.center[1] + time * self.translation[1]
-      maps[frame] = ((cos, -sin, x), (sin, cos, y), (0, 0, 1))
-    return maps
+    return similarities(
+        self.center, self.translation, self.rotation, self.log_zoom
+    )
 
 
-def _affine(
+def similarities(
+    center: tuple[float, float],
+    translation: tuple[float, float],
+    rotation: float,
+    log_zoom: float,
+) -> Float[np.ndarray, "2 3 3"]:
+  """Homogeneous maps from a layer to the image, for each frame."""
+  maps = np.zeros((2, 3, 3))
+  for frame, time in enumerate((-0.5, 0.5)):
+    zoom = math.exp(time * log_zoom)
+    cos = zoom * math.cos(time * rotation)
+    sin = zoom * math.sin(time * rotation)
+    x = center[0] + time * translation[0]
+    y = center[1] + time * translation[1]
+    maps[frame] = ((cos, -sin, x), (sin, cos, y), (0, 0, 1))
+  return maps
+
+
+def affine(
     maps: Float[np.ndarray, "t 3 3"], points: Float[np.ndarray, "2 *t h w"]
-) -> Float[np.ndarray, "2 t h w"]:
+) -> Points:
   """Points under one map per frame, components first."""
   m = maps.astype(np.float32)[:, :, :, None, None]
   x, y = points
@@ -105,16 +120,19 @@ def _affine(
   )
 
 
-def _depth_inside(layer: Layer, x: _Plane, y: _Plane) -> _Plane:
-  """Distance to the silhouette, positive inside; exact where it is zero."""
+def depth_inside(
+    radius: float, harmonics: Sequence[complex], points: Points
+) -> Plane:
+  """Distance to a silhouette, positive inside; exact where it is zero."""
+  x, y = points
   rho = np.sqrt(x * x + y * y) + np.float32(1e-6)
   unit = (x + 1j * y) / rho
   boundary = np.ones_like(rho)
   power = unit
-  for c in layer.harmonics:
+  for c in harmonics:
     power = power * unit
     boundary += (np.complex64(c) * power).real
-  return np.float32(layer.radius) * boundary - rho
+  return np.float32(radius) * boundary - rho
 
 
 def _sum_of_waves(
@@ -158,6 +176,82 @@ def paint(
   return image
 
 
+def scene_grid(
+    size: tuple[int, int],
+) -> tuple[Float[np.ndarray, "2 h w"], float]:
+  """The pixels' places in scene units, and pixels per unit."""
+  height, width = size
+  scale = min(size) / SIDE
+  grid = np.stack(
+      np.meshgrid(
+          (np.arange(width) - (width - 1) / 2) / scale,
+          (np.arange(height) - (height - 1) / 2) / scale,
+      )
+  ).astype("f4")
+  return grid, scale
+
+
+def composite(
+    painted: Iterable[
+        tuple[
+            Window,
+            Float[np.ndarray, "t 3 _ _"],
+            Float[np.ndarray, "t _ _"] | None,
+        ]
+    ],
+    *,
+    edge: float,
+) -> tuple[UInt8[np.ndarray, "t h w 3"], Int[np.ndarray, "t h w"]]:
+  """The frames, and the number of the layer that owns each pixel.
+
+  Each layer has a window that holds it, and there its colours, 0 to 1, and its
+  depth inside the silhouette (the first one none); they come back to front.
+  `edge` is the silhouettes' width in units.
+  """
+  image = owner = None
+  for k, (window, colors, depth) in enumerate(painted):
+    if image is None:
+      image = colors
+      owner = np.zeros((len(image), *image.shape[2:]), np.int32)
+      continue
+    alpha = 0.5 + 0.5 * np.tanh(depth / np.float32(edge))
+    part = image[:, :, *window]
+    part += alpha[:, None] * (colors - part)
+    owner[:, *window][depth > 0] = k
+  image = np.clip(255 * image + 0.5, 0, 255).astype(np.uint8)
+  return np.ascontiguousarray(np.moveaxis(image, 1, -1)), owner
+
+
+def exact_flow(
+    owner: Int[np.ndarray, "2 h w"],
+    moved: Sequence[tuple[Window, Float[np.ndarray, "2 2 _ _"]]],
+    depth: Callable[[int, Points], Plane],
+    grid: Float[np.ndarray, "2 h w"],
+    scale: float,
+) -> dict[str, np.ndarray]:
+  """{"flows": f32 [2 h w 2], "visible": f32 [2 h w 1]}, for each frame.
+
+  `moved` is, for each layer, a window that holds it and where it carries those
+  points in the other frame; `depth(k, p)` the depth inside layer k of points in
+  the other frame.
+  """
+  target = np.empty((2, *owner.shape), np.float32)
+  for k, (window, points) in enumerate(moved):
+    np.copyto(target[:, :, *window], points, where=owner[:, *window] == k)
+  visible = np.ones_like(owner, bool)
+  for k in range(1, len(moved)):
+    visible &= (owner >= k) | (depth(k, target) <= 0)
+  # Half of the image: the grid's last point.
+  limit = np.array(owner.shape[:0:-1], np.float32) - 1
+  limit /= np.float32(2 * scale)
+  visible &= (np.abs(target) <= limit[:, None, None, None]).all(0)
+  flow = (target - grid[:, None]) * np.float32(scale)
+  return {
+      "flows": np.ascontiguousarray(np.moveaxis(flow, 0, -1)),
+      "visible": visible.astype(np.float32)[..., None],
+  }
+
+
 def render(
     layers: Sequence[Layer], size: tuple[int, int], *, num_frames: int = 2
 ) -> dict[str, np.ndarray]:
@@ -166,53 +260,37 @@ def render(
   Returns {"images": u8 [t h w 3], "segments": i32 [t h w]} and, for two frames,
   {"flows": f32 [2 h w 2], "visible": f32 [2 h w 1]}.
   """
-  height, width = size
-  scale = min(size) / _SIDE
-  grid = np.stack(
-      np.meshgrid(
-          (np.arange(width) - (width - 1) / 2) / scale,
-          (np.arange(height) - (height - 1) / 2) / scale,
-      )
-  ).astype("f4")
+  grid, scale = scene_grid(size)
   to_image = [layer.to_image()[:num_frames] for layer in layers]
   to_layer = [np.linalg.inv(maps) for maps in to_image]
 
-  image = None
-  owner = np.zeros((num_frames, height, width), np.int32)
-  for k, layer in enumerate(layers):
-    local = _affine(to_layer[k], grid)
-    colors = paint(layer, to_layer[k], grid)
-    if image is None:
-      image = colors
-      continue
-    depth = _depth_inside(layer, *local)
-    alpha = 0.5 + 0.5 * np.tanh(depth / np.float32(_SILHOUETTE_EDGE))
-    image += alpha[:, None] * (colors - image)
-    owner[depth > 0] = k
-  image = np.clip(255 * image + 0.5, 0, 255).astype(np.uint8)
+  def depth(k, points, maps):
+    return depth_inside(
+        layers[k].radius, layers[k].harmonics, affine(maps, points)
+    )
+
+  painted = (
+      (
+          WHOLE,
+          paint(layer, to_layer[k], grid),
+          depth(k, grid, to_layer[k]) if k else None,
+      )
+      for k, layer in enumerate(layers)
+  )
+  images, owner = composite(painted, edge=_SILHOUETTE_EDGE)
   names = np.array([layer.segment for layer in layers], np.int32)
-  scene = {
-      "images": np.ascontiguousarray(np.moveaxis(image, 1, -1)),
-      "segments": names[owner],
-  }
+  scene = {"images": images, "segments": names[owner]}
   if num_frames == 1:
     return scene
 
-  target = np.empty((2, 2, height, width), np.float32)
-  for k in range(len(layers)):
-    # The map of frame 1 into frame 2 and its inverse.
-    moved = _affine(to_image[k][::-1] @ to_layer[k], grid)
-    np.copyto(target, moved, where=owner == k)
-  visible = np.ones_like(owner, bool)
-  for k, layer in enumerate(layers[1:], 1):
-    local = _affine(to_layer[k][::-1], target)
-    visible &= (owner >= k) | (_depth_inside(layer, *local) <= 0)
-  limit = np.array([width - 1, height - 1], np.float32) / np.float32(2 * scale)
-  visible &= (np.abs(target) <= limit[:, None, None, None]).all(0)
-  flow = (target - grid[:, None]) * np.float32(scale)
-  scene["flows"] = np.ascontiguousarray(np.moveaxis(flow, 0, -1))
-  scene["visible"] = visible.astype(np.float32)[..., None]
-  return scene
+  # The map of frame 1 into frame 2 and its inverse.
+  moved = [
+      (WHOLE, affine(to_image[k][::-1] @ to_layer[k], grid))
+      for k in range(len(layers))
+  ]
+  return scene | exact_flow(
+      owner, moved, lambda k, p: depth(k, p, to_layer[k][::-1]), grid, scale
+  )
 
 
 def _waves(
@@ -250,7 +328,7 @@ def draw_pattern(
   )
 
 
-def _heading(
+def heading(
     rng: np.random.Generator, slowest: float, fastest: float
 ) -> tuple[float, float]:
   """A translation of uniform direction and uniform length."""
@@ -258,7 +336,7 @@ def _heading(
   return speed * math.cos(turn), speed * math.sin(turn)
 
 
-def _harmonics(rng: np.random.Generator, strength: float) -> tuple:
+def random_harmonics(rng: np.random.Generator, strength: float) -> tuple:
   """Coefficients of a silhouette, weaker where it would wiggle faster."""
   turns = rng.uniform(0, 2 * np.pi, 4)
   sizes = strength * rng.uniform(0.3, 1, 4) / np.arange(1, 5)
@@ -273,9 +351,9 @@ def scene_layers(
   All draws are made in the same order for each label: the same generator gives
   the same scene with another pattern.
   """
-  half = np.array(size[::-1]) / min(size) * (_SIDE / 2)
+  half = np.array(size[::-1]) / min(size) * (SIDE / 2)
   background = Layer(
-      translation=_heading(rng, 0.5, 3.0),
+      translation=heading(rng, 0.5, 3.0),
       rotation=rng.uniform(-0.04, 0.04),
       log_zoom=rng.uniform(-0.04, 0.04),
       color=rng.uniform(0.3, 0.7, 3),
@@ -285,11 +363,11 @@ def scene_layers(
   main = Layer(
       segment=1,
       center=tuple(rng.uniform(-1, 1, 2) * (half - 26)),
-      translation=_heading(rng, 2.5, 7.0),
+      translation=heading(rng, 2.5, 7.0),
       rotation=rng.uniform(-0.1, 0.1),
       log_zoom=rng.uniform(-0.05, 0.05),
       radius=radius,
-      harmonics=_harmonics(rng, 0.12),
+      harmonics=random_harmonics(rng, 0.12),
       color=rng.uniform(0.3, 0.7, 3),
       # Mostly in brightness: it survives the loss of colour.
       contrast=rng.uniform(0.2, 0.34) * rng.uniform(0.5, 1.4, 3),
@@ -303,11 +381,11 @@ def scene_layers(
         Layer(
             segment=segment,
             center=tuple(rng.uniform(-1, 1, 2) * (half - 4)),
-            translation=_heading(rng, 2.0, 8.0),
+            translation=heading(rng, 2.0, 8.0),
             rotation=rng.uniform(-0.2, 0.2),
             log_zoom=rng.uniform(-0.08, 0.08),
             radius=rng.uniform(5, 8),
-            harmonics=_harmonics(rng, 0.12),
+            harmonics=random_harmonics(rng, 0.12),
             color=rng.uniform(0.2, 0.8, 3),
             **_waves(rng, 12, (10.0, 24.0), 0.12, 0.6),
         )
@@ -316,9 +394,12 @@ def scene_layers(
   return [background, *others[:behind], main, *others[behind:]]
 
 
-def _check(size: tuple[int, int], seed: int, num_examples: int):
+def check(
+    kind: str, size: tuple[int, int], seed: int, num_examples: int, *others: str
+):
+  """Raises UserError for what no set of scenes can have, and other faults."""
   faults = [
-      f"synthetic {key}: expected at least {least}, got {value}"
+      f"{kind} {key}: expected at least {least}, got {value}"
       for key, value, least in (
           ("height", size[0], 16),
           ("width", size[1], 16),
@@ -327,8 +408,8 @@ def _check(size: tuple[int, int], seed: int, num_examples: int):
       )
       if value < least
   ]
-  if faults:
-    raise errors.UserError(*faults)
+  if faults or others:
+    raise errors.UserError(*faults, *others)
 
 
 def _sample(
@@ -356,7 +437,7 @@ class Pairs:
   num_examples: int
 
   def __post_init__(self):
-    _check(self.size, self.seed, self.num_examples)
+    check("synthetic", self.size, self.seed, self.num_examples)
 
   def __len__(self) -> int:
     return self.num_examples
@@ -398,7 +479,7 @@ class Images:
   num_examples: int
 
   def __post_init__(self):
-    _check(self.size, self.seed, self.num_examples)
+    check("synthetic", self.size, self.seed, self.num_examples)
 
   def __len__(self) -> int:
     return self.num_examples
@@ -414,7 +495,7 @@ class Images:
     """
     layers, label = _sample(self.size, self.seed, range(len(self))[i])
     main = next(layer for layer in layers if layer.segment == 1)
-    scale = min(self.size) / _SIDE
+    scale = min(self.size) / SIDE
     x, y = main.to_image()[0, :2, 2] * scale
     height, width = self.size
     return {

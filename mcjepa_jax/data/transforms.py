@@ -15,7 +15,7 @@ from mcjepa_jax.errors import UserError
 _TRIES = 10
 
 
-def _resample(
+def resample(
     image: UInt8[np.ndarray, "h w 3"],
     box: tuple[int, int, int, int],
     size: tuple[int, int],
@@ -67,7 +67,7 @@ def random_resized_crop(
 ) -> UInt8[np.ndarray, "s s 3"]:
   """Returns a random box of the image (see random_box), size x size."""
   box = random_box(*image.shape[:2], rng, scale=scale, ratio=ratio)
-  return _resample(image, box, (size, size))
+  return resample(image, box, (size, size))
 
 
 def random_flip(
@@ -150,7 +150,7 @@ def pair_frames(
     box = (0, 0, height, width)
   else:
     raise UserError(f'mode of a pair must be "crop" or "resize", got "{mode}"')
-  frames = np.stack([_resample(f, box, size) for f in (frame_1, frame_2)])
+  frames = np.stack([resample(f, box, size) for f in (frame_1, frame_2)])
   if flip:
     frames = random_flip(frames, rng)
   if swap and rng.random() < 0.5:
@@ -165,4 +165,4 @@ def center_resize(
   height, width = image.shape[:2]
   side = min(height, width)
   box = ((height - side) // 2, (width - side) // 2, side, side)
-  return _resample(image, box, (size, size))
+  return resample(image, box, (size, size))
