@@ -339,10 +339,8 @@ def decode_image(
     ) from error
 
 
-def read_image(
-    path: Path, *, min_side: int | None = None, max_pixels: int = MAX_PIXELS
-) -> UInt8[np.ndarray, "h w 3"]:
-  """Returns the RGB pixels of an image file; see `decode_image`."""
+def read_encoded(path: Path, *, max_pixels: int = MAX_PIXELS) -> bytes:
+  """Returns the bytes of an image file, at most what `max_pixels` can take."""
   with opened(path, "an image") as (file, size):
     # 16-bit RGB without compression has 6 bytes a pixel.
     if size > 8 * max_pixels:
@@ -350,5 +348,12 @@ def read_image(
           f"{path}: expected an image of at most {max_pixels} pixels, came "
           f"{size} bytes"
       )
-    data = file.read(size)
+    return file.read(size)
+
+
+def read_image(
+    path: Path, *, min_side: int | None = None, max_pixels: int = MAX_PIXELS
+) -> UInt8[np.ndarray, "h w 3"]:
+  """Returns the RGB pixels of an image file; see `decode_image`."""
+  data = read_encoded(path, max_pixels=max_pixels)
   return decode_image(data, path, min_side=min_side, max_pixels=max_pixels)
