@@ -25,7 +25,7 @@ import zlib
 import cv2
 from jaxtyping import Float32, UInt8
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mcjepa_jax.errors import UserError
 
@@ -333,9 +333,12 @@ def decode_image(
     raise
   # Pillow answers a hostile file with whatever its parser ran into.
   except Exception as error:
+    unknown = isinstance(error, UnidentifiedImageError)
+    # Pillow's own words would be the address of the bytes.
+    reason = "of no such format" if unknown else f"that do not decode: {error}"
     raise UserError(
         f"{name}: expected an image ({', '.join(_FORMATS)}), "
-        f"came {len(data)} bytes that do not decode: {error}"
+        f"came {len(data)} bytes {reason}"
     ) from error
 
 

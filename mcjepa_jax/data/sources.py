@@ -9,7 +9,13 @@ import pathlib
 from typing import Any
 
 from mcjepa_jax import errors
-from mcjepa_jax.data import flow_datasets, image_datasets, synthetic, video
+from mcjepa_jax.data import (
+    array_records,
+    flow_datasets,
+    image_datasets,
+    synthetic,
+    video,
+)
 
 # A training run never sees all: an epoch is longer than the quickstart.
 _TRAIN_PAIRS = 1_000_000
@@ -64,19 +70,59 @@ def motion(
 
 
 def images(name: str, root: str, *, seed: int, size: int) -> Any:
-  """The images of a training source: {image}, labels never read."""
+  """The images of a training source: {image}, labels never read.
+
+  The frames are those of the motion sources: one domain for both tasks.
+  """
+
+  def frames(*parts):
+    return lambda root: image_datasets.SequenceFrames(
+        video.frame_folders(root.joinpath(*parts))
+    )
+
   table = {
-      "synthetic": lambda folder: train_images(seed, size, _TRAIN_IMAGES),
-      "imagenet": lambda folder: image_datasets.ImageFolder(
-          folder / "imagenet" / "train"
+      "synthetic": lambda root: train_images(seed, size, _TRAIN_IMAGES),
+      "imagenet": lambda root: image_datasets.ImageFolder(
+          root / "imagenet" / "train"
       ),
-      "images": lambda folder: image_datasets.ImageFolder(folder / "images"),
-      "cifar10": lambda folder: image_datasets.NpzImages(
-          folder / "cifar10" / "train.npz"
+      "imagenet_tfds": lambda root: _tfds(root / "imagenet2012", "train"),
+      "imagenet_records": lambda root: array_records.ConvertedImages(
+          root / "imagenet_records" / "train"
       ),
+      "images": lambda root: image_datasets.ImageFolder(root / "images"),
+      "records": lambda root: array_records.ConvertedImages(root / "records"),
+      "cifar10": lambda root: image_datasets.NpzImages(
+          root / "cifar10" / "train.npz"
+      ),
+      "cifar10_bin": lambda root: image_datasets.cifar10_binary(
+          root / "cifar-10-batches-bin", "train"
+      ),
+      "stl10": lambda root: image_datasets.stl10_binary(
+          root / "stl10_binary", "unlabeled"
+      ),
+      "video_frames": lambda root: image_datasets.SequenceFrames(
+          video.videos(root / "video")
+      ),
+      "folder_frames": frames("frames"),
+      "davis_frames": frames("DAVIS", "JPEGImages", "480p"),
+      "sintel_clean_frames": frames("MPI-Sintel", "training", "clean"),
+      "sintel_final_frames": frames("MPI-Sintel", "training", "final"),
+      "flying_chairs_frames": frames("FlyingChairs_release", "data"),
   }
   make = choice(table, name, "content.source")
   return make(_root(root, name))
+
+
+def _tfds(folder: pathlib.Path, split: str) -> array_records.TfdsImages:
+  """A split of the one version of a set that tfds has prepared."""
+  found = sorted(folder.glob("*/dataset_info.json"))
+  if len(found) != 1:
+    versions = [path.parent.name for path in found] or "none"
+    raise errors.UserError(
+        f"{folder}: expected one version prepared by tfds, such as 5.1.0, with"
+        f" its dataset_info.json, came {versions}"
+    )
+  return array_records.TfdsImages(found[0].parent, split)
 
 
 def flow_pairs(
@@ -98,17 +144,49 @@ def flow_pairs(
 
 
 def labelled(name: str, root: str, *, seed: int, size: int, count: int) -> Any:
-  """A set of images with labels: {image, label}."""
+  """A set of images with labels: {image, label}.
+
+  Sorted by label: folders, records (in each shard) and cifar10, the .npz. Not
+  sorted: synthetic, cifar10_bin and tfds, which shuffles as it writes. Of
+  STL-10 its page does not say.
+  """
   table = {
-      "synthetic": lambda folder: synthetic.Images(
+      "synthetic": lambda root: synthetic.Images(
           size=(size, size), seed=seed, num_examples=count
       ),
-      "cifar10": lambda folder: image_datasets.NpzImages(
-          folder / "cifar10" / "train.npz"
+      "cifar10": lambda root: image_datasets.NpzImages(
+          root / "cifar10" / "train.npz"
+      ),
+      "imagenet_val": lambda root: image_datasets.ImageFolder(
+          root / "imagenet" / "val"
+      ),
+      "imagenet_val_tfds": lambda root: _tfds(
+          root / "imagenet2012", "validation"
+      ),
+      "imagenet_val_records": lambda root: array_records.ConvertedImages(
+          root / "imagenet_records" / "val"
+      ),
+      "cifar10_bin_train": lambda root: image_datasets.cifar10_binary(
+          root / "cifar-10-batches-bin", "train"
+      ),
+      "cifar10_bin_test": lambda root: image_datasets.cifar10_binary(
+          root / "cifar-10-batches-bin", "test"
+      ),
+      "stl10_train": lambda root: image_datasets.stl10_binary(
+          root / "stl10_binary", "train"
+      ),
+      "stl10_test": lambda root: image_datasets.stl10_binary(
+          root / "stl10_binary", "test"
       ),
   }
   make = choice(table, name, "evals: knn")
-  return make(_root(root, name))
+  examples = make(_root(root, name))
+  if name != "synthetic" and not examples.classes:
+    raise errors.UserError(
+        f"{name}: expected images with labels, a folder for each class, came"
+        " images without"
+    )
+  return examples
 
 
 def train_images(seed: int, size: int, count: int) -> Any:
