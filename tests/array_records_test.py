@@ -244,7 +244,7 @@ def test_random_damage_to_a_shard_ends_in_a_user_error_or_in_images(tmp_path):
   assert refused > 100
 
 
-def _prepared(folder, counts=(4, 3), *, template=None, options="group_size:1"):
+def _prepared(folder, counts=(4, 3), template=None):
   """A set as tfds writes it, by its own writers of features and examples."""
   import tensorflow_datasets as tfds
 
@@ -265,9 +265,9 @@ def _prepared(folder, counts=(4, 3), *, template=None, options="group_size:1"):
     ]
     number += count
     name = f"imagenet2012-train.array_record-{k:05d}-of-{len(counts):05d}"
-    _write_records(
-        folder / name, map(features.serialize_example, examples), options
-    )
+    # As tfds writes them: compressed.
+    records = map(features.serialize_example, examples)
+    _write_records(folder / name, records, "group_size:1")
   info = {
       "name": "imagenet2012",
       "version": "5.1.0",

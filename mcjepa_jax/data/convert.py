@@ -230,10 +230,11 @@ def convert(
   """Returns counts of what was converted; the shards are written and verified.
 
   Raises:
-    errors.UserError: folders that cannot be used, or images that do not decode: all
+    UserError: folders that cannot be used, or images that do not decode: all
       are named.
   """
-  root, folder = pathlib.Path(source), pathlib.Path(output)
+  root = pathlib.Path(source).expanduser()
+  folder = pathlib.Path(output).expanduser()
   listing = image_datasets.find_images(root)
   _check_links(root, listing.links)
   names = list(listing.names)
@@ -292,7 +293,7 @@ def _written(
     unsure = [shard for shard in plan if shard.path not in whole]
     for shard, result in pool.run("verifying", _verify, unsure):
       if result is None:
-        shard.path.unlink()
+        shard.path.unlink(missing_ok=True)
       else:
         whole[shard.path], found = result
         skipped += found
@@ -320,7 +321,7 @@ def _raise_faults(root: pathlib.Path, faults: list[Fault]) -> None:
 
 
 def _check_links(root: pathlib.Path, links: list[str]) -> None:
-  """Raises errors.UserError for symbolic links that lead out of the folder."""
+  """Raises UserError for symbolic links that lead out of the folder."""
   inside = root.resolve()
   faults = [
       f"{root / link}: expected no link out of {root}, came one to {target}"
@@ -360,7 +361,9 @@ def _prepare(folder: pathlib.Path, plan: list[_Shard], source: str) -> None:
   array_records.write_json(folder / _STATE, state)
 
 
-def _number(flags: dict[str, list[str]], name: str, default: int, most: int):
+def _number(
+    flags: dict[str, list[str]], name: str, default: int, most: int
+) -> int:
   """Returns a flag's number, from 1 to `most`."""
   if name not in flags:
     return default

@@ -59,6 +59,7 @@ class Listing:
 def find_images(root: flow_io.Path) -> Listing:
   """Returns all images below a folder, a folder's own first, sorted by name.
 
+  Files are images by their suffix, see SUFFIXES.
   Where all lie in root/CLASS, the sorted classes are their labels; of any other
   tree the images have none. Hidden files and folders are left out.
   """
