@@ -82,28 +82,36 @@ def test_shards_are_the_same_for_any_number_of_processes(source, tmp_path):
   assert one == two and len(one) == 6
 
 
-def test_whole_shards_are_kept_and_damaged_ones_made_again(source, tmp_path):
+def _write_shard(path, records):
+  writer = array_record_module.ArrayRecordWriter(
+      str(path), array_records.WRITE_OPTIONS
+  )
+  for record in records:
+    writer.write(record)
+  writer.close()
+
+
+def test_whole_shards_are_kept_and_others_made_again(source, tmp_path):
   out = tmp_path / "out"
-  convert.convert(source=source, output=out, shards=4)
+  convert.convert(source=source, output=out, shards=5)
   whole, shards = _files(out), sorted(out.glob("*.array_record"))
   (out / "manifest.json").unlink()
-  shards[0].unlink()
-  shards[1].write_bytes(whole[shards[1].name][:-9])
-  shards[2].with_name(f"{shards[2].name}.part").write_bytes(b"begun")
-  shards[2].unlink()
-  # One that is whole, of other images.
-  writer = array_record_module.ArrayRecordWriter(
-      str(shards[3]), array_records.WRITE_OPTIONS
+  before = shards[4].stat().st_mtime_ns
+  shards[0].write_bytes(whole[shards[0].name][:-9])
+  shards[1].with_name(f"{shards[1].name}.part").write_bytes(b"begun")
+  shards[1].unlink()
+  # Shard 2 holds images 2 and 7: with one too many, and with another's bytes.
+  second = array_records.Records([shards[2]], [2])
+  records = [second[0], second[1]]
+  _write_shard(shards[2], [*records, records[1]])
+  third = array_records.Records([shards[3]], [2])
+  label, path, image = array_records.unpack(third[0], "")
+  _write_shard(
+      shards[3], [array_records.pack(label, path, image + b" "), third[1]]
   )
-  writer.write(array_records.pack(0, "a/3.png", b"other"))
-  writer.close()
-  convert.convert(source=source, output=out, shards=4)
+  convert.convert(source=source, output=out, shards=5)
   assert _files(out) == whole
-  before = {s: s.stat().st_mtime_ns for s in shards}
-  (out / "manifest.json").unlink()
-  convert.convert(source=source, output=out, shards=4)
-  assert _files(out) == whole
-  assert before == {s: s.stat().st_mtime_ns for s in shards}
+  assert shards[4].stat().st_mtime_ns == before
 
 
 def test_files_that_do_not_decode_are_all_named(source, tmp_path, capsys):
@@ -120,6 +128,9 @@ def test_files_that_do_not_decode_are_all_named(source, tmp_path, capsys):
       str(source / name) for name in ("a/2.png", "b/5.png", "b/7.png")
   ]
   assert "no regular file" in lines[2]
+  # Files 2, 5 and 7 are images 1, 7 and 8: the one shard without them is kept.
+  shards = [p.name for p in (tmp_path / "out").glob("*array_record*")]
+  assert shards == [array_records.shard_name(0, 3)]
   with pytest.raises(UserError, match="finished"):
     array_records.ConvertedImages(tmp_path / "out")
   # Files that are mended are found.
