@@ -244,6 +244,9 @@ def test_random_damage_to_a_shard_ends_in_a_user_error_or_in_images(tmp_path):
   assert refused > 100
 
 
+_IMAGE = "tensorflow_datasets.core.features.image_feature"
+
+
 def _prepared(folder, counts=(4, 3), template=None):
   """A set as tfds writes it, by its own writers of features and examples."""
   import tensorflow_datasets as tfds
@@ -360,6 +363,25 @@ def test_a_feature_that_names_another_module_is_not_imported(tmp_path, key):
   with pytest.raises(UserError, match="features.json: .*'antigravity.Image'"):
     array_records.TfdsImages(folder, "train")
   assert "antigravity" not in sys.modules
+
+
+def test_a_module_named_in_json_within_json_is_not_imported(tmp_path):
+  folder = _prepared(tmp_path / "set")
+  path = folder / "features.json"
+  features = json.loads(path.read_text())
+  image = features["featuresDict"]["features"]["image"]
+  image["pythonClassName"] = "antigravity.Image"
+  old = {
+      "type": features["pythonClassName"],
+      "proto_cls": "tensorflow_datasets.FeaturesDict",
+      "content": json.dumps(features["featuresDict"]),
+  }
+  path.write_text(json.dumps(old))
+  with pytest.raises(UserError, match="features.json: .*'antigravity.Image'"):
+    array_records.TfdsImages(folder, "train")
+  assert "antigravity" not in sys.modules
+  path.write_text(json.dumps(old).replace("antigravity", _IMAGE))
+  assert len(array_records.TfdsImages(folder, "train")) == 7
 
 
 def test_a_number_of_classes_that_fits_no_memory_is_refused(tmp_path):

@@ -198,6 +198,10 @@ def read_json(path: flow_io.Path) -> Any:
           f"{path}: expected at most {_MAX_JSON} bytes of JSON, came {size}"
       )
     data = file.read(size)
+  return _parsed(path, data)
+
+
+def _parsed(path: flow_io.Path, data: str | bytes) -> Any:
   try:
     return json.loads(data)
   # Hostile JSON is nested too deeply, holds too long a number or no UTF-8.
@@ -393,6 +397,9 @@ def _check_features(path: pathlib.Path) -> None:
       waiting += value
     elif isinstance(value, dict):
       waiting += value.values()
+      # An older form has JSON within JSON.
+      if isinstance(value.get("content"), str):
+        waiting.append(_parsed(path, value["content"]))
       for key in ("pythonClassName", "python_class_name", "type"):
         name = value.get(key)
         if isinstance(name, str) and not name.startswith(_TFDS_FEATURES):
