@@ -368,9 +368,9 @@ def test_sources_make_pairs_of_a_folder_of_any_photographs(tmp_path, folder):
       count=3,
   )
   assert len(motion) > 100_000 and len(held_out) == 3
-  batch, _ = pipeline.motion_stream(
+  batch = pipeline.motion_stream(
       [pipeline.MotionSource("cutouts", motion, (32, 64))], batch_size=2, seed=0
-  )[0]
+  )[0].arrays
   assert batch.keys() == {"frames"}
   assert batch["frames"].shape == (4, 32, 64, 3)
   assert "label" not in motion[0]

@@ -91,9 +91,158 @@ def test_folders_that_are_no_set_of_images_are_refused(tmp_path):
   (tmp_path / "n01").mkdir()
   with pytest.raises(UserError, match="n01: expected images, came none"):
     image_datasets.ImageFolder(tmp_path)
-  _write(tmp_path / "a.png")
-  with pytest.raises(UserError, match="a.png beside n01"):
-    image_datasets.ImageFolder(tmp_path)
+
+
+def test_a_tree_that_is_no_folder_a_class_has_no_labels(tmp_path):
+  for name in ("b/2.png", "b/c/1.png", "a-b/3.png", "a/4.png"):
+    _write(tmp_path / name)
+  (tmp_path / "z").mkdir()
+  images = image_datasets.ImageFolder(tmp_path)
+  ids = [images.record_id(i) for i in range(len(images))]
+  assert ids == ["a/4.png", "a-b/3.png", "b/2.png", "b/c/1.png"]
+  assert images.classes == [] and set(images[0]) == {"image"}
+  _write(tmp_path / "5.png")
+  assert image_datasets.ImageFolder(tmp_path).record_id(0) == "5.png"
+
+
+def test_links_are_followed_and_never_in_a_circle(tmp_path):
+  _write(tmp_path / "set" / "a" / "1.png", 1)
+  _write(tmp_path / "elsewhere" / "2.png", 2)
+  (tmp_path / "set" / "b").symlink_to(tmp_path / "elsewhere")
+  images = image_datasets.ImageFolder(tmp_path / "set")
+  assert images.record_id(1) == "b/2.png" and images[1]["label"] == 1
+  assert image_datasets.find_images(tmp_path / "set").links == ["b"]
+  (tmp_path / "set" / "a" / "up").symlink_to(tmp_path / "set")
+  with pytest.raises(UserError, match="a/up: expected each folder once"):
+    image_datasets.ImageFolder(tmp_path / "set")
+
+
+def test_names_of_a_million_images_take_their_bytes_alone():
+  names = [f"n{i % 1000:08d}/{i:07d}.JPEG" for i in range(10_000)]
+  held = image_datasets.Names([*names, "\udcff.png", "x" * 4000])
+  assert [held[i] for i in range(10_000)] == names
+  assert held[-2] == "\udcff.png" and len(held) == 10_002
+  assert len(pickle.dumps(held)) < 10_000 * 32
+
+
+class _Sequence:
+
+  def __init__(self, name, values):
+    self.name, self.values = name, values
+
+  def __len__(self):
+    return len(self.values)
+
+  def frame(self, index):
+    return np.full((4, 6, 3), self.values[index], np.uint8)
+
+  def frame_id(self, index):
+    return f"{self.name}/{index:06d}"
+
+
+def test_frames_of_sequences_are_single_images():
+  frames = image_datasets.SequenceFrames(
+      [_Sequence("a", [1, 2]), _Sequence("none", []), _Sequence("b", [3])]
+  )
+  assert [int(frames[i]["image"][0, 0, 0]) for i in range(len(frames))] == [
+      *(1, 2, 3)
+  ]
+  assert [frames.record_id(i) for i in (0, 2, -1)] == [
+      *("a/000000", "b/000000", "b/000000")
+  ]
+  with pytest.raises(IndexError):
+    frames[3]
+
+
+def _cifar10(folder, counts=(2, 1, 1, 1, 3), labels=lambda i: i % 10):
+  """Images whose red is their number, green their row, blue their column."""
+  folder.mkdir(exist_ok=True)
+  (folder / "batches.meta.txt").write_text(
+      "\n".join([*(f"class{i}" for i in range(10)), "", ""])
+  )
+  names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+  number = 0
+  for name, count in zip(names, (*counts, 2), strict=True):
+    rows = []
+    for _ in range(count):
+      planes = np.empty((3, 32, 32), np.uint8)
+      planes[0], planes[1], planes[2] = (
+          number,
+          np.arange(32)[:, None],
+          range(32),
+      )
+      rows.append(bytes([labels(number)]) + planes.tobytes())
+      number += 1
+    (folder / f"{name}.bin").write_bytes(b"".join(rows))
+  return folder
+
+
+def test_cifar10_binaries_are_read_by_row_and_channel(tmp_path):
+  images = image_datasets.cifar10_binary(_cifar10(tmp_path), "train")
+  assert len(images) == 8 and images.classes[9] == "class9"
+  for i in range(8):
+    example = images[i]
+    assert example["label"] == i and example["label"].dtype == np.int32
+    assert example["image"].shape == (32, 32, 3)
+    assert example["image"][5, 7].tolist() == [i, 5, 7]
+  assert images.record_id(4) == "data_batch_4/000000"
+  assert len(pickle.dumps(images)) < 2000
+  assert pickle.loads(pickle.dumps(images))[-1]["label"] == 7
+  test = image_datasets.cifar10_binary(tmp_path, "test")
+  assert [int(test[i]["image"][0, 0, 0]) for i in range(2)] == [8, 9]
+
+
+def _stl10(folder, labels=(1, 10, 3)):
+  """As _cifar10, a channel's columns one after another; labels from 1."""
+  folder.mkdir(exist_ok=True)
+  (folder / "class_names.txt").write_text("\n".join("abcdefghij"))
+  planes = np.empty((3, 3, 96, 96), np.uint8)
+  planes[:, 0] = np.arange(3)[:, None, None]
+  planes[:, 1], planes[:, 2] = np.arange(96)[None], np.arange(96)[:, None]
+  for split in ("train", "unlabeled"):
+    (folder / f"{split}_X.bin").write_bytes(planes.tobytes())
+  (folder / "train_y.bin").write_bytes(bytes(labels))
+  return folder
+
+
+def test_stl10_binaries_are_read_by_column_and_channel(tmp_path):
+  images = image_datasets.stl10_binary(_stl10(tmp_path), "train")
+  assert [int(images[i]["label"]) for i in range(3)] == [0, 9, 2]
+  assert images.classes[9] == "j"
+  unlabeled = image_datasets.stl10_binary(tmp_path, "unlabeled")
+  assert len(unlabeled) == 3 and set(unlabeled[0]) == {"image"}
+  assert unlabeled.record_id(2) == "unlabeled_X/000002"
+  for example in (images[2], unlabeled[2]):
+    assert example["image"].shape == (96, 96, 3)
+    assert example["image"][5, 70].tolist() == [2, 5, 70]
+
+
+def test_binaries_that_do_not_fit_are_refused(tmp_path):
+  with pytest.raises(UserError, match="batches.meta.txt"):
+    image_datasets.cifar10_binary(tmp_path, "train")
+  folder = _cifar10(tmp_path, labels=lambda i: 255 if i == 1 else 0)
+  images = image_datasets.cifar10_binary(folder, "train")
+  with pytest.raises(UserError, match="_1.bin, image 1: .*below 10, came 255"):
+    images[1]
+  whole = (folder / "data_batch_2.bin").read_bytes()
+  for size in (0, 3072, 3074):
+    (folder / "data_batch_2.bin").write_bytes(whole[:1] * size)
+    with pytest.raises(UserError, match=f"_2.bin: .*3073 .*came {size} bytes"):
+      image_datasets.cifar10_binary(folder, "train")
+  (folder / "data_batch_2.bin").write_bytes(whole[:-1])
+  with pytest.raises(UserError, match="data_batch_2.bin: .*cut"):
+    images[2]
+  (folder / "batches.meta.txt").write_bytes(b"a\n" * 2**16)
+  with pytest.raises(UserError, match="meta.txt: expected a name"):
+    image_datasets.cifar10_binary(folder, "train")
+
+
+@pytest.mark.parametrize(
+    "labels", [(1, 2), (1, 2, 3, 4), (0, 1, 2), (9, 9, 11)]
+)
+def test_stl10_labels_that_do_not_fit_are_refused(tmp_path, labels):
+  with pytest.raises(UserError, match="labels"):
+    image_datasets.stl10_binary(_stl10(tmp_path, labels), "train")
 
 
 def test_a_corrupt_image_is_named(tmp_path):

@@ -343,9 +343,20 @@ DATASETS = (
     Dataset(
         name="imagenet",
         title="ImageNet-1k",
-        layout=("imagenet/train/WNID/*.JPEG",),
+        layout=(
+            "imagenet/{train,val}/WNID/*.JPEG",
+            "imagenet2012/VERSION/ (tfds, ArrayRecord)",
+            "imagenet_records/{train,val}/ (data.convert)",
+        ),
         download="https://image-net.org/download-images",
-        reads={"content/imagenet": "training"},
+        reads={
+            "content/imagenet": "training",
+            "content/imagenet_tfds": "training",
+            "content/imagenet_records": "training",
+            "knn/imagenet_val": "validation",
+            "knn/imagenet_val_tfds": "validation",
+            "knn/imagenet_val_records": "validation",
+        },
         counts={
             "training": Fact(
                 1_281_167,
@@ -364,7 +375,10 @@ DATASETS = (
     Dataset(
         name="cifar10",
         title="CIFAR-10",
-        layout=("cifar10/train.npz",),
+        layout=(
+            "cifar10/train.npz",
+            "cifar-10-batches-bin/{data_batch_[1-5],test_batch}.bin",
+        ),
         download="https://www.cs.toronto.edu/~kriz/cifar.html",
         terms=Fact(
             "no known licence",
@@ -372,7 +386,13 @@ DATASETS = (
             "cifar10",
         ),
         # The .npz holds as many images as were put into it.
-        reads={"content/cifar10": None, "knn/cifar10": None},
+        reads={
+            "content/cifar10": None,
+            "knn/cifar10": None,
+            "content/cifar10_bin": "training",
+            "knn/cifar10_bin_train": "training",
+            "knn/cifar10_bin_test": "test",
+        },
         counts={
             "training": Fact(
                 50_000,
@@ -393,7 +413,11 @@ DATASETS = (
             "stl10_binary/unlabeled_X.bin",
         ),
         download="http://ai.stanford.edu/~acoates/stl10/",
-        reads={},
+        reads={
+            "content/stl10": "unlabeled",
+            "knn/stl10_train": "training",
+            "knn/stl10_test": "test",
+        },
         counts={
             "training": Fact(
                 5000, "https://www.tensorflow.org/datasets/catalog/stl10"

@@ -28,7 +28,7 @@ import cv2
 import h5py
 from jaxtyping import Float, Float32, UInt8
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mcjepa_jax.errors import UserError
 
@@ -525,16 +525,17 @@ def decode_image(
     raise
   # Pillow answers a hostile file with whatever its parser ran into.
   except Exception as error:
+    unknown = isinstance(error, UnidentifiedImageError)
+    # Pillow's own words would be the address of the bytes.
+    reason = "of no such format" if unknown else f"that do not decode: {error}"
     raise UserError(
         f"{name}: expected an image ({', '.join(_FORMATS)}), "
-        f"came {len(data)} bytes that do not decode: {error}"
+        f"came {len(data)} bytes {reason}"
     ) from error
 
 
-def read_image(
-    path: Path, *, min_side: int | None = None, max_pixels: int = MAX_PIXELS
-) -> UInt8[np.ndarray, "h w 3"]:
-  """Returns the RGB pixels of an image file; see `decode_image`."""
+def read_encoded(path: Path, *, max_pixels: int = MAX_PIXELS) -> bytes:
+  """Returns the bytes of an image file, at most what `max_pixels` can take."""
   with opened(path, "an image") as (file, size):
     # 16-bit RGB without compression has 6 bytes a pixel.
     if size > 8 * max_pixels:
@@ -542,5 +543,12 @@ def read_image(
           f"{path}: expected an image of at most {max_pixels} pixels, came "
           f"{size} bytes"
       )
-    data = file.read(size)
+    return file.read(size)
+
+
+def read_image(
+    path: Path, *, min_side: int | None = None, max_pixels: int = MAX_PIXELS
+) -> UInt8[np.ndarray, "h w 3"]:
+  """Returns the RGB pixels of an image file; see `decode_image`."""
+  data = read_encoded(path, max_pixels=max_pixels)
   return decode_image(data, path, min_side=min_side, max_pixels=max_pixels)

@@ -1,15 +1,18 @@
-"""Sets of single images: a folder in ImageNet's layout, or one .npz file.
+"""Sets of single images: folders, .npz and binary files, frames of sequences.
 
 An example is {image: u8 [h w 3]}, with label: an int32 scalar where the set has
-classes. Nothing but names is held in memory, as arrays: a worker that is handed
-the set gets some 40 bytes an image.
+classes. Nothing but names is held in memory, as arrays, and no file is held
+open: a worker that is handed the set gets some 40 bytes an image.
 """
 
+from collections.abc import Sequence
+import dataclasses
 import os
 import pathlib
 import struct
 import zipfile
 
+from jaxtyping import Int32
 import numpy as np
 
 from mcjepa_jax.data import flow_io
@@ -17,28 +20,107 @@ from mcjepa_jax.errors import UserError
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".ppm", ".bmp")
 
+_CIFAR_SIDE = 32
+_STL_SIDE = 96
+_MAX_META = 2**16  # bytes of a file of class names
 
-def _entries(folder: pathlib.Path) -> tuple[list[str], list[str]]:
-  """Returns the sorted names of images and of folders; hidden ones are left."""
-  images, folders = [], []
+
+class Names:
+  """A sequence of paths in two arrays.
+
+  A list of a million strings is copied page by page into every forked worker,
+  as reading a string writes its reference count.
+  """
+
+  def __init__(self, names: Sequence[str]):
+    encoded = [os.fsencode(name) for name in names]
+    self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+    self._bytes = b"".join(encoded)
+
+  def __len__(self) -> int:
+    return len(self._ends)
+
+  def __getitem__(self, index: int) -> str:
+    index = range(len(self))[index]
+    start = self._ends[index - 1] if index else 0
+    return os.fsdecode(self._bytes[start : self._ends[index]])
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+  """The images below a folder."""
+
+  names: Names  # paths under the folder
+  labels: Int32[np.ndarray, " n"] | None
+  classes: list[str]
+  links: list[str]  # symbolic links that were followed
+
+
+def find_images(root: flow_io.Path) -> Listing:
+  """Returns all images below a folder, a folder's own first, sorted by name.
+
+  Files are images by their suffix, see SUFFIXES.
+  Where all lie in root/CLASS, the sorted classes are their labels; of any other
+  tree the images have none. Hidden files and folders are left out.
+  """
+  root = pathlib.Path(root)
+  names, links, seen, top = [], [], set(), None
+  waiting = [""]
+  while waiting:
+    place = waiting.pop()
+    images, folders, linked = _entries(root / place, seen)
+    top = folders if top is None else top
+    names += [f"{place}{name}" for name in images]
+    links += [f"{place}{name}" for name in linked]
+    waiting += [f"{place}{name}/" for name in reversed(folders)]
+  if top and all(name.count("/") == 1 for name in names):
+    label = {name: number for number, name in enumerate(top)}
+    labels = np.array([label[n.partition("/")[0]] for n in names], np.int32)
+    # A class without images would leave a label that no image has.
+    for number in np.setdiff1d(np.arange(len(top)), labels):
+      raise UserError(f"{root / top[number]}: expected images, came none")
+    return Listing(Names(names), labels, top, links)
+  if not names:
+    raise UserError(f"{root}: expected images, came none")
+  return Listing(Names(names), None, [], links)
+
+
+def _entries(
+    folder: pathlib.Path, seen: set[tuple[int, int]]
+) -> tuple[list[str], list[str], list[str]]:
+  """Returns the sorted names of images, of folders, and of links among them."""
+  images, folders, links = [], [], []
   try:
+    stamp = os.stat(folder)
+    if (stamp.st_dev, stamp.st_ino) in seen:
+      raise UserError(
+          f"{folder}: expected each folder once, came one again by a link"
+      )
+    seen.add((stamp.st_dev, stamp.st_ino))
     with os.scandir(folder) as entries:
       for entry in entries:
         if entry.name.startswith("."):
           continue
-        if entry.name.lower().endswith(SUFFIXES):
-          images.append(entry.name)
-        elif entry.is_dir():
+        if entry.is_dir():
           folders.append(entry.name)
-  except OSError as error:
+        elif entry.name.lower().endswith(SUFFIXES):
+          images.append(entry.name)
+        else:
+          continue
+        if entry.is_symlink():
+          links.append(entry.name)
+  except (OSError, ValueError) as error:
+    if isinstance(error, UserError):
+      raise
+    reason = getattr(error, "strerror", None) or error
     raise UserError(
-        f"{folder}: expected a folder of images, came: {error.strerror}"
+        f"{folder}: expected a folder of images, came: {reason}"
     ) from error
-  return sorted(images), sorted(folders)
+  return sorted(images), sorted(folders), sorted(links)
 
 
 class ImageFolder:
-  """Images of root/CLASS/*.JPEG, labelled by sorted class, or of a flat folder.
+  """Images of root/CLASS/*.JPEG, labelled by sorted class, or of any folder.
 
   With `min_side` large JPEGs are decoded smaller, see flow_io.decode_image.
   """
@@ -46,35 +128,16 @@ class ImageFolder:
   def __init__(self, root: flow_io.Path, *, min_side: int | None = None):
     self.root = pathlib.Path(root)
     self.min_side = min_side
-    names, self.classes = _entries(self.root)
-    self._labels = None
-    if names and self.classes:
-      raise UserError(
-          f"{self.root}: expected images or a folder for each class, came "
-          f"both ({names[0]} beside {self.classes[0]})"
-      )
-    if self.classes:
-      names, labels = [], []
-      for label, folder in enumerate(self.classes):
-        images, _ = _entries(self.root / folder)
-        # A class without images would leave a label that no image has.
-        if not images:
-          raise UserError(f"{self.root / folder}: expected images, came none")
-        names += [f"{folder}/{image}" for image in images]
-        labels += [label] * len(images)
-      self._labels = np.array(labels, np.int32)
-    if not names:
-      raise UserError(f"{self.root}: expected images, came none")
-    # One array: a list of a million strings is copied page by page into every
-    # forked worker, as reading a string writes its reference count.
-    self._names = np.array([os.fsencode(name) for name in names])
+    listing = find_images(self.root)
+    self.classes = listing.classes
+    self._names, self._labels = listing.names, listing.labels
 
   def __len__(self) -> int:
     return len(self._names)
 
   def record_id(self, index: int) -> str:
     """Returns the path under the root."""
-    return os.fsdecode(bytes(self._names[index]))
+    return self._names[index]
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray | np.int32]:
     path = self.root / self.record_id(index)
@@ -82,6 +145,162 @@ class ImageFolder:
     if self._labels is not None:
       example["label"] = self._labels[index]
     return example
+
+
+class SequenceFrames:
+  """The frames of sequences (see data.video) as single images, in order."""
+
+  def __init__(self, sequences: Sequence):
+    self.sequences = list(sequences)
+    self._ends = np.cumsum([len(s) for s in self.sequences], dtype=np.int64)
+    self.classes = []
+
+  def __len__(self) -> int:
+    return int(self._ends[-1])
+
+  def record_id(self, index: int) -> str:
+    """Returns the sequence's name and the frame's."""
+    sequence, frame = _place(self._ends, index)
+    return self.sequences[sequence].frame_id(frame)
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    sequence, frame = _place(self._ends, index)
+    return {"image": self.sequences[sequence].frame(frame)}
+
+
+def _place(ends: np.ndarray, index: int) -> tuple[int, int]:
+  """Returns (part, place in it) where parts end at `ends`."""
+  index = range(int(ends[-1]))[index]
+  part = int(np.searchsorted(ends, index, side="right"))
+  return part, index - (int(ends[part - 1]) if part else 0)
+
+
+class BinaryImages:
+  """Images of side x side x 3 bytes, channel by channel, end to end in files.
+
+  A row of a file is an image, its label's byte before it where `labels` is
+  None and there are classes. With `by_column` a channel is stored column after
+  column. An image is read from its file when it is asked for.
+  """
+
+  def __init__(
+      self,
+      files: Sequence[flow_io.Path],
+      *,
+      side: int,
+      by_column: bool = False,
+      classes: Sequence[str] = (),
+      labels: Int32[np.ndarray, " n"] | None = None,
+  ):
+    self.files = [pathlib.Path(file) for file in files]
+    self.classes = list(classes)
+    self._side = side
+    self._by_column = by_column
+    self._labels = labels
+    self._head = int(bool(classes) and labels is None)
+    self._row = self._head + 3 * side * side
+    counts = []
+    for path in self.files:
+      with flow_io.opened(path, "images") as (_, size):
+        counts.append(size // self._row)
+      if not size or size % self._row:
+        raise UserError(
+            f"{path}: expected images of {self._row} bytes each, came {size} "
+            "bytes"
+        )
+    self._ends = np.cumsum(counts, dtype=np.int64)
+    if labels is not None and len(labels) != len(self):
+      raise UserError(
+          f"{self.files[0]}: expected {len(labels)} images, as many as labels, "
+          f"came {len(self)}"
+      )
+
+  def __len__(self) -> int:
+    return int(self._ends[-1])
+
+  def record_id(self, index: int) -> str:
+    """Returns the file's name and the image's number in it."""
+    file, number = _place(self._ends, index)
+    return f"{self.files[file].stem}/{number:06d}"
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray | np.int32]:
+    file, number = _place(self._ends, index)
+    path = self.files[file]
+    with flow_io.opened(path, "images") as (opened, _):
+      opened.seek(number * self._row)
+      row = opened.read(self._row)
+    if len(row) != self._row:
+      raise UserError(f"{path}: expected an image {number}, came a cut file")
+    pixels = np.frombuffer(row, np.uint8, offset=self._head)
+    pixels = pixels.reshape(3, self._side, self._side)
+    axes = (2, 1, 0) if self._by_column else (1, 2, 0)
+    example = {"image": np.ascontiguousarray(pixels.transpose(axes))}
+    if self.classes:
+      label = row[0] if self._head else self._labels[index]
+      if label >= len(self.classes):
+        raise UserError(
+            f"{path}, image {number}: expected a label below "
+            f"{len(self.classes)}, came {label}"
+        )
+      example["label"] = np.int32(label)
+    return example
+
+
+def cifar10_binary(folder: flow_io.Path, split: str) -> BinaryImages:
+  """Returns the `train` or `test` images of cifar-10-batches-bin.
+
+  The labels are not sorted (cs.toronto.edu/~kriz/cifar.html, binary version).
+  """
+  folder = pathlib.Path(folder)
+  names = {
+      "train": [f"data_batch_{number}.bin" for number in range(1, 6)],
+      "test": ["test_batch.bin"],
+  }[split]
+  return BinaryImages(
+      [folder / name for name in names],
+      side=_CIFAR_SIDE,
+      classes=_class_names(folder / "batches.meta.txt"),
+  )
+
+
+def stl10_binary(folder: flow_io.Path, split: str) -> BinaryImages:
+  """Returns the `train`, `test` or `unlabeled` images of stl10_binary.
+
+  Columns come first, labels run from 1 (cs.stanford.edu/~acoates/stl10).
+  """
+  folder = pathlib.Path(folder)
+  classes, labels = [], None
+  if split != "unlabeled":
+    classes = _class_names(folder / "class_names.txt")
+    path = folder / f"{split}_y.bin"
+    with flow_io.opened(path, "labels") as (file, size):
+      # As many labels as images, each of which is larger.
+      labels = np.frombuffer(file.read(size), np.uint8).astype(np.int32) - 1
+    if not size or labels.min() < 0 or labels.max() >= len(classes):
+      raise UserError(
+          f"{path}: expected labels from 1 to {len(classes)}, came "
+          f"{_summary(labels + 1)}"
+      )
+  return BinaryImages(
+      [folder / f"{split}_X.bin"],
+      side=_STL_SIDE,
+      by_column=True,
+      classes=classes,
+      labels=labels,
+  )
+
+
+def _class_names(path: pathlib.Path) -> list[str]:
+  """Returns the lines of a text file that are not empty."""
+  with flow_io.opened(path, "a name of a class on each line") as (file, size):
+    text = file.read(_MAX_META).decode("utf-8", "replace")
+  names = [line.strip() for line in text.splitlines() if line.strip()]
+  if size > _MAX_META or not 0 < len(names) <= 256:
+    raise UserError(
+        f"{path}: expected a name of a class on each line, at most 256, came "
+        f"{len(names)} in {size} bytes"
+    )
+  return names
 
 
 class NpzImages:

@@ -4,13 +4,14 @@ Procedural examples for training and for evaluation come from different seeds;
 `labelled` and `flow_pairs` are for evaluation only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 import pathlib
 from typing import Any
 
 from mcjepa_jax import errors
 from mcjepa_jax.data import (
+    array_records,
     cutouts,
     flow_datasets,
     image_datasets,
@@ -22,6 +23,17 @@ from mcjepa_jax.data import (
 _TRAIN_PAIRS = 1_000_000
 _TRAIN_IMAGES = 1_000_000
 _STILL = 0.5  # mean change, of 255, under which a video's pair is left out
+# Motion sources whose pairs are of no sequence.
+_WITHOUT_SEQUENCES = frozenset(
+    (
+        "synthetic",
+        "cutouts",
+        "flying_chairs",
+        "flying_chairs_2",
+        "flying_things_subset",
+        "flying_things_subset_final",
+    )
+)
 # Frames 10 and 11 are what kitti_20.. evaluates: neither they nor their
 # neighbours are trained on, as in github.com/lliuz/ARFlow (KITTIFlowMV).
 _KITTI_EVALUATED = r".*_(09|10|11|12)"
@@ -62,6 +74,13 @@ def motion(
   with a split is trained on its training part, and a name with `test` in it
   reads frames whose truth is not published.
   """
+  make = choice(_motion_table(seed, size, gaps), name, "motion.sources")
+  return make(_root(root, name))
+
+
+def _motion_table(
+    seed: int, size: tuple[int, int], gaps: tuple[int, int]
+) -> dict[str, Callable[[pathlib.Path], Any]]:
 
   def sequences(find, *args, leave_out="", **options):
     def make(root):
@@ -80,7 +99,7 @@ def motion(
 
   flows = flow_datasets
   both = ("left", "right")
-  table = {
+  return {
       "synthetic": lambda root: train_pairs(seed, size, _TRAIN_PAIRS),
       "cutouts": lambda root: _cutouts(
           root, _train_seed(seed), size, _TRAIN_PAIRS
@@ -145,24 +164,61 @@ def motion(
       "viper": sequences(flows.viper_frames, "train"),
       "viper_test": sequences(flows.viper_frames, "test"),
   }
-  make = choice(table, name, "motion.sources")
-  return make(_root(root, name))
 
 
 def images(name: str, root: str, *, seed: int, size: int) -> Any:
-  """The images of a training source: {image}, labels never read."""
+  """The images of a training source: {image}, labels never read.
+
+  The name of a motion source that has sequences gives all their frames: one
+  domain for both tasks.
+  """
+
+  def frames(pairs):
+    return lambda root: image_datasets.SequenceFrames(pairs(root).sequences)
+
   table = {
-      "synthetic": lambda folder: train_images(seed, size, _TRAIN_IMAGES),
-      "imagenet": lambda folder: image_datasets.ImageFolder(
-          folder / "imagenet" / "train"
+      motion_name: frames(make)
+      for motion_name, make in _motion_table(seed, (size, size), (1, 1)).items()
+      if motion_name not in _WITHOUT_SEQUENCES
+  } | {
+      "synthetic": lambda root: train_images(seed, size, _TRAIN_IMAGES),
+      "imagenet": lambda root: image_datasets.ImageFolder(
+          root / "imagenet" / "train"
       ),
-      "images": lambda folder: image_datasets.ImageFolder(folder / "images"),
-      "cifar10": lambda folder: image_datasets.NpzImages(
-          folder / "cifar10" / "train.npz"
+      "imagenet_tfds": lambda root: _tfds(root / "imagenet2012", "train"),
+      "imagenet_records": lambda root: array_records.ConvertedImages(
+          root / "imagenet_records" / "train"
+      ),
+      "images": lambda root: image_datasets.ImageFolder(root / "images"),
+      "records": lambda root: array_records.ConvertedImages(root / "records"),
+      "cifar10": lambda root: image_datasets.NpzImages(
+          root / "cifar10" / "train.npz"
+      ),
+      "cifar10_bin": lambda root: image_datasets.cifar10_binary(
+          root / "cifar-10-batches-bin", "train"
+      ),
+      "stl10": lambda root: image_datasets.stl10_binary(
+          root / "stl10_binary", "unlabeled"
+      ),
+      # Where nothing moves too, of which there are no pairs.
+      "video": lambda root: image_datasets.SequenceFrames(
+          video.videos(root / "video")
       ),
   }
   make = choice(table, name, "content.sources")
   return make(_root(root, name))
+
+
+def _tfds(folder: pathlib.Path, split: str) -> array_records.TfdsImages:
+  """A split of the one version of a set that tfds has prepared."""
+  found = sorted(folder.glob("*/dataset_info.json"))
+  if len(found) != 1:
+    versions = [path.parent.name for path in found] or "none"
+    raise errors.UserError(
+        f"{folder}: expected one version prepared by tfds, such as 5.1.0, with"
+        f" its dataset_info.json, came {versions}"
+    )
+  return array_records.TfdsImages(found[0].parent, split)
 
 
 def flow_pairs(
@@ -226,17 +282,49 @@ def flow_pairs(
 
 
 def labelled(name: str, root: str, *, seed: int, size: int, count: int) -> Any:
-  """A set of images with labels: {image, label}."""
+  """A set of images with labels: {image, label}.
+
+  Sorted by label: folders, records (in each shard) and cifar10, the .npz. Not
+  sorted: synthetic, cifar10_bin and tfds, which shuffles as it writes. Of
+  STL-10 its page does not say.
+  """
   table = {
-      "synthetic": lambda folder: synthetic.Images(
+      "synthetic": lambda root: synthetic.Images(
           size=(size, size), seed=seed, num_examples=count
       ),
-      "cifar10": lambda folder: image_datasets.NpzImages(
-          folder / "cifar10" / "train.npz"
+      "cifar10": lambda root: image_datasets.NpzImages(
+          root / "cifar10" / "train.npz"
+      ),
+      "imagenet_val": lambda root: image_datasets.ImageFolder(
+          root / "imagenet" / "val"
+      ),
+      "imagenet_val_tfds": lambda root: _tfds(
+          root / "imagenet2012", "validation"
+      ),
+      "imagenet_val_records": lambda root: array_records.ConvertedImages(
+          root / "imagenet_records" / "val"
+      ),
+      "cifar10_bin_train": lambda root: image_datasets.cifar10_binary(
+          root / "cifar-10-batches-bin", "train"
+      ),
+      "cifar10_bin_test": lambda root: image_datasets.cifar10_binary(
+          root / "cifar-10-batches-bin", "test"
+      ),
+      "stl10_train": lambda root: image_datasets.stl10_binary(
+          root / "stl10_binary", "train"
+      ),
+      "stl10_test": lambda root: image_datasets.stl10_binary(
+          root / "stl10_binary", "test"
       ),
   }
   make = choice(table, name, "evals: knn")
-  return make(_root(root, name))
+  examples = make(_root(root, name))
+  if name != "synthetic" and not examples.classes:
+    raise errors.UserError(
+        f"{name}: expected images with labels, a folder for each class, came"
+        " images without"
+    )
+  return examples
 
 
 def train_images(seed: int, size: int, count: int) -> Any:

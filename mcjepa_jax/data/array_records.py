@@ -1,0 +1,408 @@
+"""Images in ArrayRecord shards: those of data.convert, and those of tfds.
+
+A folder of data.convert holds shards and, written last, manifest.json:
+
+  format    FORMAT, a name with a version
+  count     of all records
+  classes   names by label, none where the set has no labels
+  shards    [{name, records, bytes, sha256}]
+  skipped   [{path, fault}] of files that do not decode
+  checksum  sha256 of all the rest, as JSON with sorted keys and no spaces
+
+A record is, little-endian,
+
+  magic     4 bytes, b"MCJ1"
+  crc32     u32, of all that follows
+  label     i32, -1 where the set has no classes
+  length    u16, of the path
+  path      under the folder that was converted, as its file system spells it
+  image     the file as it was: JPEG, PNG, ...
+
+Records are stored uncompressed: encoded images pack no further, and none is
+then larger than its shard. (A forged shard can still hold a compressed record,
+as those of tfds are: the library alone sees its size before it is read.)
+"""
+
+from collections.abc import Sequence
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import struct
+from typing import Any
+import zlib
+
+from array_record.python import array_record_module
+import numpy as np
+
+from mcjepa_jax.data import flow_io
+from mcjepa_jax.errors import UserError
+
+FORMAT = "mcjepa_jax images 1"
+MANIFEST = "manifest.json"
+MAX_SHARDS = 4096
+
+_HEADER = struct.Struct("<4sIiH")
+_MAGIC = b"MCJ1"
+_CRC_START = 8
+_MAX_JSON = 2**26
+# Of ArrayRecord: without these a reader reads ahead, in threads of its own.
+_READ_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+_READ_BUFFER = 2**15
+_UNCOMPRESSED = "uncompressed"
+WRITE_OPTIONS = f"group_size:1,{_UNCOMPRESSED}"
+# ImageNet of tfds has 1024 shards, and a process may often open 1024 files.
+_OPEN_FILES = 128
+_TFDS_FEATURES = "tensorflow_datasets.core.features."
+_MAX_CLASSES = 2**20
+
+
+def pack(label: int, path: str, image: bytes) -> bytes:
+  """Returns the record of an encoded image."""
+  name = os.fsencode(path)
+  record = _HEADER.pack(_MAGIC, 0, label, len(name)) + name + image
+  crc = zlib.crc32(memoryview(record)[_CRC_START:])
+  return _HEADER.pack(_MAGIC, crc, label, len(name)) + record[_HEADER.size :]
+
+
+def unpack(record: bytes, name: str) -> tuple[int, str, bytes]:
+  """Returns (label, path, image) of a record, which `name` names in errors."""
+  if len(record) < _HEADER.size or not record.startswith(_MAGIC):
+    raise UserError(
+        f"{name}: expected a record of data.convert ({_MAGIC!r}), came "
+        f"{record[:4]!r} in {len(record)} bytes"
+    )
+  _, crc, label, length = _HEADER.unpack_from(record)
+  if crc != zlib.crc32(memoryview(record)[_CRC_START:]):
+    raise UserError(f"{name}: the record fails its checksum")
+  start = _HEADER.size + length
+  if start > len(record):
+    raise UserError(
+        f"{name}: expected a path of {length} bytes, came {len(record)} bytes"
+    )
+  return label, os.fsdecode(record[_HEADER.size : start]), record[start:]
+
+
+@functools.lru_cache(maxsize=_OPEN_FILES)
+def _reader(path: str, size: int, changed: int):
+  del size, changed  # with the path the key: a file that changed is another
+  return array_record_module.ArrayRecordReader(
+      path, options=_READ_OPTIONS, file_reader_buffer_size=_READ_BUFFER
+  )
+
+
+def num_records(path: flow_io.Path) -> int:
+  """Returns how many records an ArrayRecord file holds."""
+  with flow_io.opened(path, "records"):
+    reader = array_record_module.ArrayRecordReader(os.fspath(path))
+  count = reader.num_records()
+  if not reader.ok():
+    raise UserError(f"{path}: expected an ArrayRecord file, came another")
+  return count
+
+
+def fit_counts(counts: Sequence[Any]) -> bool:
+  """Returns whether these can be the numbers of records of files."""
+  return all(type(n) is int and 0 <= n < 2**40 for n in counts) and any(counts)
+
+
+class Records:
+  """The records of ArrayRecord files as one sequence of bytes.
+
+  Files are opened as they are read and shared by the process, so that nothing
+  but names is held here.
+  """
+
+  def __init__(
+      self,
+      files: Sequence[flow_io.Path],
+      counts: Sequence[int],
+      *,
+      uncompressed: bool = False,
+  ):
+    """Describes files that hold as many records each; none is opened.
+
+    With `uncompressed` a file that names other options is refused.
+    """
+    self._files = [os.fspath(file) for file in files]
+    self._counts = list(counts)
+    self._ends = np.cumsum(self._counts, dtype=np.int64)
+    self._uncompressed = uncompressed
+
+  def __len__(self) -> int:
+    return int(self._ends[-1])
+
+  def name(self, index: int) -> str:
+    """Returns what a fault calls a record."""
+    file, number = self._place(index)
+    return f"{self._files[file]}, record {number}"
+
+  def _place(self, index: int) -> tuple[int, int]:
+    index = range(len(self))[index]
+    file = int(np.searchsorted(self._ends, index, side="right"))
+    return file, index - int(self._ends[file]) + self._counts[file]
+
+  def __getitem__(self, index: int) -> bytes:
+    file, number = self._place(index)
+    path, count = self._files[file], self._counts[file]
+    # Only a regular file is opened: a pipe would block.
+    with flow_io.opened(path, "records") as (opened, size):
+      changed = os.fstat(opened.fileno()).st_mtime_ns
+    # The library's C++ raises whatever its own parser ran into.
+    try:
+      reader = _reader(path, size, changed)
+      came = reader.num_records()
+      options = reader.writer_options_string() or ""
+      fits = not self._uncompressed or _UNCOMPRESSED in options.split(",")
+      if came == count and fits:
+        return reader.read([number])[0]
+    except (RuntimeError, ValueError, LookupError, ArithmeticError) as error:
+      raise UserError(
+          f"{path}, record {number}: expected a record, came: {error}"
+      ) from error
+    kind = f"{_UNCOMPRESSED} records" if self._uncompressed else "records"
+    raise UserError(
+        f"{path}: expected {count} {kind}, came {came} "
+        f"({options or 'of no ArrayRecord file'})"
+    )
+
+
+def _canonical(value: Any) -> bytes:
+  return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def digest(value: Any) -> str:
+  """Returns the sha256 of a value as JSON."""
+  return hashlib.sha256(_canonical(value)).hexdigest()
+
+
+def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
+  """Writes JSON that stands under its name whole or not at all."""
+  part = path.with_name(f"{path.name}.part")
+  try:
+    with open(part, "w") as file:
+      json.dump(value, file, indent=1)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(part, path)
+  except OSError as error:
+    raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def read_json(path: flow_io.Path) -> Any:
+  """Returns what a JSON file of at most 64 MiB holds."""
+  with flow_io.opened(path, "a JSON file") as (file, size):
+    if size > _MAX_JSON:
+      raise UserError(
+          f"{path}: expected at most {_MAX_JSON} bytes of JSON, came {size}"
+      )
+    data = file.read(size)
+  return _parsed(path, data)
+
+
+def _parsed(path: flow_io.Path, data: str | bytes) -> Any:
+  try:
+    return json.loads(data)
+  # Hostile JSON is nested too deeply, holds too long a number or no UTF-8.
+  except (ValueError, RecursionError) as error:
+    raise UserError(f"{path}: expected JSON, came: {error}") from error
+
+
+def shard_name(number: int, count: int) -> str:
+  """Returns the file name of a shard of `count`."""
+  return f"images-{number:05d}-of-{count:05d}.array_record"
+
+
+def write_manifest(folder: pathlib.Path, manifest: dict[str, Any]) -> None:
+  """Writes the manifest, with format and checksum, of whole shards."""
+  manifest = {"format": FORMAT, **manifest}
+  manifest["checksum"] = digest(manifest)
+  write_json(folder / MANIFEST, manifest)
+
+
+def read_manifest(folder: flow_io.Path) -> dict[str, Any]:
+  """Returns the manifest of a folder, checked, its shards of the right size."""
+  folder = pathlib.Path(folder)
+  path = folder / MANIFEST
+  if folder.is_dir() and not path.exists():
+    raise UserError(
+        f"{folder}: expected a folder that data.convert has finished, came one "
+        f"without {MANIFEST}"
+    )
+  manifest = read_json(path)
+  if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    came = manifest.get("format") if isinstance(manifest, dict) else "no object"
+    raise UserError(f"{path}: expected the format {FORMAT!r}, came {came!r}")
+  checksum = manifest.pop("checksum", None)
+  if checksum != digest(manifest):
+    raise UserError(f"{path}: the manifest fails its checksum")
+  if not _fits(manifest):
+    raise UserError(
+        f"{path}: expected classes, and shards whose records add up to count, "
+        "came others"
+    )
+  for shard in manifest["shards"]:
+    with flow_io.opened(folder / shard["name"], "a shard") as (_, size):
+      if size != shard["bytes"]:
+        raise UserError(
+            f"{folder / shard['name']}: expected {shard['bytes']} bytes, as "
+            f"{MANIFEST} says, came {size}"
+        )
+  return manifest
+
+
+def _fits(manifest: dict[str, Any]) -> bool:
+  shards, classes = manifest.get("shards"), manifest.get("classes")
+  if not isinstance(shards, list) or not 0 < len(shards) <= MAX_SHARDS:
+    return False
+  if not isinstance(classes, list) or not all(
+      isinstance(name, str) for name in classes
+  ):
+    return False
+  # Names are never taken as they come: one could lead out of the folder.
+  for number, shard in enumerate(shards):
+    if not isinstance(shard, dict):
+      return False
+    if shard.get("name") != shard_name(number, len(shards)):
+      return False
+  counts = [shard.get("records") for shard in shards]
+  return fit_counts(counts) and manifest.get("count") == sum(counts)
+
+
+class ConvertedImages:
+  """The images of a folder that data.convert wrote, shard after shard."""
+
+  def __init__(self, folder: flow_io.Path):
+    self.folder = pathlib.Path(folder)
+    manifest = read_manifest(self.folder)
+    self.classes = manifest["classes"]
+    self._records = Records(
+        [self.folder / shard["name"] for shard in manifest["shards"]],
+        [shard["records"] for shard in manifest["shards"]],
+        uncompressed=True,
+    )
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def record_id(self, index: int) -> str:
+    """Returns the path under the folder that was converted."""
+    return self._read(index)[1]
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray | np.int32]:
+    label, path, encoded = self._read(index)
+    example = {"image": flow_io.decode_image(encoded, f"{self.folder}/{path}")}
+    if self.classes:
+      if not 0 <= label < len(self.classes):
+        raise UserError(
+            f"{self._records.name(index)}: expected a label below "
+            f"{len(self.classes)}, came {label}"
+        )
+      example["label"] = np.int32(label)
+    return example
+
+  def _read(self, index: int) -> tuple[int, str, bytes]:
+    return unpack(self._records[index], self._records.name(index))
+
+
+class TfdsImages:
+  """The images of a split that tfds prepared as ArrayRecord.
+
+  `folder` is the one that holds dataset_info.json, such as
+  imagenet2012/5.1.0. TensorFlow is not needed, and an image is decoded by
+  flow_io: of tfds' own decoders none is called.
+  """
+
+  def __init__(self, folder: flow_io.Path, split: str):
+    self.folder = pathlib.Path(folder)
+    self._split = split
+    read_json(self.folder / "dataset_info.json")
+    _check_features(self.folder / "features.json")
+    # Here, as no other set pays the second that this import takes.
+    import tensorflow_datasets as tfds
+
+    # What it answers to a hostile file is whatever it ran into.
+    try:
+      builder = tfds.builder_from_directory(self.folder)
+      builder.as_data_source(  # sees that the files have the format
+          split,
+          deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
+          file_format="array_record",
+      )
+      files = builder.info.splits[split].file_instructions
+      features = builder.info.features
+      label = features["label"] if "label" in features else None
+    except Exception as error:
+      raise UserError(
+          f"{self.folder}: expected a split {split!r} prepared by tfds with "
+          f"file_format=array_record, came: {error}"
+      ) from error
+    num_classes = getattr(label, "num_classes", None) or 0
+    counts = [file.examples_in_shard for file in files]
+    if not 0 <= num_classes <= _MAX_CLASSES or not fit_counts(counts):
+      raise UserError(
+          f"{self.folder}: expected at most {_MAX_CLASSES} classes, and shards "
+          f"with records, came {num_classes} and {counts[:9]}"
+      )
+    self.classes = list(label.names) if num_classes else []
+    paths = [pathlib.Path(os.path.normpath(file.filename)) for file in files]
+    for path in paths:
+      if path.parent != pathlib.Path(os.path.normpath(self.folder)):
+        raise UserError(f"{self.folder}: expected shards in it, came {path}")
+    self._records = Records(paths, counts)
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def record_id(self, index: int) -> str:
+    """Returns the split and the record's number."""
+    return f"{self._split}/{range(len(self))[index]:07d}"
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray | np.int32]:
+    from google.protobuf import message
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    name = self._records.name(index)
+    try:
+      parsed = tf_example_pb2.Example.FromString(self._records[index])
+      (encoded,) = parsed.features.feature["image"].bytes_list.value
+      labels = list(parsed.features.feature["label"].int64_list.value)
+    except (message.DecodeError, ValueError) as error:
+      if isinstance(error, UserError):
+        raise
+      raise UserError(
+          f"{name}: expected a tf.train.Example with one image, came: {error}"
+      ) from error
+    example = {"image": flow_io.decode_image(encoded, name)}
+    if self.classes:
+      if len(labels) != 1 or not 0 <= labels[0] < len(self.classes):
+        raise UserError(
+            f"{name}: expected a label below {len(self.classes)}, came "
+            f"{labels[:9]}"
+        )
+      example["label"] = np.int32(labels[0])
+    return example
+
+
+def _check_features(path: pathlib.Path) -> None:
+  """Raises UserError unless all features of features.json are tfds' own.
+
+  tfds imports the module of any class that is named there.
+  """
+  waiting = [read_json(path)]
+  while waiting:
+    value = waiting.pop()
+    if isinstance(value, list):
+      waiting += value
+    elif isinstance(value, dict):
+      waiting += value.values()
+      # An older form has JSON within JSON.
+      if isinstance(value.get("content"), str):
+        waiting.append(_parsed(path, value["content"]))
+      for key in ("pythonClassName", "python_class_name", "type"):
+        name = value.get(key)
+        if isinstance(name, str) and not name.startswith(_TFDS_FEATURES):
+          raise UserError(
+              f"{path}: expected features of tensorflow_datasets, came {name!r}"
+          )
