@@ -98,6 +98,10 @@ def streams(config: Any) -> dict[str, pipeline.Stream]:
                 weight=weight,
                 mode=motion.geometry,
                 scale=tuple(motion.downscale),
+                rotation=tuple(motion.rotation),
+                relative_rotation=motion.relative_rotation,
+                relative_scale=motion.relative_scale,
+                relative_shift=motion.relative_shift,
             )
             for name, weight in motion.sources
         ],

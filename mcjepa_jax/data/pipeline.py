@@ -9,16 +9,25 @@ holds, and no label enters a batch:
 A data set has `__len__`, `__getitem__(i) -> dict` and `record_id(i) -> str`.
 """
 
+import collections
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+import ctypes
 import dataclasses
 import functools
-from multiprocessing import connection, parent_process
+import itertools
+import math
+from multiprocessing import active_children, connection, parent_process
 import os
+import shutil
 import signal
+import statistics
 import threading
+import time
 from typing import Any
 import weakref
 
+import cv2
 import grain
 from jaxtyping import UInt8
 import numpy as np
@@ -26,10 +35,20 @@ import numpy as np
 from mcjepa_jax.data import transforms
 from mcjepa_jax.errors import UserError
 
-# Bytes from which an array leaves a worker through shared memory. 115 MiB take
-# 105 ms so and 439 ms through a pipe (1 MiB: 1.8 and 2.2 ms); but containers
-# often have 64 MiB of shared memory, and a worker that finds none dies.
+# Bytes from which an array leaves a worker through shared memory where there is
+# little of that: 115 MiB take 105 ms so and 439 ms through a pipe (1 MiB: 1.8 and
+# 2.2 ms); but containers often have 64 MiB of shared memory, and a worker that
+# finds none dies. With plenty all goes through it: a worker that is killed then
+# leaves no half of a batch in a pipe.
 _MIN_SHARED_MEMORY = 2**22
+_PLENTY = 2**30
+
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
+
+# Seconds without a batch after which a dead worker is what is waited for.
+_PATIENCE = 5.0
 
 Arrays = dict[str, UInt8[np.ndarray, "n h w 3"]]
 
@@ -51,6 +70,10 @@ class MotionSource:
   scale: tuple[float, float] = (1.0, 1.0)  # of the frame before the crop
   flip: bool = True
   swap: bool = True
+  rotation: tuple[float, float] = (0.0, 0.0)  # see transforms.pair_geometry
+  relative_rotation: float = 0.0
+  relative_scale: float = 1.0
+  relative_shift: float = 0.0
 
 
 def _random(seed: int, place: tuple[int, ...]) -> np.random.SeedSequence:
@@ -96,13 +119,13 @@ class _Source:
 class _Geometry:
   """Applies a transform with the generator of one place in the stream."""
 
-  transform: Callable[..., np.ndarray]
+  transform: Callable[..., list[np.ndarray]]
   seed: int
   place: tuple[int, int]  # stream, source
 
   def __call__(
       self, index: int, element: tuple[str, list[np.ndarray]]
-  ) -> tuple[str, np.ndarray]:
+  ) -> tuple[str, list[np.ndarray]]:
     record, images = element
     rng = np.random.default_rng(_random(self.seed, (*self.place, index)))
     try:
@@ -112,10 +135,10 @@ class _Geometry:
 
 
 def _stack(
-    key: str, elements: Sequence[tuple[str, np.ndarray]]
+    key: str, elements: Sequence[tuple[str, list[np.ndarray]]]
 ) -> tuple[Arrays, list[str]]:
   records, images = zip(*elements, strict=True)
-  return {key: np.concatenate(images)}, list(records)
+  return {key: np.stack(list(itertools.chain(*images)))}, list(records)
 
 
 def _batches(
@@ -151,8 +174,23 @@ def _batches(
   )
 
 
-def _exit_with_parent(worker_index: int, worker_count: int) -> None:
+def _keep_memory() -> None:
+  """Lets glibc's malloc keep freed memory for the next array; others go on.
+
+  It would return each image and batch to the kernel, and the pages that the
+  kernel then clears anew take as long as all the copies: 1.9 ms of CPU a
+  512x384 pair instead of 1.0.
+  """
+  mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+  if mallopt is not None:
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _start_worker(worker_index: int, worker_count: int) -> None:
   """Ends a Grain worker with its parent, and leaves signals to the parent.
+
+  A worker is one thread: OpenCV's own would take turns with other workers.
 
   SIGTERM goes to a whole job at once, and the parent needs its workers until it
   has saved.
@@ -160,6 +198,8 @@ def _exit_with_parent(worker_index: int, worker_count: int) -> None:
   A worker whose parent was killed would wait for room in its queue for ever.
   """
   del worker_index, worker_count
+  cv2.setNumThreads(0)
+  _keep_memory()
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -168,6 +208,21 @@ def _exit_with_parent(worker_index: int, worker_count: int) -> None:
     os._exit(1)
 
   threading.Thread(target=watch, daemon=True).start()
+
+
+# Iterators that wait for what a dead worker did not send.
+_ABANDONED = []
+
+
+def _min_shared_memory() -> int:
+  try:
+    return (
+        0
+        if shutil.disk_usage("/dev/shm").free >= _PLENTY
+        else _MIN_SHARED_MEMORY
+    )
+  except OSError:
+    return _MIN_SHARED_MEMORY
 
 
 def _end(iterators: list[grain.DatasetIterator]) -> None:
@@ -183,6 +238,21 @@ def _flatten(tree: Any, path: str = "") -> dict[str, Any]:
   else:
     return {path: tree}
   return {k: v for item in items for k, v in _flatten(item[1], item[0]).items()}
+
+
+class _Timed:
+  """Batches with the seconds that making them took."""
+
+  def __init__(self, batches: grain.MapDataset):
+    self._batches = batches
+
+  def __len__(self) -> int:
+    return len(self._batches)
+
+  def __getitem__(self, index: int) -> tuple[Arrays, list[str], float]:
+    start = time.perf_counter()
+    arrays, records = self._batches[index]
+    return arrays, records, time.perf_counter() - start
 
 
 class Stream(Iterator):
@@ -215,8 +285,11 @@ class Stream(Iterator):
     self._next_batch = start
     self._num_workers = num_workers
     self._prefetch = prefetch
-    # The iterator, once it runs.
+    # The iterator, once it runs, and its processes.
     self._running = []
+    self._workers = []
+    # Of the last batches.
+    self._seconds = collections.deque(maxlen=32)
     # Also at exit: an iterator that outlives the modules that it uses ends in
     # tracebacks on stderr.
     weakref.finalize(self, _end, self._running)
@@ -226,20 +299,77 @@ class Stream(Iterator):
 
   def __next__(self) -> tuple[Arrays, list[str]]:
     self.start()
-    arrays, records = next(self._running[0])
+    arrays, records, seconds = (
+        self._wait() if self._workers else next(self._running[0])
+    )
     self._next_batch += 1
+    self._seconds.append(seconds)
     # Out of shared memory, which JAX on CPU would alias for as long as the
     # batch lives: what still lives at exit is reported as leaked.
     return {k: np.array(v, subok=False) for k, v in arrays.items()}, records
+
+  def rate(self) -> float:
+    """Returns the batches a second that the workers make; NaN before the first.
+
+    Of the last batches that `next` returned, whether or not it waited for them;
+    without the time that a worker takes to send one.
+    """
+    if not self._seconds:
+      return math.nan
+    return max(1, self._num_workers) / statistics.median(self._seconds)
+
+  def _wait(self) -> tuple[Arrays, list[str], float]:
+    """Returns the next batch, or raises UserError for a worker that died.
+
+    Grain would wait for ever where a worker dies within sending a batch, which
+    is most of the time where the batches go through pipes.
+    """
+    batch = futures.Future()
+
+    def get(iterator):
+      try:
+        batch.set_result(next(iterator))
+      except BaseException as error:
+        batch.set_exception(error)
+
+    # No executor: its threads are waited for at exit.
+    threading.Thread(target=get, args=self._running, daemon=True).start()
+    while not futures.wait([batch], _PATIENCE).done and not self._died():
+      pass
+    if batch.done() and not (batch.exception() and self._died()):
+      return batch.result()
+    if not batch.done():
+      # Closing it would wait for the same bytes; at exit Grain ends what is
+      # left without.
+      _ABANDONED.append(self._running.pop())
+    raise UserError(
+        f"a worker of the {self._fingerprint['stream']} stream died: "
+        f"{self._died()}; SIGKILL is the kernel's where memory runs out: fewer "
+        "workers or less prefetch need less"
+    )
+
+  def _died(self) -> str:
+    """Names the workers that ended by themselves; an empty string if none."""
+    return ", ".join(
+        f"process {worker.pid} ended with "
+        + (
+            signal.Signals(-worker.exitcode).name
+            if worker.exitcode < 0
+            else f"exit code {worker.exitcode}"
+        )
+        for worker in self._workers
+        if worker.exitcode
+    )
 
   def start(self) -> None:
     """Starts the workers, if they do not run yet."""
     if self._running:
       return
+    others = set(active_children())
     # Batches have random access: going on from batch k is slicing off the k
     # first, whereas the state of Grain's own iterator holds the number of
     # workers.
-    batches = self._batches[self._next_batch :]
+    batches = grain.MapDataset.source(_Timed(self._batches[self._next_batch :]))
     threads = 0 if self._num_workers else 1
     dataset = batches.to_iter_dataset(
         grain.ReadOptions(
@@ -249,19 +379,26 @@ class Stream(Iterator):
     if self._num_workers:
       dataset = grain.experimental.WithOptionsIterDataset(
           dataset,
-          grain.experimental.DatasetOptions(min_shm_size=_MIN_SHARED_MEMORY),
+          grain.experimental.DatasetOptions(min_shm_size=_min_shared_memory()),
       ).mp_prefetch(
           grain.MultiprocessingOptions(
               num_workers=self._num_workers,
               per_worker_buffer_size=self._prefetch,
           ),
-          worker_init_fn=_exit_with_parent,
+          worker_init_fn=_start_worker,
       )
     iterator = iter(dataset)
     # Makes the iterators of the workers, which else wait for the first `next`.
     iterator.get_state()
     iterator.start_prefetch()
     self._running.append(iterator)
+    # Threads of Grain start them, in milliseconds.
+    deadline = time.monotonic() + _PATIENCE
+    while len(self._workers) < self._num_workers:
+      self._workers = list(set(active_children()) - others)
+      if time.monotonic() > deadline:
+        break
+      time.sleep(0.01)
 
   def state(self) -> dict[str, Any]:
     """Returns, as JSON, the place of the batch that `next` returns next.
@@ -294,6 +431,7 @@ class Stream(Iterator):
   def close(self) -> None:
     """Ends the workers; a later `next` starts new ones."""
     _end(self._running)
+    self._workers.clear()
 
   def __enter__(self) -> "Stream":
     return self
@@ -396,6 +534,10 @@ def motion_stream(
               scale=source.scale,
               flip=source.flip,
               swap=source.swap,
+              rotation=source.rotation,
+              relative_rotation=source.relative_rotation,
+              relative_scale=source.relative_scale,
+              relative_shift=source.relative_shift,
           ),
       )
       for source in sources
