@@ -163,6 +163,12 @@ def test_resampling_does_not_alias_nor_shift():
   np.testing.assert_allclose(view[3:-3, 40, 1], centres[3:-3], atol=1)
 
 
+def test_a_hostile_reduction_takes_little_memory():
+  image = np.full((2, 2**20, 3), 50, np.uint8)
+  view = transforms._resample(image, (0, 0, 2, 2**20), (8, 8))
+  assert (view == 50).all()
+
+
 def test_no_pixel_beside_the_box_is_read():
   image = np.zeros((50, 60, 3), np.uint8)
   image[10:30, 20:50] = 200

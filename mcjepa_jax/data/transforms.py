@@ -23,6 +23,8 @@ _TRIES = 10
 _CORRELATION = 0.95
 _PHASES = 16  # places of an output pixel between two source pixels, in the fit
 _STEPS = 16  # filters for each whole reduction
+# What is reduced further aliases: the filter must not grow with a hostile image.
+_MAX_REDUCTION = 32.0
 
 
 def _cubic(x: Float64[np.ndarray, "*n"], a: float) -> Float64[np.ndarray, "*n"]:
@@ -35,13 +37,13 @@ def _cubic(x: Float64[np.ndarray, "*n"], a: float) -> Float64[np.ndarray, "*n"]:
 
 @functools.lru_cache(1024)
 def _taps(steps: int) -> Float32[np.ndarray, " t"]:
-  """Returns the filter for a reduction of steps / _STEPS, at least 1.
+  """Returns the filter before a reduction by steps / _STEPS, at least 1.
 
-  Its product with OpenCV's kernel is the nearest, in the squared difference of
-  the resized pixels, to Pillow's kernel of that width.
+  With OpenCV's kernel after it, it is the nearest to Pillow's kernel of that
+  width in the squared difference of resized photographs.
   """
   factor = steps / _STEPS
-  # As wide as Pillow's kernel, whose outermost part next to nothing falls on.
+  # Pillow's kernel reaches 2 * factor pixels, and next to nothing at its ends.
   half = max(3, math.ceil(factor) + 1)
   place = np.arange(-2 * half - 2, 2 * half + 3)
   blur = np.linalg.cholesky(_CORRELATION ** abs(place[:, None] - place)).T
@@ -66,7 +68,9 @@ def _filtered(
     image: UInt8[np.ndarray, "h w 3"], factors: tuple[float, float]
 ) -> UInt8[np.ndarray, "h w 3"]:
   """Returns the image before its reduction by the factors (vertical, level)."""
-  vertical, level = (_taps(round(_STEPS * max(f, 1.0))) for f in factors)
+  vertical, level = (
+      _taps(round(_STEPS * min(max(f, 1.0), _MAX_REDUCTION))) for f in factors
+  )
   return cv2.sepFilter2D(
       image, -1, level, vertical, borderType=cv2.BORDER_REPLICATE
   )
