@@ -25,8 +25,8 @@ from PIL import Image  # noqa: E402
 
 from mcjepa_jax.data import (  # noqa: E402
     cutouts,
-    flow_io,
     image_datasets,
+    image_io,
     synthetic,
 )
 
@@ -45,7 +45,7 @@ class _Encoded:
     return len(self.files)
 
   def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-    return {"image": flow_io.decode_image(self.files[i].getvalue(), str(i))}
+    return {"image": image_io.decode_image(self.files[i].getvalue(), str(i))}
 
 
 def _photographs(folder: pathlib.Path | None) -> list[dict[str, np.ndarray]]:

@@ -134,6 +134,12 @@ def _motion() -> ConfigDict:
   motion.mixing = "weights"
   motion.geometry = "crop"  # "crop", or "resize" for whole frames
   motion.downscale = (1.0, 1.0)  # range of the factor applied before the crop
+  motion.rotation = (0.0, 0.0)  # degrees by which a crop is turned, a range
+  # Motion added between the frames: up to so many degrees, this factor of size
+  # (1 is none) and so many pixels of the crop, either way.
+  motion.relative_rotation = 0.0
+  motion.relative_scale = 1.0
+  motion.relative_shift = 0.0
   motion.gaps = (1, 1)  # range of frames between the two of a pair, in videos
   motion.start_step = 33_360  # content only before it: epoch 10
   motion.weight = 0.1  # alpha_flow, on the sum of all terms below

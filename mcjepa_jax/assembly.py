@@ -105,6 +105,10 @@ def streams(config: Any) -> dict[str, pipeline.Stream]:
               weight=_weight(motion.mixing, number, dataset),
               mode=motion.geometry,
               scale=tuple(motion.downscale),
+              rotation=tuple(motion.rotation),
+              relative_rotation=motion.relative_rotation,
+              relative_scale=motion.relative_scale,
+              relative_shift=motion.relative_shift,
           )
       )
     result["motion"] = pipeline.motion_stream(

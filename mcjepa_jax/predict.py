@@ -18,7 +18,7 @@ from mcjepa_jax import (
     sharding,
     visualize,
 )
-from mcjepa_jax.data import flow_io
+from mcjepa_jax.data import flow_io, image_io
 
 
 def read_pair(inputs: Sequence[str]) -> list[np.ndarray]:
@@ -31,7 +31,7 @@ def read_pair(inputs: Sequence[str]) -> list[np.ndarray]:
     raise errors.UserError(f"--inputs: expected two images, got {len(inputs)}")
   frames = []
   faults = errors.collect(
-      *(lambda p=p: frames.append(flow_io.read_image(p)) for p in inputs)
+      *(lambda p=p: frames.append(image_io.read_image(p)) for p in inputs)
   )
   if faults:
     raise errors.UserError(*faults)

@@ -166,6 +166,14 @@ def _expect_ranges(expect: Callable[..., None]) -> None:
   expect("bad_records", *up_to(1))
   expect("motion.downscale", *interval())
   expect(
+      "motion.rotation",
+      lambda x: len(x) == 2 and _numbers(x) and -180 <= x[0] <= x[1] <= 180,
+      "(least, most), degrees from -180 to 180",
+  )
+  expect("motion.relative_rotation", *up_to(180))
+  expect("motion.relative_scale", lambda x: 1 <= x < 4, "1 to below 4")
+  expect("motion.relative_shift", *up_to(1024))
+  expect(
       "motion.gaps",
       lambda x: len(x) == 2 and _widths(x) and x[0] <= x[1],
       "(least, most), integers from 1 on",

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from mcjepa_jax.data import flow_io
+from mcjepa_jax.data import flow_io, image_io
 from mcjepa_jax.errors import UserError
 
 FORMATS = {
@@ -393,7 +393,7 @@ def test_packed_flow_over_the_pixel_limit_is_refused(
     tmp_path, monkeypatch, suffix
 ):
   path = PACKED[suffix](tmp_path / f"a{suffix}", np.zeros((2, 3, 2)))
-  monkeypatch.setattr(flow_io, "MAX_PIXELS", 5)
+  monkeypatch.setattr(image_io, "MAX_PIXELS", 5)
   with pytest.raises(UserError, match="more than 5 pixels"):
     flow_io.read_flow(path)
 
@@ -477,7 +477,7 @@ def test_every_image_mode_becomes_rgb(tmp_path, mode):
   picture = Image.new("RGB", (6, 4), (255, 255, 255)).convert(mode)
   path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
   picture.save(path)
-  image = flow_io.read_image(path)
+  image = image_io.read_image(path)
   assert image.shape == (4, 6, 3)
   assert (image >= 254).all()
 
@@ -488,14 +488,14 @@ def test_image_channels_are_rgb_in_every_format(tmp_path, suffix):
   pixels[:, 1] = (10, 120, 250)
   Image.fromarray(pixels).save(tmp_path / f"a.{suffix}", lossless=True)
   np.testing.assert_array_equal(
-      flow_io.read_image(tmp_path / f"a.{suffix}"), pixels
+      image_io.read_image(tmp_path / f"a.{suffix}"), pixels
   )
 
 
 def test_min_side_decodes_a_large_jpeg_smaller_but_not_too_small():
   file = io.BytesIO()
   Image.new("RGB", (640, 480)).save(file, "JPEG")
-  decode = flow_io.decode_image
+  decode = image_io.decode_image
   assert decode(file.getvalue(), "a").shape == (480, 640, 3)
   assert decode(file.getvalue(), "a", min_side=241).shape == (480, 640, 3)
   assert decode(file.getvalue(), "a", min_side=240).shape == (240, 320, 3)
@@ -515,7 +515,7 @@ def test_images_that_lie_about_their_size_or_kind_are_refused(tmp_path, data):
   path = tmp_path / "a.png"
   path.write_bytes(data)
   with pytest.raises(UserError, match="a.png"):
-    flow_io.read_image(path)
+    image_io.read_image(path)
 
 
 def test_an_image_chunk_that_lies_about_its_size_takes_no_memory(tmp_path):
@@ -527,7 +527,7 @@ def test_an_image_chunk_that_lies_about_its_size_takes_no_memory(tmp_path):
   path.write_bytes(data)
   tracemalloc.start()
   with contextlib.suppress(UserError):
-    flow_io.read_image(path)
+    image_io.read_image(path)
   _, peak = tracemalloc.get_traced_memory()
   tracemalloc.stop()
   assert peak < 2**24
@@ -536,21 +536,21 @@ def test_an_image_chunk_that_lies_about_its_size_takes_no_memory(tmp_path):
 def test_images_over_the_pixel_limit_are_refused(tmp_path):
   Image.new("L", (100, 10)).save(tmp_path / "a.png")
   with pytest.raises(UserError, match="999 pixels.* came 100x10"):
-    flow_io.read_image(tmp_path / "a.png", max_pixels=999)
+    image_io.read_image(tmp_path / "a.png", max_pixels=999)
 
 
 @pytest.mark.parametrize("kind", ["gif", "tiff"])
 def test_formats_that_no_set_uses_are_not_even_tried(tmp_path, kind):
   Image.new("RGB", (4, 4)).save(tmp_path / f"a.{kind}")
   with pytest.raises(UserError, match=f"a.{kind}: expected an image"):
-    flow_io.read_image(tmp_path / f"a.{kind}")
+    image_io.read_image(tmp_path / f"a.{kind}")
 
 
 @pytest.mark.parametrize("shape", [(2, 2), (2, 2, 3)])
 def test_16_bit_pngs_are_refused_rather_than_clipped(tmp_path, shape):
   cv2.imwrite(str(tmp_path / "a.png"), np.full(shape, 300, np.uint16))
   with pytest.raises(UserError, match="8 bits"):
-    flow_io.read_image(tmp_path / "a.png")
+    image_io.read_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("suffix", ["ppm", "png", "jpg", "webp"])
@@ -560,7 +560,7 @@ def test_cut_images_are_refused(tmp_path, suffix):
   Image.fromarray(noise).save(path)
   path.write_bytes(path.read_bytes()[:-1000])
   with pytest.raises(UserError, match=path.name):
-    flow_io.read_image(path)
+    image_io.read_image(path)
 
 
 def test_kitti_sample_reads_as_another_decoder_of_16_bits_does(shared_data):

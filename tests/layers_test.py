@@ -13,27 +13,29 @@ _PACKAGE = "mcjepa_jax"
 
 # A module imports lower layers only. `errors` is open to all.
 _LAYERS = (
-    # 0: arrays in, arrays out; text in, plain values out.
+    # 0: files in, bytes and pixels out.
+    "data.image_io",
+    # 1: arrays in, arrays out; text in, plain values out.
     """flow_ops metrics vicreg visualize photometry data.flow_io data.transforms
     data.synthetic data.catalog models.convnext models.vit command hlo""",
-    # 1: losses, models and sources made of these; the means of training.
+    # 2: losses, models and sources made of these; the means of training.
     """flow_losses models.flow_decoder data.flow_datasets data.image_datasets
-    data.array_records data.cutouts data.video optimizer sharding checkpoint
+    data.array_records data.cutouts data.feed data.video optimizer sharding checkpoint
     journal""",
-    # 2: everything of one kind together.
+    # 3: everything of one kind together.
     """objective models.mcjepa data.sources data.pipeline data.check
     data.convert""",
-    # 3: what runs on the devices.
+    # 4: what runs on the devices.
     "step evals.flow evals.probe evals.segmentation evals.davis",
-    # 4: from a config to the parts of a run.
+    # 5: from a config to the parts of a run.
     "assembly validation",
-    # 5: what commands share.
+    # 6: what commands share.
     "evaluate",
-    # 6: pictures of what a model gives.
+    # 7: pictures of what a model gives.
     "panels",
-    # 7: the commands.
+    # 8: the commands.
     "train predict preflight replay compare export report",
-    # 8: the command that picks one.
+    # 9: the command that picks one.
     "main",
 )
 _LAYER = {

@@ -291,8 +291,18 @@ MUTANTS = (
         "transforms_test.py",
         (
             "frames_mirrored_upside_down",
-            "image[..., ::-1, :] if",
-            "image[..., ::-1, :, :] if",
+            "cv2.flip(image, 1) if",
+            "cv2.flip(image, 0) if",
+        ),
+        (
+            "resized_without_the_filter",
+            "image = _filtered(image, (height / size[0], width / size[1]))",
+            "image = image.copy()",
+        ),
+        (
+            "flow_of_a_cut_not_turned_back",
+            "(there - second[:, 2]) @ back.T - pixels",
+            "(there - second[:, 2]) @ back - pixels",
         ),
     ),
     *_mutants(

@@ -127,7 +127,7 @@ def test_streams_and_sources_share_no_randomness(monkeypatch):
 
   def draw(*arguments, **_):
     draws.append(int(arguments[-1].integers(2**62)))
-    return np.zeros((2, 1, 1, 3), np.uint8)
+    return 2 * [np.zeros((1, 1, 3), np.uint8)]
 
   monkeypatch.setattr(transforms, "pair_frames", draw)
   monkeypatch.setattr(transforms, "two_views", draw)

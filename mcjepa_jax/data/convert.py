@@ -37,7 +37,7 @@ from array_record.python import array_record_module
 import tqdm
 
 from mcjepa_jax import command, errors
-from mcjepa_jax.data import array_records, flow_io, image_datasets
+from mcjepa_jax.data import array_records, image_datasets, image_io
 
 _SHARDS = 64
 _MAX_WORKERS = 512
@@ -92,7 +92,7 @@ def _count() -> None:
 def _read(shard: _Shard, name: str) -> bytes | Fault:
   path = shard.root / name
   try:
-    return flow_io.read_encoded(path)
+    return image_io.read_encoded(path)
   except errors.UserError as error:
     return name, str(error).removeprefix(f"{path}: ")
 
@@ -100,7 +100,7 @@ def _read(shard: _Shard, name: str) -> bytes | Fault:
 def _undecodable(name: str, data: bytes) -> Fault | None:
   try:
     # Smaller takes a third of the time, and still reads a JPEG to its end.
-    flow_io.decode_image(data, name, min_side=1)
+    image_io.decode_image(data, name, min_side=1)
   except errors.UserError as error:
     return name, str(error).removeprefix(f"{name}: ")
   return None
@@ -221,8 +221,8 @@ class _Pool:
 
 def convert(
     *,
-    source: flow_io.Path,
-    output: flow_io.Path,
+    source: image_io.Path,
+    output: image_io.Path,
     shards: int = _SHARDS,
     workers: int = 1,
     skip_bad: bool = False,

@@ -20,7 +20,7 @@ import re
 
 import numpy as np
 
-from mcjepa_jax.data import flow_io
+from mcjepa_jax.data import flow_io, image_io
 from mcjepa_jax.errors import UserError
 
 # As many faults of one folder as a reader wants to see at once.
@@ -78,8 +78,8 @@ class FramePairs:
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray | str]:
     pair = self.pairs[index]
-    frame_1 = flow_io.read_image(pair.frame_1)
-    frame_2 = flow_io.read_image(pair.frame_2)
+    frame_1 = image_io.read_image(pair.frame_1)
+    frame_2 = image_io.read_image(pair.frame_2)
     _expect_size(frame_2, pair.frame_2, frame_1, pair.frame_1)
     return {"frame_1": frame_1, "frame_2": frame_2}
 
@@ -121,13 +121,13 @@ def _read_mask(path: str, frame: np.ndarray, of: str) -> np.ndarray:
   if path.endswith(".npy"):
     mask = flow_io.read_npy(path, np.uint8, 2)[..., None] > 0
   else:
-    mask = flow_io.read_image(path).any(axis=-1, keepdims=True)
+    mask = image_io.read_image(path).any(axis=-1, keepdims=True)
   _expect_size(mask, path, frame, of)
   return mask.astype(np.float32)
 
 
 def _find(
-    root: flow_io.Path, candidates: tuple[str, ...], *probes: str
+    root: image_io.Path, candidates: tuple[str, ...], *probes: str
 ) -> pathlib.Path:
   """Returns the first candidate folder under `root` that holds a probe."""
   root = pathlib.Path(root)
@@ -169,7 +169,7 @@ def _set(
   return FlowSet(pairs) if labels else FramePairs(pairs)
 
 
-def _listing(folder: flow_io.Path) -> set[str]:
+def _listing(folder: image_io.Path) -> set[str]:
   try:
     return set(os.listdir(folder))
   except FileNotFoundError:
@@ -198,7 +198,7 @@ def _subfolders(folder: pathlib.Path, *patterns: str) -> Frames:
 
 
 def flying_chairs(
-    root: flow_io.Path, split: str, *, labels: bool = True
+    root: image_io.Path, split: str, *, labels: bool = True
 ) -> FramePairs:
   """Returns FlyingChairs: NNNNN_img1.ppm, _img2.ppm, _flow.flo.
 
@@ -231,7 +231,7 @@ def _stems(folder: pathlib.Path, pattern: str) -> list[str]:
 
 
 def _in_split(path: pathlib.Path, names: list[str], split: str) -> list[str]:
-  with flow_io.opened(path, "a split file") as (file, size):
+  with image_io.opened(path, "a split file") as (file, size):
     # A digit and a line's end of two bytes; what is longer is another file.
     kinds = file.read(min(size, 3 * len(names) + 4)).split()
   if len(kinds) != len(names) or not {b"1", b"2"}.issuperset(kinds):
@@ -244,7 +244,7 @@ def _in_split(path: pathlib.Path, names: list[str], split: str) -> list[str]:
 
 
 def flying_chairs_2(
-    root: flow_io.Path, split: str, *, labels: bool = True
+    root: image_io.Path, split: str, *, labels: bool = True
 ) -> FramePairs:
   """Returns FlyingChairs2's "train" or "val" pairs, into the future."""
   folder = _find(root, ("FlyingChairs2", ""), f"{split}/*-img_0.png") / split
@@ -262,7 +262,7 @@ def flying_chairs_2(
 
 
 def flying_things(
-    root: flow_io.Path,
+    root: image_io.Path,
     split: str,
     *,
     render: str = "clean",
@@ -293,7 +293,7 @@ def flying_things(
   return _set(pairs, folder / "optical_flow" / split)
 
 
-def flying_things_frames(root: flow_io.Path, render: str) -> Frames:
+def flying_things_frames(root: image_io.Path, render: str) -> Frames:
   """Returns the folders of FlyingThings3D's training frames, both cameras."""
   split = f"frames_{render}pass/TRAIN"
   folder = _find(root, _THINGS, split) / split
@@ -301,7 +301,7 @@ def flying_things_frames(root: flow_io.Path, render: str) -> Frames:
 
 
 def flying_things_subset(
-    root: flow_io.Path,
+    root: image_io.Path,
     split: str,
     *,
     render: str = "clean",
@@ -336,7 +336,7 @@ def flying_things_subset(
   return _set(pairs, folder / "flow", labels=labels)
 
 
-def sintel(root: flow_io.Path, render: str) -> FramePairs:
+def sintel(root: image_io.Path, render: str) -> FramePairs:
   """Returns MPI-Sintel's training scenes in the "clean" or "final" pass."""
   folder = _find(root, ("MPI-Sintel/training", "training"), "flow")
   pairs = []
@@ -357,13 +357,13 @@ def sintel(root: flow_io.Path, render: str) -> FramePairs:
   return _set(pairs, folder / "flow")
 
 
-def sintel_frames(root: flow_io.Path, split: str, render: str) -> Frames:
+def sintel_frames(root: image_io.Path, split: str, render: str) -> Frames:
   """Returns the scenes of MPI-Sintel's "training" or "test" in one pass."""
   folder = _find(root, (f"MPI-Sintel/{split}", split), f"{render}/*")
   return _subfolders(folder / render, "*")
 
 
-def middlebury(root: flow_io.Path) -> FramePairs:
+def middlebury(root: image_io.Path) -> FramePairs:
   """Returns Middlebury's other-data: frame10, frame11 and flow10."""
   folder = _find(root, ("middlebury", ""), "other-gt-flow")
   pairs = []
@@ -380,7 +380,7 @@ def middlebury(root: flow_io.Path) -> FramePairs:
   return _set(pairs, folder / "other-gt-flow")
 
 
-def middlebury_frames(root: flow_io.Path) -> Frames:
+def middlebury_frames(root: image_io.Path) -> Frames:
   """Returns the scenes of Middlebury's other-data, as many frames as are there."""
   folder = _find(root, ("middlebury", ""), "other-data")
   return _subfolders(folder / "other-data", "*")
@@ -403,7 +403,7 @@ def _kitti_places(year: str, part: str, split: str) -> tuple[str, ...]:
 
 
 def kitti(
-    root: flow_io.Path, year: str, *, truth: str = "flow_occ"
+    root: image_io.Path, year: str, *, truth: str = "flow_occ"
 ) -> FramePairs:
   """Returns KITTI "2012"'s or "2015"'s training pairs.
 
@@ -425,7 +425,7 @@ def kitti(
 
 
 def kitti_frames(
-    root: flow_io.Path, year: str, split: str, *, multiview: bool = False
+    root: image_io.Path, year: str, split: str, *, multiview: bool = False
 ) -> Frames:
   """Returns the left camera's frames, "training" or "testing".
 
@@ -437,7 +437,7 @@ def kitti_frames(
   return frames, [frames]
 
 
-def hd1k(root: flow_io.Path) -> FramePairs:
+def hd1k(root: image_io.Path) -> FramePairs:
   """Returns HD1K: each frame with the next one of its sequence."""
   folder = _find(root, _HD1K, "hd1k_flow_gt/flow_occ")
   frames = folder / "hd1k_input" / "image_2"
@@ -458,14 +458,14 @@ def hd1k(root: flow_io.Path) -> FramePairs:
   return _set(pairs, folder / "hd1k_flow_gt" / "flow_occ")
 
 
-def hd1k_frames(root: flow_io.Path, part: str) -> Frames:
+def hd1k_frames(root: image_io.Path, part: str) -> Frames:
   """Returns the frames of "hd1k_input" (training) or "hd1k_challenge" (test)."""
   folder = _find(root, _HD1K, f"{part}/image_2") / part
   return _subfolders(folder, "image_2")
 
 
 def spring(
-    root: flow_io.Path, *, camera: str = "left", direction: str = "future"
+    root: image_io.Path, *, camera: str = "left", direction: str = "future"
 ) -> FramePairs:
   """Returns Spring's training pairs, on the grid of the frames.
 
@@ -497,13 +497,13 @@ def spring(
   return _set(pairs, folder)
 
 
-def spring_frames(root: flow_io.Path, split: str) -> Frames:
+def spring_frames(root: image_io.Path, split: str) -> Frames:
   """Returns the scenes of Spring's "train" or "test", of both cameras."""
   folder = _find(root, _SPRING, f"{split}/*/frame_left") / split
   return _subfolders(folder, *(f"*/frame_{camera}" for camera in _CAMERAS))
 
 
-def tartanair(root: flow_io.Path) -> FramePairs:
+def tartanair(root: image_io.Path) -> FramePairs:
   """Returns TartanAir's pairs of the left camera, valid where the mask is 0.
 
   The mask marks what is occluded, leaves the picture or moves by itself, whose
@@ -528,13 +528,13 @@ def tartanair(root: flow_io.Path) -> FramePairs:
   return _set(pairs, folder)
 
 
-def tartanair_frames(root: flow_io.Path) -> Frames:
+def tartanair_frames(root: image_io.Path) -> Frames:
   """Returns TartanAir's trajectories, of both cameras."""
   folder = _find(root, _TARTAN, *(f"{t}/image_left" for t in _TRAJECTORIES))
   return _subfolders(folder, *(f"{t}/image_*" for t in _TRAJECTORIES))
 
 
-def viper(root: flow_io.Path, split: str) -> FramePairs:
+def viper(root: image_io.Path, split: str) -> FramePairs:
   """Returns VIPER's "train" or "val" pairs, each frame with the next."""
   folder = _find(root, _VIPER, f"{split}/flow") / split
   pairs = []
@@ -558,7 +558,7 @@ def viper(root: flow_io.Path, split: str) -> FramePairs:
   return _set(pairs, folder / "flow")
 
 
-def viper_frames(root: flow_io.Path, split: str) -> Frames:
+def viper_frames(root: image_io.Path, split: str) -> Frames:
   """Returns the sequences of VIPER's "train", "val" or "test" frames."""
   folder = _find(root, _VIPER, f"{split}/img") / split
   return _subfolders(folder / "img", "*")

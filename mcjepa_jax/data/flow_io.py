@@ -1,4 +1,4 @@
-"""Readers and writers of flow files and images.
+"""Readers and writers of flow files.
 
 A flow reader returns (flow, valid): flow [h w 2] in pixels, (u right, v down),
 and valid [h w 1], 1 where the file knows the flow. Where it does not, flow is
@@ -11,34 +11,24 @@ the file.
 """
 
 from collections.abc import Callable
-import contextlib
 import io
 import math
-import os
 import pathlib
 import re
-import stat
 import struct
 from typing import BinaryIO
-import warnings
 import zipfile
 import zlib
 
 import cv2
 import h5py
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
+from mcjepa_jax.data import image_io
 from mcjepa_jax.errors import UserError
 
-# `max_pixels` stands in its place, with one error and no warning before it.
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-
-Path = str | os.PathLike
 Flow = tuple[Float32[np.ndarray, "h w 2"], Float32[np.ndarray, "h w 1"]]
-
-MAX_PIXELS = 2**26
 
 _FLO_MAGIC = b"PIEH"
 _UNKNOWN_ABOVE = 1e9
@@ -54,42 +44,11 @@ _HOSTILE = (
     RuntimeError,
     ValueError,
 )
-# Deflate packs at most 1032 bytes into one, and a byte holds 8 1-bit pixels.
-_DEFLATE_RATIO = 1032
 _DEFLATE, _SHUFFLE = h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE
-# A JPEG block of 8x8 pixels takes a bit at least, BMP's runs 255 pixels two bytes;
-# a WebP of one colour takes next to nothing, so its bound is no fact but ours.
-_PIXELS_PER_BYTE = {
-    "PPM": 8,
-    "PNG": 8 * _DEFLATE_RATIO,
-    "JPEG": 512,
-    "BMP": 128,
-    "WEBP": 2**13,
-}
-# No format that runs a program (EPS) or holds a film (GIF, TIFF).
-_FORMATS = ("JPEG", "PNG", "PPM", "WEBP", "BMP")
-_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
-
-
-@contextlib.contextmanager
-def opened(path: Path, wanted: str):
-  """Yields the open file and its size; only a regular file is opened."""
-  try:
-    # A pipe would block at open, so the kind is looked at first.
-    if not stat.S_ISREG(os.stat(path).st_mode):
-      raise UserError(f"{path}: expected {wanted}, came no regular file")
-    file = open(path, "rb")
-  except (OSError, ValueError) as error:
-    if isinstance(error, UserError):
-      raise
-    reason = getattr(error, "strerror", None) or error
-    raise UserError(f"{path}: expected {wanted}, came: {reason}") from error
-  with file:
-    yield file, os.fstat(file.fileno()).st_size
 
 
 def _read_floats(
-    file: BinaryIO, path: Path, dtype: str, shape: tuple[int, int, int]
+    file: BinaryIO, path: image_io.Path, dtype: str, shape: tuple[int, int, int]
 ) -> np.ndarray:
   """Returns the rest of the file as an array; its size is already checked."""
   count = int(np.prod(shape))
@@ -110,7 +69,9 @@ def _split_unknown(flow: Float[np.ndarray, "h w 2"]) -> Flow:
   return np.where(valid, flow, np.float32(0)), valid.astype(np.float32)
 
 
-def _mark_unknown(path: Path, flow: np.ndarray, valid: np.ndarray | None):
+def _mark_unknown(
+    path: image_io.Path, flow: np.ndarray, valid: np.ndarray | None
+):
   """Returns the flow with 1e10 where it is not valid."""
   if valid is not None:
     flow = np.where(valid > 0, flow, np.float32(_UNKNOWN))
@@ -119,7 +80,7 @@ def _mark_unknown(path: Path, flow: np.ndarray, valid: np.ndarray | None):
   return flow
 
 
-def _write(path: Path, *parts: bytes) -> None:
+def _write(path: image_io.Path, *parts: bytes) -> None:
   try:
     with open(path, "wb") as file:
       for part in parts:
@@ -128,9 +89,9 @@ def _write(path: Path, *parts: bytes) -> None:
     raise UserError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def read_flo(path: Path) -> Flow:
+def read_flo(path: image_io.Path) -> Flow:
   """Returns (flow, valid) of a Middlebury .flo file."""
-  with opened(path, "a .flo file") as (file, size):
+  with image_io.opened(path, "a .flo file") as (file, size):
     header = file.read(12)
     if header[:4] != _FLO_MAGIC or len(header) < 12:
       raise UserError(
@@ -147,7 +108,7 @@ def read_flo(path: Path) -> Flow:
 
 
 def write_flo(
-    path: Path,
+    path: image_io.Path,
     flow: Float32[np.ndarray, "h w 2"],
     valid: Float32[np.ndarray, "h w 1"] | None = None,
 ) -> None:
@@ -157,13 +118,13 @@ def write_flo(
   _write(path, _FLO_MAGIC, struct.pack("<ii", width, height), flow.tobytes())
 
 
-def read_pfm(path: Path) -> Flow:
+def read_pfm(path: image_io.Path) -> Flow:
   """Returns (flow, valid) of a colour .pfm file as FlyingThings3D writes it.
 
   Rows run from the bottom up, a negative scale means little-endian, its
   magnitude is ignored, and so is the third channel.
   """
-  with opened(path, "a .pfm file") as (file, size):
+  with image_io.opened(path, "a .pfm file") as (file, size):
     lines = [file.readline(64) for _ in range(3)]
     kind, sizes, scale = (line.strip() for line in lines)
     found = re.fullmatch(rb"(\d{1,9})\s+(\d{1,9})", sizes)
@@ -186,7 +147,7 @@ def read_pfm(path: Path) -> Flow:
 
 
 def write_pfm(
-    path: Path,
+    path: image_io.Path,
     flow: Float32[np.ndarray, "h w 2"],
     valid: Float32[np.ndarray, "h w 1"] | None = None,
 ) -> None:
@@ -197,7 +158,9 @@ def write_pfm(
   _write(path, b"PF\n%d %d\n-1.0\n" % (width, height), values.tobytes())
 
 
-def _png_chunks(path: Path, data: bytes) -> list[tuple[bytes, memoryview]]:
+def _png_chunks(
+    path: image_io.Path, data: bytes
+) -> list[tuple[bytes, memoryview]]:
   """Returns (kind, body) of each chunk up to IEND, with its CRC checked."""
   view, chunks, at = memoryview(data), [], len(_PNG_MAGIC)
   while not chunks or chunks[-1][0] != b"IEND":
@@ -221,12 +184,12 @@ def _png_chunk(kind: bytes, body: bytes) -> bytes:
   return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", crc)
 
 
-def read_kitti_flow(path: Path) -> Flow:
+def read_kitti_flow(path: image_io.Path) -> Flow:
   """Returns (flow, valid) of a 16-bit RGB png in KITTI's code (also HD1K's).
 
   u = (R - 2^15) / 64, v = (G - 2^15) / 64, valid where B > 0.
   """
-  with opened(path, "a 16-bit KITTI flow png") as (file, size):
+  with image_io.opened(path, "a 16-bit KITTI flow png") as (file, size):
     header = file.read(33)
     if header[:8] != _PNG_MAGIC or header[12:16] != b"IHDR" or size < 57:
       raise UserError(f"{path}: expected a 16-bit KITTI flow png, came no PNG")
@@ -237,7 +200,9 @@ def read_kitti_flow(path: Path) -> Flow:
           f"came bits, colour, compression, filter, interlace {tuple(layout)}"
       )
     wanted = height * (1 + 6 * width)
-    if not (0 < width and 0 < height and wanted <= _DEFLATE_RATIO * size):
+    if not (
+        0 < width and 0 < height and wanted <= image_io.DEFLATE_RATIO * size
+    ):
       raise UserError(
           f"{path}: its header says {width}x{height}, more than {size} bytes "
           "can hold"
@@ -274,7 +239,7 @@ def read_kitti_flow(path: Path) -> Flow:
 
 
 def write_kitti_flow(
-    path: Path,
+    path: image_io.Path,
     flow: Float32[np.ndarray, "h w 2"],
     valid: Float32[np.ndarray, "h w 1"] | None = None,
 ) -> None:
@@ -298,7 +263,7 @@ def write_kitti_flow(
 
 
 def _npy_header(
-    file: io.BufferedIOBase, path: Path
+    file: io.BufferedIOBase, path: image_io.Path
 ) -> tuple[tuple[int, ...], np.dtype]:
   """Returns (shape, dtype) of the plain array whose values come next."""
   try:
@@ -317,10 +282,10 @@ def _npy_header(
   return shape, dtype
 
 
-def read_npy(path: Path, dtype: type, axes: int) -> np.ndarray:
+def read_npy(path: image_io.Path, dtype: type, axes: int) -> np.ndarray:
   """Returns the array of an .npy file that must have this dtype and rank."""
   wanted = f"an .npy file of {np.dtype(dtype)} with {axes} axes"
-  with opened(path, wanted) as (file, size):
+  with image_io.opened(path, wanted) as (file, size):
     shape, came = _npy_header(file, path)
     if came != dtype or len(shape) != axes:
       raise UserError(f"{path}: expected {wanted}, came {came} {shape}")
@@ -335,7 +300,7 @@ def read_npy(path: Path, dtype: type, axes: int) -> np.ndarray:
     return np.fromfile(file, came, count).reshape(shape)
 
 
-def read_npy_flow(path: Path) -> Flow:
+def read_npy_flow(path: image_io.Path) -> Flow:
   """Returns (flow, valid) of a float32 .npy [h w 2], as TartanAir writes it."""
   flow = read_npy(path, np.float32, 3)
   if flow.shape[2] != 2:
@@ -343,9 +308,9 @@ def read_npy_flow(path: Path) -> Flow:
   return _split_unknown(flow)
 
 
-def read_npz_flow(path: Path) -> Flow:
+def read_npz_flow(path: image_io.Path) -> Flow:
   """Returns (flow, valid) of an .npz file with u and v [h w], as VIPER's."""
-  with opened(path, "an .npz file") as (file, size):
+  with image_io.opened(path, "an .npz file") as (file, size):
     try:
       with zipfile.ZipFile(file) as archive:
         u, v = (_npz_float(archive, name, path, size) for name in "uv")
@@ -363,7 +328,7 @@ def read_npz_flow(path: Path) -> Flow:
 
 
 def _npz_float(
-    archive: zipfile.ZipFile, name: str, path: Path, size: int
+    archive: zipfile.ZipFile, name: str, path: image_io.Path, size: int
 ) -> Float[np.ndarray, "h w"]:
   """Returns a member; no more is unpacked than its header says."""
   if f"{name}.npy" not in archive.namelist():
@@ -373,7 +338,7 @@ def _npz_float(
   entry = archive.getinfo(f"{name}.npy")
   if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
     raise UserError(f"{path}: expected {name!r} stored or deflated")
-  held = _DEFLATE_RATIO * min(entry.compress_size, size)
+  held = image_io.DEFLATE_RATIO * min(entry.compress_size, size)
   with archive.open(entry) as member:
     shape, dtype = _npy_header(member, path)
     _expect_floats(path, dtype, shape, axes=2, held=held)
@@ -389,7 +354,12 @@ def _npz_float(
 
 
 def _expect_floats(
-    path: Path, dtype: np.dtype, shape: tuple[int, ...], *, axes: int, held: int
+    path: image_io.Path,
+    dtype: np.dtype,
+    shape: tuple[int, ...],
+    *,
+    axes: int,
+    held: int,
 ):
   """Raises unless they are a flow's and at most `held` bytes."""
   if dtype.kind != "f" or dtype.itemsize > 8 or len(shape) != axes:
@@ -397,21 +367,21 @@ def _expect_floats(
         f"{path}: expected floats with {axes} axes, came {dtype} {shape}"
     )
   if (
-      math.prod(shape[:2]) > MAX_PIXELS
+      math.prod(shape[:2]) > image_io.MAX_PIXELS
       or math.prod(shape) * dtype.itemsize > held
   ):
     raise UserError(
-        f"{path}: its header says {shape}, more than {MAX_PIXELS} pixels or "
+        f"{path}: its header says {shape}, more than {image_io.MAX_PIXELS} pixels or "
         f"than the {held} bytes that its packed bytes can hold"
     )
 
 
-def read_flo5(path: Path) -> Flow:
+def read_flo5(path: image_io.Path) -> Flow:
   """Returns (flow, valid) of Spring's .flo5: HDF5 with a data set "flow".
 
   Nothing outside the file is followed: no link, external or virtual data.
   """
-  with opened(path, "a .flo5 (HDF5) file") as (file, size):
+  with image_io.opened(path, "a .flo5 (HDF5) file") as (file, size):
     try:
       with h5py.File(file, "r") as store:
         flow = _hdf5_flow(store, path, size)
@@ -425,7 +395,7 @@ def read_flo5(path: Path) -> Flow:
 
 
 def _hdf5_flow(
-    store: h5py.File, path: Path, size: int
+    store: h5py.File, path: image_io.Path, size: int
 ) -> Float[np.ndarray, "h w 2"]:
   """Returns the data set "flow", once nothing about it can surprise."""
   if not isinstance(store.get("flow", getlink=True), h5py.HardLink):
@@ -438,7 +408,7 @@ def _hdf5_flow(
   if filters not in ([], [_DEFLATE], [_SHUFFLE, _DEFLATE]):
     raise UserError(f"{path}: expected 'flow' deflated, came filters {filters}")
   stored = flow.id.get_storage_size()
-  ratio = _DEFLATE_RATIO if filters else 1
+  ratio = image_io.DEFLATE_RATIO if filters else 1
   _expect_floats(
       path, flow.dtype, flow.shape, axes=3, held=ratio * min(stored, size)
   )
@@ -469,7 +439,7 @@ def _hdf5_flow(
   return values
 
 
-FLOW_READERS: dict[str, Callable[[Path], Flow]] = {
+FLOW_READERS: dict[str, Callable[[image_io.Path], Flow]] = {
     ".flo": read_flo,
     ".flo5": read_flo5,
     ".npy": read_npy_flow,
@@ -479,7 +449,7 @@ FLOW_READERS: dict[str, Callable[[Path], Flow]] = {
 }
 
 
-def read_flow(path: Path) -> Flow:
+def read_flow(path: image_io.Path) -> Flow:
   """Returns (flow, valid) by the reader of the file's suffix."""
   suffix = pathlib.Path(path).suffix.lower()
   if suffix not in FLOW_READERS:
@@ -487,68 +457,3 @@ def read_flow(path: Path) -> Flow:
         f"{path}: expected one of {', '.join(FLOW_READERS)}, came {suffix!r}"
     )
   return FLOW_READERS[suffix](path)
-
-
-def decode_image(
-    data: bytes,
-    name: Path,
-    *,
-    min_side: int | None = None,
-    max_pixels: int = MAX_PIXELS,
-) -> UInt8[np.ndarray, "h w 3"]:
-  """Returns the RGB pixels of an encoded image; alpha is dropped.
-
-  With `min_side` a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where both
-  sides stay at least that long (2048x1536 for 256: 6 ms instead of 19).
-  """
-  try:
-    # Out of memory, as Pillow reads as much as a chunk claims to hold.
-    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-      held = len(data) * _PIXELS_PER_BYTE[image.format]
-      if image.width * image.height > min(max_pixels, held):
-        raise UserError(
-            f"{name}: expected at most {min(max_pixels, held)} pixels "
-            f"({max_pixels}, or what {len(data)} bytes hold), came "
-            f"{image.width}x{image.height}"
-        )
-      # Pillow takes a 16-bit png, such as KITTI's flow, for an 8-bit picture.
-      deep = image.format == "PNG" and data[24] > 8
-      if deep or image.mode not in _MODES:
-        raise UserError(
-            f"{name}: expected 8 bits a channel, came "
-            f"{'16 bits' if deep else image.mode}"
-        )
-      if min_side is not None:
-        image.draft("RGB", (min_side, min_side))
-      return np.array(image.convert("RGB"))
-  except (UserError, MemoryError):
-    raise
-  # Pillow answers a hostile file with whatever its parser ran into.
-  except Exception as error:
-    unknown = isinstance(error, UnidentifiedImageError)
-    # Pillow's own words would be the address of the bytes.
-    reason = "of no such format" if unknown else f"that do not decode: {error}"
-    raise UserError(
-        f"{name}: expected an image ({', '.join(_FORMATS)}), "
-        f"came {len(data)} bytes {reason}"
-    ) from error
-
-
-def read_encoded(path: Path, *, max_pixels: int = MAX_PIXELS) -> bytes:
-  """Returns the bytes of an image file, at most what `max_pixels` can take."""
-  with opened(path, "an image") as (file, size):
-    # 16-bit RGB without compression has 6 bytes a pixel.
-    if size > 8 * max_pixels:
-      raise UserError(
-          f"{path}: expected an image of at most {max_pixels} pixels, came "
-          f"{size} bytes"
-      )
-    return file.read(size)
-
-
-def read_image(
-    path: Path, *, min_side: int | None = None, max_pixels: int = MAX_PIXELS
-) -> UInt8[np.ndarray, "h w 3"]:
-  """Returns the RGB pixels of an image file; see `decode_image`."""
-  data = read_encoded(path, max_pixels=max_pixels)
-  return decode_image(data, path, min_side=min_side, max_pixels=max_pixels)

@@ -15,7 +15,7 @@ import zipfile
 from jaxtyping import Int32
 import numpy as np
 
-from mcjepa_jax.data import flow_io
+from mcjepa_jax.data import image_io
 from mcjepa_jax.errors import UserError
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".ppm", ".bmp")
@@ -56,7 +56,7 @@ class Listing:
   links: list[str]  # symbolic links that were followed
 
 
-def find_images(root: flow_io.Path) -> Listing:
+def find_images(root: image_io.Path) -> Listing:
   """Returns all images below a folder, a folder's own first, sorted by name.
 
   Files are images by their suffix, see SUFFIXES.
@@ -122,10 +122,10 @@ def _entries(
 class ImageFolder:
   """Images of root/CLASS/*.JPEG, labelled by sorted class, or of any folder.
 
-  With `min_side` large JPEGs are decoded smaller, see flow_io.decode_image.
+  With `min_side` large JPEGs are decoded smaller, see image_io.decode_image.
   """
 
-  def __init__(self, root: flow_io.Path, *, min_side: int | None = None):
+  def __init__(self, root: image_io.Path, *, min_side: int | None = None):
     self.root = pathlib.Path(root)
     self.min_side = min_side
     listing = find_images(self.root)
@@ -141,7 +141,7 @@ class ImageFolder:
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray | np.int32]:
     path = self.root / self.record_id(index)
-    example = {"image": flow_io.read_image(path, min_side=self.min_side)}
+    example = {"image": image_io.read_image(path, min_side=self.min_side)}
     if self._labels is not None:
       example["label"] = self._labels[index]
     return example
@@ -185,7 +185,7 @@ class BinaryImages:
 
   def __init__(
       self,
-      files: Sequence[flow_io.Path],
+      files: Sequence[image_io.Path],
       *,
       side: int,
       by_column: bool = False,
@@ -201,7 +201,7 @@ class BinaryImages:
     self._row = self._head + 3 * side * side
     counts = []
     for path in self.files:
-      with flow_io.opened(path, "images") as (_, size):
+      with image_io.opened(path, "images") as (_, size):
         counts.append(size // self._row)
       if not size or size % self._row:
         raise UserError(
@@ -226,7 +226,7 @@ class BinaryImages:
   def __getitem__(self, index: int) -> dict[str, np.ndarray | np.int32]:
     file, number = _place(self._ends, index)
     path = self.files[file]
-    with flow_io.opened(path, "images") as (opened, _):
+    with image_io.opened(path, "images") as (opened, _):
       opened.seek(number * self._row)
       row = opened.read(self._row)
     if len(row) != self._row:
@@ -246,7 +246,7 @@ class BinaryImages:
     return example
 
 
-def cifar10_binary(folder: flow_io.Path, split: str) -> BinaryImages:
+def cifar10_binary(folder: image_io.Path, split: str) -> BinaryImages:
   """Returns the `train` or `test` images of cifar-10-batches-bin.
 
   The labels are not sorted (cs.toronto.edu/~kriz/cifar.html, binary version).
@@ -263,7 +263,7 @@ def cifar10_binary(folder: flow_io.Path, split: str) -> BinaryImages:
   )
 
 
-def stl10_binary(folder: flow_io.Path, split: str) -> BinaryImages:
+def stl10_binary(folder: image_io.Path, split: str) -> BinaryImages:
   """Returns the `train`, `test` or `unlabeled` images of stl10_binary.
 
   Columns come first, labels run from 1 (cs.stanford.edu/~acoates/stl10).
@@ -273,7 +273,7 @@ def stl10_binary(folder: flow_io.Path, split: str) -> BinaryImages:
   if split != "unlabeled":
     classes = _class_names(folder / "class_names.txt")
     path = folder / f"{split}_y.bin"
-    with flow_io.opened(path, "labels") as (file, size):
+    with image_io.opened(path, "labels") as (file, size):
       # As many labels as images, each of which is larger.
       labels = np.frombuffer(file.read(size), np.uint8).astype(np.int32) - 1
     if not size or labels.min() < 0 or labels.max() >= len(classes):
@@ -292,7 +292,7 @@ def stl10_binary(folder: flow_io.Path, split: str) -> BinaryImages:
 
 def _class_names(path: pathlib.Path) -> list[str]:
   """Returns the lines of a text file that are not empty."""
-  with flow_io.opened(path, "a name of a class on each line") as (file, size):
+  with image_io.opened(path, "a name of a class on each line") as (file, size):
     text = file.read(_MAX_META).decode("utf-8", "replace")
   names = [line.strip() for line in text.splitlines() if line.strip()]
   if size > _MAX_META or not 0 < len(names) <= 256:
@@ -310,7 +310,7 @@ class NpzImages:
   classes: str [k]. An image is read from the file when it is asked for.
   """
 
-  def __init__(self, path: flow_io.Path):
+  def __init__(self, path: image_io.Path):
     self.path = pathlib.Path(path)
     members = _npz_members(self.path, ("data", "offsets", "labels", "classes"))
     self._data, data_size = _npy_place(self.path, members["data"])
@@ -350,11 +350,11 @@ class NpzImages:
     index = range(len(self))[index]
     start, end = self._offsets[index : index + 2].tolist()
     name = f"{self.path}, image {index}"
-    with flow_io.opened(self.path, "an .npz file") as (file, _):
+    with image_io.opened(self.path, "an .npz file") as (file, _):
       file.seek(self._data + start)
       encoded = file.read(end - start)
     return {
-        "image": flow_io.decode_image(encoded, name),
+        "image": image_io.decode_image(encoded, name),
         "label": self._labels[index],
     }
 
@@ -374,7 +374,7 @@ def _npz_members(
   that holds it, and its bytes can be read in place.
   """
   members = {}
-  with flow_io.opened(path, "an .npz file") as (file, size):
+  with image_io.opened(path, "an .npz file") as (file, size):
     try:
       with zipfile.ZipFile(file) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
@@ -414,7 +414,7 @@ def _npy_header(
 ) -> tuple[int, int, np.dtype]:
   """Returns (offset, length, dtype) of a member's one-dimensional array."""
   start, size = member
-  with flow_io.opened(path, "an .npz file") as (file, _):
+  with image_io.opened(path, "an .npz file") as (file, _):
     file.seek(start)
     try:
       version = np.lib.format.read_magic(file)

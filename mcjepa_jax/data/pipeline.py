@@ -9,32 +9,20 @@ holds, and no label enters a batch:
 A data set has `__len__`, `__getitem__(i) -> dict` and `record_id(i) -> str`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 import dataclasses
 import functools
-from multiprocessing import connection, parent_process
-import os
-import signal
-import threading
-from typing import Any, NamedTuple
-import weakref
+from typing import Any
 
 import grain
-from jaxtyping import UInt8
 import numpy as np
 
 from mcjepa_jax.data import transforms
+from mcjepa_jax.data.feed import Part, Stream
 from mcjepa_jax.errors import UserError
-
-# Bytes from which an array leaves a worker through shared memory. 115 MiB take
-# 105 ms so and 439 ms through a pipe (1 MiB: 1.8 and 2.2 ms); but containers
-# often have 64 MiB of shared memory, and a worker that finds none dies.
-_MIN_SHARED_MEMORY = 2**22
 
 # Records in a row that are tried in the place of one that cannot be read.
 _ATTEMPTS = 10
-
-Arrays = dict[str, UInt8[np.ndarray, "n h w 3"]]
 
 # First word of what is added to the seed, so that motion and content never draw
 # the same numbers.
@@ -54,6 +42,10 @@ class MotionSource:
   scale: tuple[float, float] = (1.0, 1.0)  # of the frame before the crop
   flip: bool = True
   swap: bool = True
+  rotation: tuple[float, float] = (0.0, 0.0)  # see transforms.pair_geometry
+  relative_rotation: float = 0.0
+  relative_scale: float = 1.0
+  relative_shift: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,14 +96,6 @@ class _Source:
     }
 
 
-class Part(NamedTuple):
-  """This host's rows of a batch."""
-
-  arrays: Arrays
-  records: list[str]  # of each row's pair or image
-  faults: list[tuple[str, str]]  # (record, fault) of those that were replaced
-
-
 @dataclasses.dataclass(frozen=True)
 class _Cut:
   """Reads a record and cuts it with the generator of its place in the stream.
@@ -143,7 +127,8 @@ class _Cut:
 def _stack(parts: Sequence[Part]) -> Part:
   (key,) = parts[0].arrays
   return Part(
-      {key: np.concatenate([part.arrays[key] for part in parts])},
+      # The only copy of what was cut.
+      {key: np.stack([image for part in parts for image in part.arrays[key]])},
       [record for part in parts for record in part.records],
       [fault for part in parts for fault in part.faults],
   )
@@ -180,159 +165,6 @@ def _batches(
       # so that the hosts' parts in order are the batch of a single host.
       .slice(slice(host_index, None, host_count))
   )
-
-
-def _exit_with_parent(worker_index: int, worker_count: int) -> None:
-  """Ends a Grain worker with its parent, and leaves signals to the parent.
-
-  SIGTERM goes to a whole job at once, and the parent needs its workers until it
-  has saved.
-
-  A worker whose parent was killed would wait for room in its queue for ever.
-  """
-  del worker_index, worker_count
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-  signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-  def watch():
-    connection.wait([parent_process().sentinel])
-    os._exit(1)
-
-  threading.Thread(target=watch, daemon=True).start()
-
-
-def _end(iterators: list[grain.DatasetIterator]) -> None:
-  while iterators:
-    iterators.pop().close()
-
-
-def _flatten(tree: Any, path: str = "") -> dict[str, Any]:
-  if isinstance(tree, dict):
-    items = [(f"{path}.{k}" if path else k, v) for k, v in tree.items()]
-  elif isinstance(tree, list):
-    items = [(f"{path}[{i}]", v) for i, v in enumerate(tree)]
-  else:
-    return {path: tree}
-  return {k: v for item in items for k, v in _flatten(item[1], item[0]).items()}
-
-
-class Stream(Iterator):
-  """Iterates over the parts of this host from any batch on.
-
-  `stream[k]` is batch k, computed in this process. Workers start with the first
-  `next`, or before it with `start`.
-  """
-
-  def __init__(
-      self,
-      batches: grain.MapDataset,
-      fingerprint: dict[str, Any],
-      *,
-      start: int = 0,
-      num_workers: int = 0,
-      prefetch: int = 2,
-  ):
-    """Describes the iteration; nothing runs yet.
-
-    Args:
-      batches: element k is the part of batch k.
-      fingerprint: what the order of the data depends on, as JSON.
-      start: index of the first batch.
-      num_workers: processes, each making whole batches; 0 for one thread.
-      prefetch: batches that wait in the queue of each worker.
-    """
-    self._batches = batches
-    self._fingerprint = fingerprint
-    self._next_batch = start
-    self._num_workers = num_workers
-    self._prefetch = prefetch
-    # The iterator, once it runs.
-    self._running = []
-    # Also at exit: an iterator that outlives the modules that it uses ends in
-    # tracebacks on stderr.
-    weakref.finalize(self, _end, self._running)
-
-  def __getitem__(self, index: int) -> Part:
-    return self._batches[index]
-
-  def __next__(self) -> Part:
-    self.start()
-    part = next(self._running[0])
-    self._next_batch += 1
-    # Out of shared memory, which JAX on CPU would alias for as long as the
-    # batch lives: what still lives at exit is reported as leaked.
-    return part._replace(
-        arrays={k: np.array(v, subok=False) for k, v in part.arrays.items()}
-    )
-
-  def start(self) -> None:
-    """Starts the workers, if they do not run yet."""
-    if self._running:
-      return
-    # Batches have random access: going on from batch k is slicing off the k
-    # first, whereas the state of Grain's own iterator holds the number of
-    # workers.
-    batches = self._batches[self._next_batch :]
-    threads = 0 if self._num_workers else 1
-    dataset = batches.to_iter_dataset(
-        grain.ReadOptions(
-            num_threads=threads, prefetch_buffer_size=threads * self._prefetch
-        )
-    )
-    if self._num_workers:
-      dataset = grain.experimental.WithOptionsIterDataset(
-          dataset,
-          grain.experimental.DatasetOptions(min_shm_size=_MIN_SHARED_MEMORY),
-      ).mp_prefetch(
-          grain.MultiprocessingOptions(
-              num_workers=self._num_workers,
-              per_worker_buffer_size=self._prefetch,
-          ),
-          worker_init_fn=_exit_with_parent,
-      )
-    iterator = iter(dataset)
-    # Makes the iterators of the workers, which else wait for the first `next`.
-    iterator.get_state()
-    iterator.start_prefetch()
-    self._running.append(iterator)
-
-  def state(self) -> dict[str, Any]:
-    """Returns, as JSON, the place of the batch that `next` returns next.
-
-    A caller that queues batches keeps with each the state from before it.
-    """
-    return {"next_batch": self._next_batch, "fingerprint": self._fingerprint}
-
-  def restore(self, state: dict[str, Any]) -> None:
-    """Moves to the place of a state, under any number of workers and hosts.
-
-    Raises:
-      UserError: the state is of a stream of other data, seed or sizes.
-    """
-    saved = _flatten(state["fingerprint"])
-    ours = _flatten(self._fingerprint)
-    changes = [
-        f"{key} was {saved.get(key, 'absent')}, is {ours.get(key, 'absent')}"
-        for key in sorted(saved.keys() | ours.keys())
-        if saved.get(key) != ours.get(key)
-    ]
-    if changes:
-      raise UserError(
-          f"the {self._fingerprint['stream']} data of the checkpoint differ "
-          f"from those of this run: {'; '.join(changes)}"
-      )
-    self.close()
-    self._next_batch = state["next_batch"]
-
-  def close(self) -> None:
-    """Ends the workers; a later `next` starts new ones."""
-    _end(self._running)
-
-  def __enter__(self) -> "Stream":
-    return self
-
-  def __exit__(self, *exception) -> None:
-    self.close()
 
 
 def _check(
@@ -429,6 +261,10 @@ def motion_stream(
               scale=source.scale,
               flip=source.flip,
               swap=source.swap,
+              rotation=source.rotation,
+              relative_rotation=source.relative_rotation,
+              relative_scale=source.relative_scale,
+              relative_shift=source.relative_shift,
           ),
       )
       for source in sources

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 import tqdm
 
-from mcjepa_jax.data import flow_io
+from mcjepa_jax.data import image_io
 from mcjepa_jax.errors import UserError
 
 # FFmpeg complains to stderr, beside the one error that follows; it reads this
@@ -71,10 +71,10 @@ class VideoFrames:
 
   def __init__(
       self,
-      path: flow_io.Path,
+      path: image_io.Path,
       *,
       max_side: int = 640,
-      cache_dir: flow_io.Path | None = None,
+      cache_dir: image_io.Path | None = None,
       max_bytes: int = 16 * 2**30,
       progress: bool = True,
       name: str | None = None,
@@ -118,7 +118,7 @@ class VideoFrames:
     index = range(len(self))[index]
     size = self.nbytes // len(self)
     offset = self._offset + index * size
-    with flow_io.opened(self._frames, f"frames of {self.path}") as (file, _):
+    with image_io.opened(self._frames, f"frames of {self.path}") as (file, _):
       pixels = np.fromfile(file, np.uint8, size, offset=offset)
     if pixels.size != size:
       raise UserError(f"{self._frames}: came cut: delete it")
@@ -205,7 +205,7 @@ def _check_container(path: pathlib.Path) -> None:
   The decoder takes a cut file for a shorter video, and follows a play list,
   whatever its suffix, to the files and hosts that it names.
   """
-  with flow_io.opened(path, "a video") as (file, size):
+  with image_io.opened(path, "a video") as (file, size):
     head = file.read(12)
     if head[:4] == b"RIFF" and head[8:] == b"AVI ":
       part_length = _riff_length
@@ -271,9 +271,9 @@ def _decoded(
       raise UserError(f"{path}: expected a video, came one that does not open")
     width = int(video.get(cv2.CAP_PROP_FRAME_WIDTH))
     height = int(video.get(cv2.CAP_PROP_FRAME_HEIGHT))
-    if not 0 < width * height <= flow_io.MAX_PIXELS:
+    if not 0 < width * height <= image_io.MAX_PIXELS:
       raise UserError(
-          f"{path}: expected frames of 1 to {flow_io.MAX_PIXELS} pixels, came "
+          f"{path}: expected frames of 1 to {image_io.MAX_PIXELS} pixels, came "
           f"{width}x{height}"
       )
     # An estimate: right in most MP4s, twice the truth in some AVIs.
@@ -310,7 +310,7 @@ class FolderFrames:
 
   may_cut = False
 
-  def __init__(self, folder: flow_io.Path, names: Sequence[str], name: str):
+  def __init__(self, folder: image_io.Path, names: Sequence[str], name: str):
     self.folder = pathlib.Path(folder)
     self.name = name
     self._names = tuple(names)
@@ -320,7 +320,7 @@ class FolderFrames:
 
   def frame(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
     """Returns one frame."""
-    return flow_io.read_image(self.folder / self._names[index])
+    return image_io.read_image(self.folder / self._names[index])
 
   def frame_id(self, index: int) -> str:
     """Returns the frame's path under the data set's root, without suffix."""
@@ -331,7 +331,9 @@ class FolderFrames:
     """Returns a small picture of every frame; decodes them all."""
     return np.stack(
         [
-            _thumbnail(flow_io.read_image(self.folder / n, min_side=_THUMBNAIL))
+            _thumbnail(
+                image_io.read_image(self.folder / n, min_side=_THUMBNAIL)
+            )
             for n in self._names
         ]
     )
@@ -426,10 +428,10 @@ def cuts(thumbnails: UInt8[np.ndarray, "t s s 3"]) -> Bool[np.ndarray, " t-1"]:
 
 
 def videos(
-    path: flow_io.Path,
+    path: image_io.Path,
     *,
     max_side: int = 640,
-    cache_dir: flow_io.Path | None = None,
+    cache_dir: image_io.Path | None = None,
     max_bytes: int = 16 * 2**30,
     progress: bool = True,
 ) -> list[VideoFrames]:
@@ -470,8 +472,8 @@ def videos(
 
 
 def frame_folders(
-    root: flow_io.Path,
-    folders: Iterable[flow_io.Path] | None = None,
+    root: image_io.Path,
+    folders: Iterable[image_io.Path] | None = None,
     *,
     leave_out: str = "",
 ) -> list[FolderFrames]:
@@ -507,7 +509,7 @@ def _cannot_list(error: OSError):
   ) from error
 
 
-def _natural(name: flow_io.Path) -> list:
+def _natural(name: image_io.Path) -> list:
   """Returns a sort key that puts 9 before 10."""
   parts = re.split(r"(\d+)", os.fspath(name))
   return [int(part) if i % 2 else part for i, part in enumerate(parts)]
