@@ -33,6 +33,7 @@ from mcjepa_jax import (
 )
 from mcjepa_jax.models import mcjepa
 
+_RATED_STEPS = 20  # after which the input's rate is told
 # What a file system without locks answers: then nothing keeps two runs apart.
 _NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
 
@@ -287,6 +288,9 @@ class Progress:
     self._quarantine = journal.Quarantine(
         run.workdir, step=start, limit=config.bad_records
     )
+    self._steps = 0
+    self._reports = {"content": 0, "motion": 0}  # steps that trained each
+    self._before = run.clock.seconds().get("step", 0.0)
 
   def report(self, number: int, logs: dict[str, jax.Array]) -> None:
     """Fetches what a step logged, checks and shows it."""
@@ -298,6 +302,7 @@ class Progress:
     losses = [f"loss {values['loss']:.3f}"]
     for task in steps.tasks_of_mode(config.mode):
       if f"loss/{task}" in values:
+        self._reports[task] += 1
         losses.append(f"{task} {values[f'loss/{task}']:.3f}")
     self._bar.set_postfix_str(f"{', '.join(losses)}, {rate:.0f} examples/s")
     if number % config.log_every == 0 or number + 1 == config.num_steps:
@@ -307,7 +312,44 @@ class Progress:
       }
       rate = {"examples_per_second": rate}
       replaced = self._quarantine.counts()
-      self.log.scalars(number, values | rate | seconds | replaced)
+      feeds = self._feeds()
+      self.log.scalars(number, values | rate | seconds | replaced | feeds)
+    self._steps += 1
+    if self._steps == _RATED_STEPS:
+      self._note_feeds()
+
+  def _feeds(self) -> dict[str, float]:
+    """What this host's workers make a second, and what its steps can take."""
+    seconds = self._run.clock.seconds().get("step", 0.0) - self._before
+    feeds = {}
+    for task, stream in self._run.streams.items():
+      rows = self._run.config[task].batch_size / jax.process_count()
+      unit = {"content": "images", "motion": "pairs"}[task]
+      if self._reports[task] and seconds:
+        feeds[f"feed/{unit}"] = rows * stream.rate()
+        feeds[f"step/{unit}"] = rows * self._reports[task] / seconds
+    return feeds
+
+  def _note_feeds(self) -> None:
+    feeds = self._feeds()
+    made, taken = (
+        ", ".join(
+            f"{value:.0f} {name.split('/')[1]}/s"
+            for name, value in feeds.items()
+            if name.startswith(kind)
+        )
+        for kind in ("feed/", "step/")
+    )
+    limits = [
+        name
+        for name in feeds
+        if name.startswith("feed/")
+        and feeds[name] < feeds[name.replace("feed/", "step/")]
+    ]
+    self.note(
+        f"This host feeds {made}; the steps take {taken}: the input is"
+        f"{'' if limits else ' not'} the limit."
+    )
 
   def quarantine(self, number: int, batch: Batch) -> None:
     """Shows the records of a batch that were replaced."""

@@ -2,13 +2,15 @@
 
 import json
 import time
+import types
 
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
 from tensorboardX.proto import event_pb2
 
-from mcjepa_jax import assembly, errors, journal, panels
+from mcjepa_jax import assembly, errors, journal, panels, train
 from tests import tiny
 
 
@@ -90,6 +92,33 @@ def test_too_many_unreadable_records_end_the_run_with_their_list(tmp_path):
       " unreadable, got 3 of 1000",
       "a: cut", "b: cut", "c: gone",
   )  # fmt: skip
+
+
+@pytest.mark.parametrize(("made", "words"), [(0.5, "is"), (200.0, "is not")])
+def test_a_line_says_whether_the_input_is_the_limit(
+    tmp_path, capsys, made, words
+):
+  stream = types.SimpleNamespace(rate=lambda: made)
+  run = object.__new__(train.Run)  # no model, no checkpoints
+  vars(run).update(
+      config=tiny.config(mode="motion"),
+      workdir=tmp_path,
+      clock=journal.Clock(),
+      streams={"motion": stream},
+  )
+  progress = train.Progress(run, 0)
+  for number in range(20):
+    with run.clock.span("step"):
+      time.sleep(0.02)
+      progress.report(
+          number, dict.fromkeys(("loss", "loss/motion"), jnp.ones(()))
+      )
+  progress.close()
+  (line,) = [x for x in capsys.readouterr().out.splitlines() if "feeds" in x]
+  assert f"feeds {4 * made:.0f} pairs/s; the steps take" in line
+  assert f"the input {words} the limit" in line
+  last = _lines(tmp_path / "metrics.jsonl")[-1]
+  assert last["feed/pairs"] == 4 * made and last["step/pairs"] < 200
 
 
 def test_tensorboard_has_the_numbers_and_the_pictures(tmp_path):
