@@ -350,18 +350,4 @@ class Pairs:
     """The keys of synthetic.Pairs, without a label."""
     rng = np.random.default_rng((self.seed, range(len(self))[i]))
     layers = scene_layers(rng, len(self.images), self.size, self.max_motion)
-    scene = render(layers, self.images, self.size)
-    frame_1, frame_2 = scene["images"]
-    flow_12, flow_21 = scene["flows"]
-    visible_1, visible_2 = scene["visible"]
-    return {
-        "frame_1": frame_1,
-        "frame_2": frame_2,
-        "flow_12": flow_12,
-        "flow_21": flow_21,
-        "visible_1": visible_1,
-        "visible_2": visible_2,
-        "flow": flow_12,
-        "valid": np.ones_like(visible_1),
-        "segments_1": scene["segments"][0],
-    }
+    return synthetic.example(render(layers, self.images, self.size))

@@ -18,6 +18,7 @@ is 1 everywhere: the flow is also exact where its target is hidden.
 from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import math
+from typing import Any
 
 from jaxtyping import Float, Int, UInt8
 import numpy as np
@@ -428,6 +429,24 @@ def _sample(
   return scene_layers(rng, label, size), label
 
 
+def example(scene: dict[str, Any]) -> dict[str, Any]:
+  """What a pair set returns of a rendered scene."""
+  frame_1, frame_2 = scene["images"]
+  flow_12, flow_21 = scene["flows"]
+  visible_1, visible_2 = scene["visible"]
+  return {
+      "frame_1": frame_1,
+      "frame_2": frame_2,
+      "flow_12": flow_12,
+      "flow_21": flow_21,
+      "visible_1": visible_1,
+      "visible_2": visible_2,
+      "flow": flow_12,
+      "valid": np.ones_like(visible_1),
+      "segments_1": scene["segments"][0],
+  }
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pairs:
   """Pairs of frames with flow and masks both ways; see the module's text."""
@@ -452,22 +471,7 @@ class Pairs:
     `flow` and `valid` are what an evaluation reads: flow_12, on every pixel.
     """
     layers, label = _sample(self.size, self.seed, range(len(self))[i])
-    scene = render(layers, self.size)
-    frame_1, frame_2 = scene["images"]
-    flow_12, flow_21 = scene["flows"]
-    visible_1, visible_2 = scene["visible"]
-    return {
-        "frame_1": frame_1,
-        "frame_2": frame_2,
-        "flow_12": flow_12,
-        "flow_21": flow_21,
-        "visible_1": visible_1,
-        "visible_2": visible_2,
-        "flow": flow_12,
-        "valid": np.ones_like(visible_1),
-        "segments_1": scene["segments"][0],
-        "label": label,
-    }
+    return example(render(layers, self.size)) | {"label": label}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
