@@ -91,6 +91,20 @@ def single(flags: Mapping[str, Sequence[str]], **hints: str) -> list[str]:
   return values
 
 
+def number(
+    flags: Mapping[str, Sequence[str]], name: str, default: int, most: int
+) -> int:
+  """The number of a flag, from 1 to `most`; `default` if it is not given."""
+  if name not in flags:
+    return default
+  text = " ".join(flags[name])
+  if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= most):
+    raise UserError(
+        f"--{name}: expected a number from 1 to {most}, got {text!r}"
+    )
+  return int(text)
+
+
 def _nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
   close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
   if close:

@@ -3,6 +3,7 @@
 Flow is (u right, v down) in pixels. Images come as uint8, or as float in [0, 1].
 """
 
+from collections.abc import Sequence
 import math
 import pathlib
 
@@ -152,10 +153,15 @@ def flow_panel(
     mask = to_uint8(visible.reshape(*frame_1.shape[:2], 1).astype(float))
     tiles["visible"] = np.repeat(mask, 3, axis=-1)
   images = enlarge(np.stack(list(tiles.values())), scale)
-  labelled = np.stack(
-      [_labelled(*item) for item in zip(images, tiles, strict=True)]
-  )
-  return grid(labelled, len(tiles))
+  return labelled_grid(images, list(tiles), len(tiles))
+
+
+def labelled_grid(
+    images: UInt8[np.ndarray, "n h w 3"], labels: Sequence[str], columns: int
+) -> UInt8[np.ndarray, "r c 3"]:
+  """Returns the images as `grid` does, each with its label above it."""
+  labelled = [_labelled(*item) for item in zip(images, labels, strict=True)]
+  return grid(np.stack(labelled), columns)
 
 
 def feature_pca(

@@ -361,20 +361,6 @@ def _prepare(folder: pathlib.Path, plan: list[_Shard], source: str) -> None:
   array_records.write_json(folder / _STATE, state)
 
 
-def _number(
-    flags: dict[str, list[str]], name: str, default: int, most: int
-) -> int:
-  """Returns a flag's number, from 1 to `most`."""
-  if name not in flags:
-    return default
-  text = " ".join(flags[name])
-  if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= most):
-    raise errors.UserError(
-        f"--{name}: expected a number from 1 to {most}, got {text!r}"
-    )
-  return int(text)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
   """Returns the exit code of the command; its counts are printed."""
   argv = sys.argv[1:] if argv is None else argv
@@ -393,10 +379,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         ),
         lambda: values.update(
-            shards=_number(flags, "shards", _SHARDS, array_records.MAX_SHARDS)
+            shards=command.number(
+                flags, "shards", _SHARDS, array_records.MAX_SHARDS
+            )
         ),
         lambda: values.update(
-            workers=_number(flags, "workers", cores, _MAX_WORKERS)
+            workers=command.number(flags, "workers", cores, _MAX_WORKERS)
         ),
     )
     if flags.get("skip-bad"):

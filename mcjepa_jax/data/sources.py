@@ -41,11 +41,20 @@ _KITTI_EVALUATED = r".*_(09|10|11|12)"
 _KITTI_NO_PAIR = r".*_(?!10|11)[0-9]+"
 
 
+class UnknownName(errors.UserError):
+  """No source of a kind is called so; `names` are those that there are."""
+
+  def __init__(self, message: str, names: tuple[str, ...]):
+    super().__init__(message)
+    self.names = names
+
+
 def choice(table: dict[str, Any], name: str, key: str) -> Any:
   """The entry of a literal table, or an error that lists its names."""
   if name not in table:
-    raise errors.UserError(
-        f"{key}: expected one of {', '.join(sorted(table))}, got {name!r}"
+    names = tuple(sorted(table))
+    raise UnknownName(
+        f"{key}: expected one of {', '.join(names)}, got {name!r}", names
     )
   return table[name]
 
