@@ -23,7 +23,7 @@ from mcjepa_jax import (
     sharding,
     validation,
 )
-from mcjepa_jax.data import sources
+from mcjepa_jax.data import flow_faults, sources
 from mcjepa_jax.evals import flow, probe
 from mcjepa_jax.models import mcjepa
 
@@ -33,6 +33,7 @@ _KNN_BANK = 2000
 _KNN_QUERIES = 1000
 _KNN_BATCH = 128
 _DECODED_WHOLE = 100
+_JUDGED = 4
 _RESULTS = "evaluation.json"
 _CIFAR_STRIDE = 5  # every fifth image is a query: its labels are sorted
 
@@ -200,13 +201,19 @@ def _check_examples(config, kind, name):
   """Raises UserError for examples that cannot be decoded.
 
   Small sets are decoded whole, of large ones an example: a fault is told now
-  and not after the training.
+  and not after the training. So is flow that the first examples contradict.
   """
   examples = _EVALS[kind][0](config, name)
   count = len(examples) if len(examples) <= _DECODED_WHOLE else 1
-  faults = errors.collect(
-      *(functools.partial(examples.__getitem__, i) for i in range(count))
-  )
+  judge = flow_faults.Judge()
+
+  def look(i):
+    example = examples[i]
+    if kind == "flow" and i < _JUDGED:
+      judge.add(example)
+
+  faults = errors.collect(*(functools.partial(look, i) for i in range(count)))
+  faults += [f"flow/{name}: {f}" for f in judge.misreadings(certain=True)]
   if faults:
     raise errors.UserError(*faults)
 

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from mcjepa_jax import evaluate
 from mcjepa_jax.data import (
     catalog,
     check,
@@ -312,6 +313,18 @@ def test_a_wrong_command_line_is_a_fault(run, flags, fault):
   code, _, err = run(*(flag.replace("=C", f"={config}") for flag in flags))
   assert code == 2
   assert re.search(f"error: .*{fault}", err) and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"), [("as given", False), ("u and v swapped", True)]
+)
+def test_training_is_told_of_flow_that_does_not_fit(tmp_path, fault, told):
+  cfg = tiny.config(
+      evals=("flow/sintel_clean",), data_root=str(_write(tmp_path, fault))
+  )
+  faults = evaluate.check(cfg)
+  assert bool(faults) == told
+  assert all(f"flow/sintel_clean: the flow seems {fault}" in f for f in faults)
 
 
 def test_an_output_that_cannot_be_written_is_a_fault(tmp_path):
