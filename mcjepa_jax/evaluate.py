@@ -33,7 +33,7 @@ _KNN_BANK = 2000
 _KNN_QUERIES = 1000
 _KNN_BATCH = 128
 _DECODED_WHOLE = 100
-_JUDGED = 4
+_JUDGED = 4  # pairs of a set whose true flow is held against the frames
 _RESULTS = "evaluation.json"
 _CIFAR_STRIDE = 5  # every fifth image is a query: its labels are sorted
 
