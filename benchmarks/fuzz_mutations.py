@@ -20,6 +20,7 @@ _BOUNDARIES = [0, 1, 2, 3, 127, 128, 255, 2**15 - 1, 2**15, 2**16 - 1, 2**24]
 _BOUNDARIES += [2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1, 2**63 - 1, 2**64 - 1]
 _NUMBERS = "0 1 -1 255 256 65535 65536 2147483647 4294967295 1e9 nan -inf"
 _HEADER = 256  # Bytes in which most fields lie.
+_REPEATS = (1, 9, 99, 999)
 _BOMB = 2**22  # bytes that a stream inflates to
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _PNG_KINDS = (b"zTXt", b"iTXt", b"iCCP", b"PLTE", b"tRNS", b"acTL", b"fcTL")
@@ -159,11 +160,14 @@ def _repacked(packed: bytes, rng: np.random.Generator) -> bytes:
 
 
 def jpeg(data: bytes, rng: np.random.Generator) -> bytes:
-  """Damages a segment in place: its sizes, tables or sampling."""
+  """Damages a segment in place, or repeats what follows one."""
   found = list(re.finditer(rb"\xff[\xc0-\xc4\xda-\xdd\xe0-\xef]", data))
   if not found:
     return damaged(data, rng)
   at = pick(rng, found).start() + 2
+  if rng.random() < 0.1:
+    end = len(data) - 2
+    return data[:end] + data[at - 2 : end] * pick(rng, _REPEATS) + data[end:]
   segment = pick(rng, _IN_PLACE)(data[at : at + 20], rng)
   return data[:at] + segment + data[at + 20 :]
 

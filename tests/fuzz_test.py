@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from benchmarks import fuzz, fuzz_formats
-from mcjepa_jax.data import array_records, flow_io, video
+from mcjepa_jax.data import array_records, flow_io, image_io, video
 from mcjepa_jax.errors import UserError
 
 _FORMATS = pytest.mark.parametrize("name", list(fuzz_formats.FORMATS))
@@ -154,6 +154,34 @@ def test_a_video_has_no_larger_frames_than_its_bytes_hold(
     expected = pytest.raises(UserError, match=f"a.mkv: .* came {fault}")
   with expected:
     assert len(video.VideoFrames(path, cache_dir=tmp_path / "cache")) == 5
+
+
+def _scans(count):
+  """A progressive JPEG whose last scan is there again, `count` times in all."""
+  data = fuzz_formats._encoded("JPEG", progressive=True)
+  at = data.rindex(b"\xff\xda")
+  return data[:-2] + data[at:-2] * (count - data.count(b"\xff\xda")) + data[-2:]
+
+
+def test_a_jpeg_with_scans_without_number_is_refused():
+  whole = image_io.decode_image(_scans(10), "a")
+  assert image_io.decode_image(_scans(32), "a").shape == whole.shape
+  for count in (33, 10_000):
+    with pytest.raises(UserError, match="^a: expected at most 32 scans"):
+      image_io.decode_image(_scans(count), "a")
+  # Other files within it, or behind it, are not its own.
+  within = b"\xff\xe1\x80\x00" + b"\xff\xda" * 16383
+  data = _scans(10)[:2] + within + _scans(10)[2:] + _scans(40)
+  np.testing.assert_array_equal(image_io.decode_image(data, "a"), whole)
+
+
+def test_a_video_in_parts_without_number_is_refused(tmp_path, monkeypatch):
+  path = tmp_path / "a.mp4"
+  for count, fault in ((9, "does not open"), (10, "at most 9 parts")):
+    monkeypatch.setattr(video, "_MAX_PARTS", 9)
+    path.write_bytes(b"\0\0\0\x08free" * count)
+    with pytest.raises(UserError, match=f"a.mp4: expected a video.*{fault}"):
+      video.VideoFrames(path, cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,8 @@ _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
 _EBML = (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67")
 # Two black frames of 7680x4320 in VP9 have 10,400.
 _PIXELS_PER_BYTE = 2**15
+# As many take a second to look at.
+_MAX_PARTS = 2**20
 _SURE_CUT = 40.0
 _CUT = 12.0
 _CUT_RATIO = 4.0
@@ -219,8 +221,13 @@ def _check_container(path: pathlib.Path) -> None:
       raise UserError(
           f"{path}: expected an MP4, MOV, AVI, MKV or WebM, came {head!r}"
       )
-    at = 0
+    at = parts = 0
     while size - at >= 8:
+      parts += 1
+      if parts > _MAX_PARTS:
+        raise UserError(
+            f"{path}: expected a video of at most {_MAX_PARTS} parts, came more"
+        )
       file.seek(at)
       length = part_length(file.read(16), size - at)
       if length < 8 or at + length > size:
