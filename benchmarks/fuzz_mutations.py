@@ -227,7 +227,10 @@ def npz(data: bytes, rng: np.random.Generator) -> bytes:
   file = io.BytesIO()
   with zipfile.ZipFile(file, "w", packing) as archive:
     for name, body in members:
-      archive.writestr(name, body)
+      # Without the time of day, which the name alone would have.
+      entry = zipfile.ZipInfo(name)
+      entry.compress_type = packing
+      archive.writestr(entry, body)
   data = file.getvalue()
   if rng.random() < 0.2:
     # The index, which is the end of the archive.

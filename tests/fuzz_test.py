@@ -1,6 +1,7 @@
 """Damaged files are refused by their name, or read as what they claim to be."""
 
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -27,6 +28,7 @@ _SETTINGS = hypothesis.settings(
     max_examples=12,
     suppress_health_check=list(hypothesis.HealthCheck),
 )
+_ROOT = pathlib.Path(__file__).parent.parent
 _WHOLE = {}
 
 
@@ -91,6 +93,31 @@ def test_a_case_is_the_same_each_time_and_differs_from_others(name):
   others = [fuzz_formats.case(name, whole, 1, n) for n in range(50, 60)]
   assert sum(x != y for x, y in zip(cases, others, strict=True)) > 5
   assert sum(case not in whole for case in cases) > 5
+
+
+def _digest():
+  """Returns a hash of some cases of every format."""
+  cases = [
+      fuzz_formats.case(name, _whole(name), 0, number)
+      for name in fuzz_formats.FORMATS
+      for number in range(10)
+  ]
+  return hashlib.sha256(repr(cases).encode()).hexdigest()
+
+
+def test_a_case_is_the_same_in_another_process():
+  result = subprocess.run(
+      [
+          sys.executable,
+          "-c",
+          "from tests import fuzz_test as t; print(t._digest())",
+      ],
+      cwd=_ROOT,
+      capture_output=True,
+      text=True,
+      check=False,
+  )
+  assert result.stdout.split()[-1:] == [_digest()], result.stderr
 
 
 @pytest.mark.parametrize(
@@ -253,7 +280,7 @@ def test_the_benchmark_writes_its_rows(tmp_path):
   command = [sys.executable, "-m", "benchmarks.fuzz", "--only=pfm", "--cases=9"]
   result = subprocess.run(
       [*command, f"--json={tmp_path / 'rows.json'}"],
-      cwd=pathlib.Path(__file__).parent.parent,
+      cwd=_ROOT,
       capture_output=True,
       text=True,
       check=False,
