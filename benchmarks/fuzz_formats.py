@@ -34,8 +34,6 @@ _REAL = 4  # files of each format
 _PIXEL_BYTES = 16
 _SMALLEST_SHARD = 2**16  # ArrayRecord pads so far
 _TFDS_SHARD = "fuzz-train.array_record-00000-of-00001"
-
-
 _EBML = b"\x1a\x45\xdf\xa3"
 # The numbers that FFmpeg draws for a file and its track, and their checksums.
 _MATROSKA_RANDOM = re.compile(
@@ -129,10 +127,11 @@ def _read_flow(folder: pathlib.Path) -> None:
   _check_flow(*flow_io.read_flow(_only_file(folder)))
 
 
-def _flo5(**options) -> Callable[[pathlib.Path], None]:
+def _flo5(
+    libver: str = "earliest", **options
+) -> Callable[[pathlib.Path], None]:
   def write(path: pathlib.Path) -> None:
-    libver = options.pop("libver", "earliest")
-    with h5py.File(path, "w", libver=libver, track_order=False) as store:
+    with h5py.File(path, "w", libver=libver) as store:
       store.create_dataset("flow", data=_flow()[0], **options)
 
   return write
@@ -195,10 +194,7 @@ def _converted() -> list[Files]:
 
 
 def _sealed(files: Files, rng: np.random.Generator | None) -> Files:
-  """Returns a manifest that is right about its sizes and its checksum.
-
-  It says so of a damaged one also, but for some cases.
-  """
+  """Returns a manifest with a checksum, and but for some cases sizes, that fit."""
   text = files[array_records.MANIFEST]
   try:
     manifest = json.loads(text)
@@ -235,10 +231,8 @@ def _damage_records(data: bytes, rng: np.random.Generator) -> bytes:
     records[i] = mutations.damaged(record, rng)
   if rng.random() < 0.1:
     records[i] = bytes(2**22)
-  options = (array_records.WRITE_OPTIONS,) * 3 + (
-      "group_size:1",
-      "group_size:9",
-  )
+  ours = array_records.WRITE_OPTIONS
+  options = (ours, ours, ours, "group_size:1", "group_size:9")
   return _records(records, mutations.pick(rng, options))
 
 
