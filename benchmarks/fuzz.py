@@ -251,10 +251,14 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"--only: one of {', '.join(fuzz_formats.FORMATS)}")
   # Of the workers, before each starts: see above.
   os.environ |= {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "1"}
-  rows = [_row(name) for name in tqdm.tqdm(names, "formats", unit="format")]
-  for row in [dict(zip(rows[0], rows[0], strict=True)), *rows]:
-    name, *values = row.values()
-    print(f"{name:14}" + "".join(f"{value:>11}" for value in values))
+  rows = []
+  bar = tqdm.tqdm(names, "formats", unit="format")
+  for name in bar:
+    rows.append(row := _row(name))
+    # Its keys are the header.
+    for cells in [row, row.values()] if len(rows) == 1 else [row.values()]:
+      first, *rest = cells
+      bar.write(f"{first:14}" + "".join(f"{cell:>11}" for cell in rest))
   if flag.json:
     meta = {
         "seed": flag.seed,
