@@ -244,9 +244,9 @@ def read_manifest(folder: image_io.Path) -> dict[str, Any]:
     )
   for shard in manifest["shards"]:
     with image_io.opened(folder / shard["name"], "a shard") as (_, size):
-      if size != shard["bytes"]:
+      if size != shard.get("bytes"):
         raise UserError(
-            f"{folder / shard['name']}: expected {shard['bytes']} bytes, as "
+            f"{folder / shard['name']}: expected {shard.get('bytes')} bytes, as "
             f"{MANIFEST} says, came {size}"
         )
   return manifest

@@ -59,8 +59,8 @@ def _read_floats(
 
 
 def _split_unknown(flow: Float[np.ndarray, "h w 2"]) -> Flow:
-  # What float32 cannot hold becomes infinite: unknown.
-  with np.errstate(over="ignore"):
+  # What float32 cannot hold becomes infinite, or NaN: unknown.
+  with np.errstate(over="ignore", invalid="ignore"):
     flow = flow.astype(np.float32, copy=False)
   # NaN fails either comparison, so it counts as unknown.
   if max(-flow.min(), flow.max()) <= _UNKNOWN_ABOVE:
@@ -324,7 +324,10 @@ def read_npz_flow(path: image_io.Path) -> Flow:
     raise UserError(
         f"{path}: expected u and v of one size, came {u.shape} and {v.shape}"
     )
-  return _split_unknown(np.stack([u, v], axis=-1))
+  # Of two types NumPy casts one, and a NaN that signals warns.
+  with np.errstate(invalid="ignore"):
+    flow = np.stack([u, v], axis=-1)
+  return _split_unknown(flow)
 
 
 def _npz_float(

@@ -40,6 +40,12 @@ _PIXELS_PER_BYTE = {
     "BMP": 128,
     "WEBP": 2**13,
 }
+# A scan costs the decoder time for every pixel, and the file as little as 35
+# bytes; libjpeg writes 10. A marker, with its length after it, is none of those
+# that stand within a scan.
+_MAX_SCANS = 32
+_SCAN, _END = b"\xff\xda", b"\xff\xd9"
+_MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
 # No format that runs a program (EPS) or holds a film (GIF, TIFF).
 _FORMATS = ("JPEG", "PNG", "PPM", "WEBP", "BMP")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
@@ -72,6 +78,19 @@ def _check_size(
         f"{name}: expected at most {most} pixels ({max_pixels}, or what {size} "
         f"bytes hold), came {width}x{height}"
     )
+
+
+def _check_scans(data: bytes, name: Path) -> None:
+  """Raises for a JPEG of so many scans that its decoding would not end."""
+  # Much sooner, and true of all but those with other files within.
+  if data.count(_SCAN) <= _MAX_SCANS:
+    return
+  at, scans = 2, 0
+  while (found := _MARKER.search(data, at)) and found[0] != _END:
+    scans += found[0] == _SCAN
+    if scans > _MAX_SCANS:
+      raise UserError(f"{name}: expected at most {_MAX_SCANS} scans, came more")
+    at = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
 
 
 def _decode_jpeg(
@@ -128,6 +147,7 @@ def decode_image(
   sides stay at least that long (2048x1536 for 256: 6 ms instead of 19).
   """
   if data[:2] == _JPEG_MAGIC:
+    _check_scans(data, name)
     image = _decode_jpeg(data, name, min_side, max_pixels)
   else:
     image = _decode_ppm(data, name, max_pixels)

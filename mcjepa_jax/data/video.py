@@ -42,6 +42,10 @@ _THUMBNAIL = 32
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
 # The header of an MKV or WebM, and all the rest.
 _EBML = (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67")
+# Two black frames of 7680x4320 in VP9 have 10,400.
+_PIXELS_PER_BYTE = 2**15
+# As many take a second to look at.
+_MAX_PARTS = 2**20
 _SURE_CUT = 40.0
 _CUT = 12.0
 _CUT_RATIO = 4.0
@@ -217,8 +221,13 @@ def _check_container(path: pathlib.Path) -> None:
       raise UserError(
           f"{path}: expected an MP4, MOV, AVI, MKV or WebM, came {head!r}"
       )
-    at = 0
+    at = parts = 0
     while size - at >= 8:
+      parts += 1
+      if parts > _MAX_PARTS:
+        raise UserError(
+            f"{path}: expected a video of at most {_MAX_PARTS} parts, came more"
+        )
       file.seek(at)
       length = part_length(file.read(16), size - at)
       if length < 8 or at + length > size:
@@ -258,7 +267,7 @@ def _decoded(
     path: pathlib.Path, max_side: int, progress: bool
 ) -> Iterable[UInt8[np.ndarray, "h w 3"]]:
   """Yields the RGB frames of a video, at most `max_side` long."""
-  log_level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
+  log_level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
   try:
     # "concat:a|b" is a protocol to FFmpeg; an absolute path never is.
     video = cv2.VideoCapture(str(path.resolve()), cv2.CAP_FFMPEG)
@@ -271,10 +280,10 @@ def _decoded(
       raise UserError(f"{path}: expected a video, came one that does not open")
     width = int(video.get(cv2.CAP_PROP_FRAME_WIDTH))
     height = int(video.get(cv2.CAP_PROP_FRAME_HEIGHT))
-    if not 0 < width * height <= image_io.MAX_PIXELS:
+    most = min(image_io.MAX_PIXELS, _PIXELS_PER_BYTE * path.stat().st_size)
+    if not 0 < width * height <= most:
       raise UserError(
-          f"{path}: expected frames of 1 to {image_io.MAX_PIXELS} pixels, came "
-          f"{width}x{height}"
+          f"{path}: expected frames of 1 to {most} pixels, came {width}x{height}"
       )
     # An estimate: right in most MP4s, twice the truth in some AVIs.
     declared = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
