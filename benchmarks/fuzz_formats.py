@@ -475,7 +475,12 @@ FORMATS = {
         _VIDEO,
         damage=mutations.mp4,
     ),
-    "mkv": Format(_written("a.mkv", _video("mp4v")), _read_video, _VIDEO),
+    "mkv": Format(
+        _written("a.mkv", _video("mp4v")),
+        _read_video,
+        _VIDEO,
+        floor=_MATROSKA,
+    ),
 }
 
 
