@@ -204,7 +204,8 @@ def _check_examples(config, kind, name):
   and not after the training. So is flow that the first examples contradict.
   """
   examples = _EVALS[kind][0](config, name)
-  count = len(examples) if len(examples) <= _DECODED_WHOLE else 1
+  few = len(examples) <= _DECODED_WHOLE
+  count = len(examples) if few else min(len(examples), _JUDGED)
   judge = flow_faults.Judge()
 
   def look(i):

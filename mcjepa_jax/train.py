@@ -237,7 +237,10 @@ def save(
   if config.keep_best and not hurry:
     # On scenes of their own: what is reported chooses no checkpoint.
     with run.clock.span("evaluate"):
-      metrics = evaluations(run, state, eval_seed=config.eval_seed + 1)
+      try:
+        metrics = evaluations(run, state, eval_seed=config.eval_seed + 1)
+      except errors.UserError:
+        pass  # saved all the same: the final evaluation tells what is wrong
   run.checkpoints.save(
       int(state.step),
       state,
@@ -290,7 +293,7 @@ class Progress:
     )
     self._steps = 0
     self._reports = {"content": 0, "motion": 0}  # steps that trained each
-    self._before = run.clock.seconds().get("step", 0.0)
+    self._before: dict[str, float] = {}  # seconds of steps before the first
 
   def report(self, number: int, logs: dict[str, jax.Array]) -> None:
     """Fetches what a step logged, checks and shows it."""
@@ -303,6 +306,7 @@ class Progress:
     for task in steps.tasks_of_mode(config.mode):
       if f"loss/{task}" in values:
         self._reports[task] += 1
+        self._before.setdefault(task, self._run.clock.seconds()["step"])
         losses.append(f"{task} {values[f'loss/{task}']:.3f}")
     self._bar.set_postfix_str(f"{', '.join(losses)}, {rate:.0f} examples/s")
     if number % config.log_every == 0 or number + 1 == config.num_steps:
@@ -320,14 +324,14 @@ class Progress:
 
   def _feeds(self) -> dict[str, float]:
     """What this host's workers make a second, and what its steps can take."""
-    seconds = self._run.clock.seconds().get("step", 0.0) - self._before
-    feeds = {}
+    spent, feeds = self._run.clock.seconds().get("step", 0.0), {}
     for task, stream in self._run.streams.items():
       rows = self._run.config[task].batch_size / jax.process_count()
       unit = {"content": "images", "motion": "pairs"}[task]
-      if self._reports[task] and seconds:
+      if self._reports[task] > 1:
+        seconds = max(spent - self._before[task], 1e-9)
         feeds[f"feed/{unit}"] = rows * stream.rate()
-        feeds[f"step/{unit}"] = rows * self._reports[task] / seconds
+        feeds[f"step/{unit}"] = rows * (self._reports[task] - 1) / seconds
     return feeds
 
   def _note_feeds(self) -> None:
@@ -508,7 +512,10 @@ def run_loop(run: Run, state: steps.TrainState) -> steps.TrainState:
       if number > start:
         if config.eval_every and number % config.eval_every == 0:
           with clock.span("evaluate"):
-            progress.log.scalars(number, evaluations(run, state))
+            try:
+              progress.log.scalars(number, evaluations(run, state))
+            except errors.UserError as error:
+              progress.note(f"Not evaluated at step {number}: {error}")
         if config.panel_every and number % config.panel_every == 0:
           draw(run, state, progress.log)
         if stop.is_set() or number % config.save_every == 0:

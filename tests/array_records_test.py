@@ -83,7 +83,7 @@ def test_converted_images_are_read_shard_after_shard(tmp_path):
   ]
   assert [int(images[i]["label"]) for i in range(5)] == [0, 1, 0, 1, 0]
   assert images[0]["label"].dtype == np.int32
-  assert images.record_id(2) == images.record_id(-3) == "é/2.png"
+  assert images.path(2) == images.path(-3) == "é/2.png"
   with pytest.raises(IndexError):
     images[5]
 
@@ -104,7 +104,7 @@ def test_many_shards_leave_few_files_open(tmp_path, monkeypatch):
   monkeypatch.setattr(array_records, "_reader", _cached_reader(3))
   images = array_records.ConvertedImages(_shards(tmp_path, counts=(1,) * 12))
   for i in [*range(12), *range(12)]:
-    assert images.record_id(i) == f"é/{i}.png"
+    assert images.path(i) == f"é/{i}.png"
   links = [os.path.realpath(f"/proc/self/fd/{f}") for f in _open_files()]
   assert 0 < sum(link.startswith(str(tmp_path)) for link in links) <= 3
 

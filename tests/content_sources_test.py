@@ -73,7 +73,7 @@ def test_content_is_read_from_videos(tmp_path, monkeypatch):
 def test_content_is_read_from_shards(tmp_path, name, place):
   _images(tmp_path / "in", ["a/1.png", "b/2.png"])
   convert.convert(source=tmp_path / "in", output=tmp_path / place, shards=1)
-  assert _open(name, tmp_path).record_id(1) == "b/2.png"
+  assert _open(name, tmp_path).path(1) == "b/2.png"
 
 
 def test_content_is_read_from_binaries(tmp_path):

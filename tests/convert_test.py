@@ -52,7 +52,7 @@ def test_a_folder_and_its_shards_hold_the_same_images(source, tmp_path):
   # Shard k holds images k, k + 3, ...
   order = [i for k in range(3) for i in range(k, 10, 3)]
   for place, i in enumerate(order):
-    assert shards.record_id(place) == folder.record_id(i)
+    assert shards.path(place) == folder.record_id(i)
     assert shards[place]["label"] == folder[i]["label"]
     np.testing.assert_array_equal(shards[place]["image"], folder[i]["image"])
   assert (
@@ -67,9 +67,9 @@ def test_any_tree_is_converted_without_labels(tmp_path):
     _write(tmp_path / "in" / name)
   convert.convert(source=tmp_path / "in", output=tmp_path / "out", shards=64)
   images = array_records.ConvertedImages(tmp_path / "out")
-  assert [images.record_id(i) for i in range(4)] == sorted(names, key=len)[
-      :0
-  ] + [*("é.png", "x/1.png", "x/y/2.png", names[3])]
+  assert [images.path(i) for i in range(4)] == sorted(names, key=len)[:0] + [
+      *("é.png", "x/1.png", "x/y/2.png", names[3])
+  ]
   assert set(images[3]) == {"image"}
 
 
@@ -149,7 +149,7 @@ def test_skipped_files_are_in_the_manifest(source, tmp_path, capsys):
   report = json.loads(capsys.readouterr().out.splitlines()[-1])
   assert (report["images"], report["skipped"]) == (8, 2)
   images = array_records.ConvertedImages(tmp_path / "out")
-  assert [images.record_id(i)[2] for i in range(8)] == [*"46813579"]
+  assert [images.path(i)[2] for i in range(8)] == [*"46813579"]
   manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
   assert [entry["path"] for entry in manifest["skipped"]] == [
       "a/0.png",
@@ -309,6 +309,6 @@ def test_real_photographs_are_converted_as_they_are(shared_data, tmp_path):
   report = convert.convert(source=source, output=tmp_path / "out", shards=4)
   assert report["images"] == report["classes"] == 1000
   images = array_records.ConvertedImages(tmp_path / "out")
-  assert images.record_id(250) == "n01443537/n01443537_0.JPEG"
+  assert images.path(250) == "n01443537/n01443537_0.JPEG"
   assert images[250]["label"] == 1
   assert min(images[250]["image"].shape[:2]) == 160

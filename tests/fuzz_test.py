@@ -268,7 +268,7 @@ def _die_or_hang(pipe, name, seed, start, stop, data_root):
 
 
 def test_a_case_that_kills_its_worker_or_hangs_ends_no_run(monkeypatch):
-  monkeypatch.setattr(fuzz, "HANG", 0.3)
+  monkeypatch.setattr(fuzz, "HANG", 2.0)
   results = list(fuzz.outcomes("flo", 0, 3, work=_die_or_hang))
   assert [result.kind for result in results] == [
       *("accepted", "crashes", "hangs")

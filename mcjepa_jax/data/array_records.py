@@ -287,6 +287,10 @@ class ConvertedImages:
     return len(self._records)
 
   def record_id(self, index: int) -> str:
+    """Returns the record's number: its path would have to be read."""
+    return f"{range(len(self))[index]:07d}"
+
+  def path(self, index: int) -> str:
     """Returns the path under the folder that was converted."""
     return self._read(index)[1]
 

@@ -24,8 +24,10 @@ import cv2
 from jaxtyping import Float, UInt8
 import numpy as np
 
+from mcjepa_jax import errors
 from mcjepa_jax.data import synthetic, transforms
 
+_ATTEMPTS = 10  # photographs tried in the place of one that cannot be read
 _TEXELS = 2  # a pixel of the frames, each way
 # The aperture of a pixel, in texels: without it what is finer than the frames'
 # own grid would alias, and differently in each frame.
@@ -170,6 +172,16 @@ def _texture(
   return cv2.GaussianBlur(texels.astype(np.float32) / 255, (0, 0), _BLUR)
 
 
+def _photograph(images: Any, index: int) -> UInt8[np.ndarray, "h w 3"]:
+  """The photograph, or the next that can be read: a scene takes several."""
+  for attempt in range(_ATTEMPTS):
+    try:
+      return images[(index + attempt) % len(images)]["image"]
+    except errors.UserError:
+      if attempt + 1 == _ATTEMPTS:
+        raise
+
+
 def _paint(
     layer: Layer,
     photograph: UInt8[np.ndarray, "hp wp 3"],
@@ -218,7 +230,7 @@ def render(
   painted = (
       (
           windows[k],
-          _paint(layer, images[layer.photograph]["image"], local[k], scale),
+          _paint(layer, _photograph(images, layer.photograph), local[k], scale),
           _depth_inside(layer, local[k]) if k else None,
       )
       for k, layer in enumerate(layers)

@@ -213,7 +213,9 @@ class Judge:
     if shares[best] > _FITS:
       nothing = "the flow does not fit its frames, nor does another reading"
       return [] if certain else [f"{nothing}: {told}"]
-    if best != AS_GIVEN and not (certain and shares[AS_GIVEN] <= _FITS):
+    # Where too little was left to judge, the share is infinite.
+    doubtful = shares[AS_GIVEN] <= _FITS or math.isinf(shares[AS_GIVEN])
+    if best != AS_GIVEN and not (certain and doubtful):
       return [f"the flow seems {best}: {told}, read so by {shares[best]:.2f}"]
     return []
 

@@ -21,8 +21,10 @@ from mcjepa_jax.data import transforms
 from mcjepa_jax.data.feed import Part, Stream
 from mcjepa_jax.errors import UserError
 
-# Records in a row that are tried in the place of one that cannot be read.
+# Records that are tried in the place of one that cannot be read, and how far one
+# lies from the next: damage comes in runs. A prime, so that all are reached.
 _ATTEMPTS = 10
+_STRIDE = 104_729
 
 # First word of what is added to the seed, so that motion and content never draw
 # the same numbers.
@@ -100,8 +102,8 @@ class _Source:
 class _Cut:
   """Reads a record and cuts it with the generator of its place in the stream.
 
-  A record that cannot be read or cut is replaced by the next of its data set
-  that can, so that all others keep their places.
+  A record that cannot be read or cut is replaced by another of its data set, so
+  that all others keep their places.
   """
 
   source: _Source
@@ -112,7 +114,7 @@ class _Cut:
   def __call__(self, index: int, number: int) -> Part:
     faults = []
     for attempt in range(min(_ATTEMPTS, len(self.source))):
-      other = (number + attempt) % len(self.source)
+      other = (number + attempt * _STRIDE) % len(self.source)
       record = self.source.record(other)
       rng = np.random.default_rng(_random(self.seed, (*self.place, index)))
       try:

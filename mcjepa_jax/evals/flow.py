@@ -102,7 +102,7 @@ def run(
   totals: dict[str, metrics.FlowTotals] = {}
   rows: dict[str, float] = {}
   truths, valids, records = [], [], []
-  train_mean = None
+  train_mean = thin = None
   if len(train_flows):
     train_mean = np.mean([f.mean(axis=(0, 1)) for f in train_flows], axis=0)
 
@@ -127,8 +127,9 @@ def run(
     for i, example in enumerate(group):
       record, truth = example["record"], example["flow"]
       valid = example["valid"]
-      large = truth[..., 0].size * len(dataset) > _HELD_PIXELS
-      thin = slice(None, None, _THINNED if large else None)
+      if thin is None:
+        large = truth[..., 0].size * len(dataset) > _HELD_PIXELS
+        thin = slice(None, None, _THINNED if large else None)
       truths.append(np.ascontiguousarray(truth[thin, thin]))
       valids.append(np.ascontiguousarray(valid[thin, thin]))
       records.append(record)
