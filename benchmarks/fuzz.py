@@ -22,7 +22,6 @@ fuzz_formats.FORMATS.
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-import json
 import multiprocessing
 import os
 import pathlib
@@ -40,7 +39,7 @@ import warnings
 from absl import app, flags
 import tqdm
 
-from benchmarks import fuzz_formats
+from benchmarks import fuzz_formats, report
 from mcjepa_jax.errors import UserError
 
 HANG = 5.0  # seconds
@@ -258,18 +257,19 @@ def main(argv: list[str]) -> None:
     for cells in [row, row.values()] if len(rows) == 1 else [row.values()]:
       first, *rest = cells
       bar.write(f"{first:14}" + "".join(f"{cell:>11}" for cell in rest))
-  if flag.json:
-    meta = {
-        "seed": flag.seed,
-        "data_root": bool(flag.data_root),
-        "hang_s": HANG,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-    }
-    text = json.dumps({"meta": meta, "rows": rows}, indent=2)
-    pathlib.Path(flag.json).write_text(text + "\n")
-  if any(row[fault] for row in rows for fault in _FAULTS):
-    sys.exit(1)
+  meta = {
+      "seed": flag.seed,
+      "data_root": bool(flag.data_root),
+      "hang_s": HANG,
+      "cores": os.cpu_count(),
+      "python": platform.python_version(),
+  }
+  report.end(
+      flag.json,
+      meta,
+      rows,
+      failed=any(row[fault] for row in rows for fault in _FAULTS),
+  )
 
 
 def _define_flags() -> None:

@@ -12,11 +12,9 @@ and the largest of anything else; the exit code is 1 if a row misses its own.
 from collections.abc import Callable, Iterable
 import importlib.metadata
 import io
-import json
 import multiprocessing
 import os
 import pathlib
-import sys
 import tempfile
 import time
 from typing import Any
@@ -31,6 +29,7 @@ import psutil
 import simplejpeg
 import tqdm
 
+from benchmarks import report
 from mcjepa_jax.data import feed, pipeline, sources, transforms
 
 _JSON = flags.DEFINE_string("json", None, "Where to write the rows.")
@@ -476,21 +475,19 @@ def main(argv: list[str]) -> None:
           flush=True,
       )
       rows.append(row)
-  if _JSON.value:
-    meta = {
-        "cores": len(_cores()),
-        "opencv": cv2.__version__,
-        "pillow": PIL.__version__,
-        "simplejpeg": simplejpeg.__version__,
-        "grain": importlib.metadata.version("grain"),
-        "repeats": _REPEATS.value,
-        "data_root": bool(_ROOT.value),
-        "load": os.getloadavg()[0],
-    }
-    text = json.dumps({"meta": meta, "rows": rows}, indent=2)
-    pathlib.Path(_JSON.value).write_text(text + "\n")
-  if not all(row["passed"] for row in rows):
-    sys.exit(1)
+  meta = {
+      "cores": len(_cores()),
+      "opencv": cv2.__version__,
+      "pillow": PIL.__version__,
+      "simplejpeg": simplejpeg.__version__,
+      "grain": importlib.metadata.version("grain"),
+      "repeats": _REPEATS.value,
+      "data_root": bool(_ROOT.value),
+      "load": os.getloadavg()[0],
+  }
+  report.end(
+      _JSON.value, meta, rows, failed=not all(row["passed"] for row in rows)
+  )
 
 
 if __name__ == "__main__":

@@ -9,10 +9,7 @@ on CPU; the exit code is 1 if a row misses its own.
 
 from collections.abc import Callable
 import functools
-import json
 import os
-import pathlib
-import sys
 import time
 from typing import Any, NamedTuple
 
@@ -24,6 +21,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
+from benchmarks import report  # noqa: E402
 from mcjepa_jax import flow_ops  # noqa: E402
 from mcjepa_jax.models import convnext  # noqa: E402
 
@@ -179,18 +177,16 @@ def main(argv: list[str]) -> None:
           flush=True,
       )
       rows.append(row)
-  if _JSON.value:
-    meta = {
-        "device": jax.devices()[0].device_kind,
-        "backend": jax.default_backend(),
-        "cores": os.cpu_count(),
-        "jax": jax.__version__,
-        "repeats": _REPEATS.value,
-    }
-    text = json.dumps({"meta": meta, "rows": rows}, indent=2)
-    pathlib.Path(_JSON.value).write_text(text + "\n")
-  if not all(row["passed"] for row in rows):
-    sys.exit(1)
+  meta = {
+      "device": jax.devices()[0].device_kind,
+      "backend": jax.default_backend(),
+      "cores": os.cpu_count(),
+      "jax": jax.__version__,
+      "repeats": _REPEATS.value,
+  }
+  report.end(
+      _JSON.value, meta, rows, failed=not all(row["passed"] for row in rows)
+  )
 
 
 if __name__ == "__main__":

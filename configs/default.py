@@ -147,9 +147,8 @@ def _motion() -> ConfigDict:
   motion.jitter = ConfigDict(
       dict(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, p=0.8)
   )
-  motion.erase = (
-      0.0  # share of pairs whose frame 2 loses a rectangle, as jitter
-  )
+  # Share of pairs whose frame 2 loses a rectangle, as jitter.
+  motion.erase = 0.0
   motion.occlusion = "forward_backward"  # or "range_map", "none"
   motion.occlusion_start = 0  # steps after start_step; before: all visible
   motion.out_of_frame = True  # mask what is sampled outside the image

@@ -88,6 +88,14 @@ def streams(config: Any) -> dict[str, pipeline.Stream]:
   reads = step.tasks_of_mode(config.mode)
   if "motion" in reads:
     motion = config.motion
+    geometry = dict(
+        mode=motion.geometry,
+        scale=tuple(motion.downscale),
+        rotation=tuple(motion.rotation),
+        relative_rotation=motion.relative_rotation,
+        relative_scale=motion.relative_scale,
+        relative_shift=motion.relative_shift,
+    )
     mixed = []
     for name, number, size in sources.sized(motion.sources, motion.size):
       dataset = sources.motion(
@@ -97,20 +105,8 @@ def streams(config: Any) -> dict[str, pipeline.Stream]:
           size=size,
           gaps=tuple(motion.gaps),
       )
-      mixed.append(
-          pipeline.MotionSource(
-              name=name,
-              dataset=dataset,
-              size=size,
-              weight=_weight(motion.mixing, number, dataset),
-              mode=motion.geometry,
-              scale=tuple(motion.downscale),
-              rotation=tuple(motion.rotation),
-              relative_rotation=motion.relative_rotation,
-              relative_scale=motion.relative_scale,
-              relative_shift=motion.relative_shift,
-          )
-      )
+      weight = _weight(motion.mixing, number, dataset)
+      mixed.append(pipeline.MotionSource(name, dataset, size, weight, geometry))
     result["motion"] = pipeline.motion_stream(
         mixed,
         batch_size=motion.batch_size,

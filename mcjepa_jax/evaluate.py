@@ -1,7 +1,6 @@
 """From parameters to numbers: the evals of a config, as flat JSON."""
 
-from collections.abc import Callable, Mapping
-import functools
+from collections.abc import Mapping
 import importlib.metadata
 import pathlib
 import subprocess
@@ -9,232 +8,22 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
-import numpy as np
-import tqdm
 
 from mcjepa_jax import (
     assembly,
     checkpoint,
     errors,
-    flow_ops,
     journal,
     sharding,
+    suite,
     validation,
 )
-from mcjepa_jax.data import flow_faults, sources
-from mcjepa_jax.evals import flow, probe
 from mcjepa_jax.models import mcjepa
 
-_SYNTHETIC_PAIRS = 256
-_TRAIN_PAIRS = 512
-_KNN_BANK = 2000
-_KNN_QUERIES = 1000
-_KNN_BATCH = 128
-_DECODED_WHOLE = 100
-_JUDGED = 4  # pairs of a set whose true flow is held against the frames
 _RESULTS = "evaluation.json"
-_CIFAR_STRIDE = 5  # every fifth image is a query: its labels are sorted
 
 Params = Any
-
-
-@functools.cache
-def _flow_forward(model: mcjepa.MCJEPA, mesh: jax.sharding.Mesh):
-  """The jitted flow of frames of any size; one for all parameters."""
-  coarsest = model.encoder.strides[-1]
-  batch = sharding.batch_sharding(mesh)
-
-  @functools.partial(jax.jit, in_shardings=(None, batch), static_argnums=2)
-  def forward(params, frames, size):
-    frames = frames.astype(jnp.float32) / 255
-    grid = tuple(-(-side // coarsest) * coarsest for side in size)
-    if grid != size:
-      frames = flow_ops.resize(frames, grid)
-    _, flows = model.apply({"params": params}, frames, method=model.motion)
-    return flow_ops.resize_flow(flows[min(flows)], size)
-
-  return forward
-
-
-def flow_predictor(
-    model: mcjepa.MCJEPA, params: Params, mesh: jax.sharding.Mesh
-) -> flow.Predictor:
-  """A function from interleaved u8 frames of any size to flow_12.
-
-  Frames are resized to the next multiple of the coarsest stride, the flow back
-  to the frames' size with its vectors scaled. Compiles once per shape.
-  """
-  forward, count = _flow_forward(model, mesh), mesh.devices.size
-
-  def predict(frames):
-    pairs = frames.shape[0] // 2
-    # Padded with repeats up to what the devices divide; the rest is dropped.
-    padded = -(-pairs // count) * count
-    rows = np.arange(2 * padded) % frames.shape[0]
-    flows = forward(params, frames[rows], frames.shape[1:3])
-    return np.asarray(flows)[0 : 2 * pairs : 2]
-
-  return predict
-
-
-@functools.cache
-def _pooled_forward(model: mcjepa.MCJEPA, mesh: jax.sharding.Mesh):
-  """The jitted pooled features; one for all parameters."""
-  batch = sharding.batch_sharding(mesh)
-
-  @functools.partial(jax.jit, in_shardings=(None, batch))
-  def forward(params, images):
-    images = images.astype(jnp.float32) / 255
-    return model.apply({"params": params}, images, method=model.pooled)
-
-  return forward
-
-
-def embedder(
-    model: mcjepa.MCJEPA, params: Params, mesh: jax.sharding.Mesh
-) -> probe.Embedder:
-  """A function from u8 images to pooled encoder features."""
-  forward, count = _pooled_forward(model, mesh), mesh.devices.size
-  size = -(-_KNN_BATCH // count) * count
-
-  def embed(images):
-    parts = []
-    starts = range(0, len(images), size)
-    for start in tqdm.tqdm(starts, desc="features", leave=False):
-      part = images[start : start + size]
-      rows = np.arange(size) % len(part)
-      parts.append(np.asarray(forward(params, part[rows]))[: len(part)])
-    return np.concatenate(parts)
-
-  return embed
-
-
-def _flow_eval(config, name, model, params, initial, mesh):
-  synthetic = name == "synthetic"
-  size = tuple(config.motion.size)
-  predictors = {"": flow_predictor(model, params, mesh)}
-  train_flows = []
-  if synthetic:
-    predictors["random_init"] = flow_predictor(model, initial, mesh)
-    train = sources.train_pairs(config.seed, size, _TRAIN_PAIRS)
-    train_flows = [train[i]["flow_12"] for i in range(len(train))]
-  return flow.run(
-      name,
-      _flow_pairs(config, name),
-      predictors,
-      batch_size=config.eval_batch_size,
-      max_pixels=config.eval_max_pixels,
-      classical=not synthetic,
-      train_flows=train_flows,
-  )
-
-
-def _flow_pairs(config, name):
-  return sources.flow_pairs(
-      name,
-      config.data_root,
-      seed=sources.held_out_seed(config.eval_seed),
-      size=tuple(config.motion.size),
-      count=_SYNTHETIC_PAIRS,
-  )
-
-
-def _knn_eval(config, name, model, params, initial, mesh):
-  load = functools.partial(probe.load, name=f"knn/{name}", progress=True)
-  queries = _labelled(config, name)
-  if name == "synthetic":
-    size = config.content.size
-    bank = sources.train_images(config.seed, size, _KNN_BANK)
-    parts = (
-        load(bank, np.arange(len(bank)), size=size),
-        load(queries, np.arange(len(queries)), size=size),
-    )
-  else:
-    index = np.arange(len(queries))
-    query = index % _CIFAR_STRIDE == 0
-    size = config.knn_size
-    parts = (
-        load(queries, index[~query], size=size),
-        load(queries, index[query], size=size),
-    )
-  embedders = {
-      "": embedder(model, params, mesh),
-      "random_init": embedder(model, initial, mesh),
-  }
-  return probe.run(name, *parts, embedders)
-
-
-def _labelled(config, name):
-  return sources.labelled(
-      name,
-      config.data_root,
-      seed=sources.held_out_seed(config.eval_seed),
-      size=config.content.size,
-      count=_KNN_QUERIES,
-  )
-
-
-_EVALS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "flow": (_flow_pairs, _flow_eval),
-    "knn": (_labelled, _knn_eval),
-}
-
-
-def check(config: Any) -> list[str]:
-  """What is wrong with the evals of a config and the data they need."""
-  faults = []
-  for entry in config.evals:
-    kind, _, name = str(entry).partition("/")
-    if kind not in _EVALS or not name:
-      known = " or ".join(f"{kind}/SET" for kind in _EVALS)
-      faults.append(f"evals: expected {known}, got {entry!r}")
-      continue
-    faults += errors.collect(
-        functools.partial(_check_examples, config, kind, name)
-    )
-  return faults
-
-
-def _check_examples(config, kind, name):
-  """Raises UserError for examples that cannot be decoded.
-
-  Small sets are decoded whole, of large ones an example: a fault is told now
-  and not after the training. So is flow that the first examples contradict.
-  """
-  examples = _EVALS[kind][0](config, name)
-  few = len(examples) <= _DECODED_WHOLE
-  count = len(examples) if few else min(len(examples), _JUDGED)
-  judge = flow_faults.Judge()
-
-  def look(i):
-    example = examples[i]
-    if kind == "flow" and i < _JUDGED:
-      judge.add(example)
-
-  faults = errors.collect(*(functools.partial(look, i) for i in range(count)))
-  faults += [f"flow/{name}: {f}" for f in judge.misreadings(certain=True)]
-  if faults:
-    raise errors.UserError(*faults)
-
-
-def run_evals(
-    config: Any,
-    model: mcjepa.MCJEPA,
-    params: Params,
-    initial: Params,
-    mesh: jax.sharding.Mesh,
-) -> dict[str, float]:
-  """The results of `config.evals`, keyed `EVAL/SET/METRIC`.
-
-  `initial` are the parameters before training, of the same seed.
-  """
-  results = {}
-  for entry in config.evals:
-    kind, _, name = entry.partition("/")
-    results |= _EVALS[kind][1](config, name, model, params, initial, mesh)
-  return results
 
 
 def versions() -> str:
@@ -282,7 +71,7 @@ def evaluate(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
   started = time.perf_counter()
   path = pathlib.Path(config.checkpoint or workdir).expanduser()
   target = pathlib.Path(config.results or workdir / _RESULTS).expanduser()
-  faults = validation.faults(config) + check(config)
+  faults = validation.faults(config) + suite.check(config)
   if not config.evals:
     faults.append("evals: expected at least one, got none")
   if target.is_dir():
@@ -298,7 +87,7 @@ def evaluate(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
   with config.unlocked():
     config.seed = meta["seed"]
   initial = sharding.call_once(lambda: mcjepa.init_params(model, config.seed))
-  results = run_evals(config, model, params, initial, mesh)
+  results = suite.run(suite.Subject(config, model, params, initial, mesh))
   results |= {
       "meta/config": meta.get("config", ""),
       "meta/checkpoint": str(path),

@@ -16,6 +16,7 @@ import psutil
 from mcjepa_jax import errors, visualize
 
 _FEW_RECORDS = 1_000
+_NAMED = 10  # bad records in an error
 
 
 class Clock:
@@ -172,11 +173,11 @@ class Quarantine:
   """
 
   def __init__(self, workdir: pathlib.Path, *, step: int, limit: float):
-    path = workdir / "quarantine.jsonl"
-    self._file = _reopen(path, step)
+    self._path = workdir / "quarantine.jsonl"
+    self._file = _reopen(self._path, step)
     self._limit = limit
     self._named: dict[str, dict[str, str]] = {}
-    for line in read_lines(path):
+    for line in read_lines(self._path):
       self._named.setdefault(line["task"], {})[line["record"]] = line["fault"]
     self._drawn: dict[str, int] = {}
     self._replaced: dict[str, int] = {}
@@ -202,8 +203,11 @@ class Quarantine:
     if replaced > self._limit * max(drawn, _FEW_RECORDS):
       raise errors.UserError(
           f"bad_records: expected at most {self._limit:.2%} of {task}'s records"
-          f" to be unreadable, got {replaced} of {drawn}",
-          *(f"{record}: {fault}" for record, fault in named.items()),
+          f" to be unreadable, got {replaced} of {drawn}; see {self._path}",
+          *(
+              f"{record}: {fault}"
+              for record, fault in [*named.items()][:_NAMED]
+          ),
       )
     return new
 

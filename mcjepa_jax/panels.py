@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import UInt8
 import numpy as np
 
-from mcjepa_jax import evaluate, objective, visualize
+from mcjepa_jax import inference, objective, visualize
 from mcjepa_jax.models import mcjepa
 
 _PAIRS = 4
@@ -35,7 +35,7 @@ def of_state(
 
 
 def _flow_rows(model, params, mesh, frames):
-  predict = evaluate.flow_predictor(model, params, mesh)
+  predict = inference.flow_predictor(model, params, mesh)
   pairs = frames.reshape(-1, 2, *frames.shape[1:])
   there = predict(frames)
   back = predict(pairs[:, ::-1].reshape(frames.shape))

@@ -14,6 +14,7 @@ from mcjepa_jax import (
     command,
     errors,
     evaluate,
+    inference,
     journal,
     sharding,
     visualize,
@@ -65,7 +66,7 @@ def predict(
     raise errors.UserError(*faults)
   mesh = sharding.make_mesh(1)
   model, params, _ = evaluate.restore_model(checkpoint_path, mesh=mesh)
-  flow = evaluate.flow_predictor(model, params, mesh)(np.stack(frames))[0]
+  flow = inference.flow_predictor(model, params, mesh)(np.stack(frames))[0]
   stem = pathlib.Path(inputs[0]).stem
   files = {
       kind: folder / f"{stem}_{kind}{suffix}"

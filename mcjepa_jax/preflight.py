@@ -178,19 +178,12 @@ def _compiled(
       abstract,
       mesh,
   )
+  mixed = sources.sized(config.motion.sources, config.motion.size)
   batch = steps.batch_shapes(
       kind,
       pairs=config.motion.batch_size,
       # The largest of the sources': the step is compiled for each.
-      frame_size=max(
-          (
-              size
-              for *_, size in sources.sized(
-                  config.motion.sources, config.motion.size
-              )
-          ),
-          key=math.prod,
-      ),
+      frame_size=max((size for *_, size in mixed), key=math.prod),
       images=config.content.batch_size,
       view_size=config.content.size,
   )

@@ -29,6 +29,7 @@ from mcjepa_jax import (
     panels,
     sharding,
     step as steps,
+    suite,
     validation,
 )
 from mcjepa_jax.models import mcjepa
@@ -83,7 +84,7 @@ def set_up_input(
       # The first batches: what of them cannot be decoded or cut is told before
       # anything is compiled.
       lambda: [stream[0] for stream in streams.values()],
-      lambda: faults.extend(evaluate.check(config)),
+      lambda: faults.extend(suite.check(config)),
   ):
     try:
       faults.extend(errors.collect(check))
@@ -237,10 +238,7 @@ def save(
   if config.keep_best and not hurry:
     # On scenes of their own: what is reported chooses no checkpoint.
     with run.clock.span("evaluate"):
-      try:
-        metrics = evaluations(run, state, eval_seed=config.eval_seed + 1)
-      except errors.UserError:
-        pass  # saved all the same: the final evaluation tells what is wrong
+      metrics = evaluations_on_the_way(run, state, config.eval_seed + 1)
   run.checkpoints.save(
       int(state.step),
       state,
@@ -270,7 +268,23 @@ def evaluations(
   initial = sharding.call_once(
       lambda: mcjepa.init_params(run.model, run.config.seed)
   )
-  return evaluate.run_evals(config, run.model, state.params, initial, run.mesh)
+  return suite.run(
+      suite.Subject(config, run.model, state.params, initial, run.mesh)
+  )
+
+
+def evaluations_on_the_way(
+    run: Run, state: steps.TrainState, eval_seed: int | None = None
+) -> dict[str, float]:
+  """The evals between two steps; nothing, and a note, where they cannot run.
+
+  The training goes on: data that cannot be read end the evaluation alone.
+  """
+  try:
+    return evaluations(run, state, eval_seed=eval_seed)
+  except errors.UserError as error:
+    tqdm.tqdm.write(f"Not evaluated at step {int(state.step)}: {error}")
+    return {}
 
 
 class Progress:
@@ -316,40 +330,35 @@ class Progress:
       }
       rate = {"examples_per_second": rate}
       replaced = self._quarantine.counts()
-      feeds = self._feeds()
+      feeds = {
+          f"{kind}/{unit}": value
+          for unit, rates in self._feeds().items()
+          for kind, value in zip(("feed", "step"), rates, strict=True)
+      }
       self.log.scalars(number, values | rate | seconds | replaced | feeds)
     self._steps += 1
     if self._steps == _RATED_STEPS:
       self._note_feeds()
 
-  def _feeds(self) -> dict[str, float]:
-    """What this host's workers make a second, and what its steps can take."""
+  def _feeds(self) -> dict[str, tuple[float, float]]:
+    """By unit: what this host's workers make a second, what its steps take."""
     spent, feeds = self._run.clock.seconds().get("step", 0.0), {}
     for task, stream in self._run.streams.items():
       rows = self._run.config[task].batch_size / jax.process_count()
       unit = {"content": "images", "motion": "pairs"}[task]
       if self._reports[task] > 1:
         seconds = max(spent - self._before[task], 1e-9)
-        feeds[f"feed/{unit}"] = rows * stream.rate()
-        feeds[f"step/{unit}"] = rows * (self._reports[task] - 1) / seconds
+        taken = (self._reports[task] - 1) / seconds
+        feeds[unit] = (rows * stream.rate(), rows * taken)
     return feeds
 
   def _note_feeds(self) -> None:
     feeds = self._feeds()
     made, taken = (
-        ", ".join(
-            f"{value:.0f} {name.split('/')[1]}/s"
-            for name, value in feeds.items()
-            if name.startswith(kind)
-        )
-        for kind in ("feed/", "step/")
+        ", ".join(f"{rates[i]:.0f} {unit}/s" for unit, rates in feeds.items())
+        for i in range(2)
     )
-    limits = [
-        name
-        for name in feeds
-        if name.startswith("feed/")
-        and feeds[name] < feeds[name.replace("feed/", "step/")]
-    ]
+    limits = any(made < taken for made, taken in feeds.values())
     self.note(
         f"This host feeds {made}; the steps take {taken}: the input is"
         f"{'' if limits else ' not'} the limit."
@@ -512,10 +521,7 @@ def run_loop(run: Run, state: steps.TrainState) -> steps.TrainState:
       if number > start:
         if config.eval_every and number % config.eval_every == 0:
           with clock.span("evaluate"):
-            try:
-              progress.log.scalars(number, evaluations(run, state))
-            except errors.UserError as error:
-              progress.note(f"Not evaluated at step {number}: {error}")
+            progress.log.scalars(number, evaluations_on_the_way(run, state))
         if config.panel_every and number % config.panel_every == 0:
           draw(run, state, progress.log)
         if stop.is_set() or number % config.save_every == 0:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from mcjepa_jax import evaluate
+from mcjepa_jax import suite
 from mcjepa_jax.data import (
     catalog,
     check,
@@ -322,7 +322,7 @@ def test_training_is_told_of_flow_that_does_not_fit(tmp_path, fault, told):
   cfg = tiny.config(
       evals=("flow/sintel_clean",), data_root=str(_write(tmp_path, fault))
   )
-  faults = evaluate.check(cfg)
+  faults = suite.check(cfg)
   assert bool(faults) == told
   assert all(f"flow/sintel_clean: the flow seems {fault}" in f for f in faults)
 

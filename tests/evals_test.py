@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
-from mcjepa_jax import assembly, evaluate, sharding
+from mcjepa_jax import assembly, inference, sharding, suite
 from mcjepa_jax.data import synthetic
 from mcjepa_jax.evals import flow, probe
 from mcjepa_jax.models import mcjepa
@@ -137,21 +137,21 @@ def test_predictions_do_not_depend_on_devices_or_on_the_last_batch(devices):
   one, many = sharding.make_mesh(1), sharding.make_mesh(devices)
   rng = np.random.default_rng(0)
   frames = rng.integers(0, 256, (6, 40, 32, 3), np.uint8)
-  whole = evaluate.flow_predictor(model, params, one)(frames)
-  part = evaluate.flow_predictor(model, params, many)(frames[2:4])
+  whole = inference.flow_predictor(model, params, one)(frames)
+  part = inference.flow_predictor(model, params, many)(frames[2:4])
   assert whole.shape == (3, 40, 32, 2)
   # Noise through norms over few channels magnifies rounding; another pair's
   # flow is off by half a pixel.
   np.testing.assert_allclose(part[0], whole[1], atol=5e-3)
   assert np.abs(whole[0] - whole[1]).max() > 0.1
-  embed = evaluate.embedder(model, params, many)
+  embed = inference.embedder(model, params, many)
   images = rng.integers(0, 256, (5, 32, 32, 3), np.uint8)
   np.testing.assert_allclose(embed(images)[3], embed(images[3:4])[0], atol=1e-5)
 
 
 def test_an_unknown_eval_is_named_with_what_there_is():
   cfg = tiny.config(evals=("flow/nowhere", "speed", "knn/cifar10"))
-  faults = "\n".join(evaluate.check(cfg))
+  faults = "\n".join(suite.check(cfg))
   assert "'nowhere'" in faults and "synthetic" in faults
   assert "'speed'" in faults
   assert "data_root" in faults

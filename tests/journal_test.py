@@ -89,7 +89,7 @@ def test_too_many_unreadable_records_end_the_run_with_their_list(tmp_path):
     kept.add(2, "content", 500, [("c", "gone")])
   assert caught.value.messages == (
       "bad_records: expected at most 0.20% of content's records to be"
-      " unreadable, got 3 of 1000",
+      f" unreadable, got 3 of 1000; see {tmp_path / 'quarantine.jsonl'}",
       "a: cut", "b: cut", "c: gone",
   )  # fmt: skip
 

@@ -26,14 +26,13 @@ _LAYERS = (
     # 3: everything of one kind together.
     "objective models.mcjepa data.sources data.pipeline data.convert",
     # 4: what runs on the devices, and looks at the sources.
-    """step evals.flow evals.probe evals.segmentation evals.davis
-    data.check""",
-    # 5: from a config to the parts of a run.
-    "assembly validation",
-    # 6: what commands share.
+    "step evals.flow evals.probe evals.segmentation evals.davis data.check",
+    # 5: from a config to the parts of a run; arrays through a model.
+    "assembly validation inference",
+    # 6: evals by name; pictures of what a model gives.
+    "suite panels",
+    # 7: what commands share.
     "evaluate",
-    # 7: pictures of what a model gives.
-    "panels",
     # 8: the commands.
     "train predict preflight replay compare export report",
     # 9: the command that picks one.

@@ -55,7 +55,9 @@ class Broken(Records):
 
 
 def motion(length: int = 10, *, seed: int = 0, batch_size: int = 4, **options):
-  source = pipeline.MotionSource("made", Records(length), (16, 16), swap=False)
+  source = pipeline.MotionSource(
+      "made", Records(length), (16, 16), geometry={"swap": False}
+  )
   return pipeline.motion_stream(
       [source], batch_size=batch_size, seed=seed, **options
   )

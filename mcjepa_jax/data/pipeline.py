@@ -9,7 +9,7 @@ holds, and no label enters a batch:
 A data set has `__len__`, `__getitem__(i) -> dict` and `record_id(i) -> str`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -40,14 +40,8 @@ class MotionSource:
   dataset: Any
   size: tuple[int, int]  # height, width of a training frame
   weight: float = 1.0  # share of the batches, relative to the other sources
-  mode: str = "crop"  # or "resize": the whole frame
-  scale: tuple[float, float] = (1.0, 1.0)  # of the frame before the crop
-  flip: bool = True
-  swap: bool = True
-  rotation: tuple[float, float] = (0.0, 0.0)  # see transforms.pair_geometry
-  relative_rotation: float = 0.0
-  relative_scale: float = 1.0
-  relative_shift: float = 0.0
+  # More options of transforms.pair_geometry.
+  geometry: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,16 +251,7 @@ def motion_stream(
           weight=source.weight,
           keys=("frame_1", "frame_2"),
           transform=functools.partial(
-              transforms.pair_frames,
-              size=source.size,
-              mode=source.mode,
-              scale=source.scale,
-              flip=source.flip,
-              swap=source.swap,
-              rotation=source.rotation,
-              relative_rotation=source.relative_rotation,
-              relative_scale=source.relative_scale,
-              relative_shift=source.relative_shift,
+              transforms.pair_frames, size=source.size, **source.geometry
           ),
       )
       for source in sources

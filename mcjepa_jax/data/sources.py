@@ -106,6 +106,18 @@ def _motion_table(
   def pairs(find, split, **options):
     return lambda root: find(root, split, labels=False, **options)
 
+  def kitti(year):
+    name = f"kitti_{year}"
+    frames = functools.partial(sequences, flow_datasets.kitti_frames, year)
+    return {
+        name: frames("training", leave_out=_KITTI_NO_PAIR),
+        f"{name}_test": frames("testing", leave_out=_KITTI_NO_PAIR),
+        f"{name}_multiview": frames(
+            "training", multiview=True, leave_out=_KITTI_EVALUATED
+        ),
+        f"{name}_multiview_test": frames("testing", multiview=True),
+    }
+
   flows = flow_datasets
   both = ("left", "right")
   return {
@@ -130,38 +142,8 @@ def _motion_table(
       ),
       "hd1k": sequences(flows.hd1k_frames, "hd1k_input"),
       "hd1k_test": sequences(flows.hd1k_frames, "hd1k_challenge"),
-      "kitti_2012": sequences(
-          flows.kitti_frames, "2012", "training", leave_out=_KITTI_NO_PAIR
-      ),
-      "kitti_2012_test": sequences(
-          flows.kitti_frames, "2012", "testing", leave_out=_KITTI_NO_PAIR
-      ),
-      "kitti_2012_multiview": sequences(
-          flows.kitti_frames,
-          "2012",
-          "training",
-          multiview=True,
-          leave_out=_KITTI_EVALUATED,
-      ),
-      "kitti_2012_multiview_test": sequences(
-          flows.kitti_frames, "2012", "testing", multiview=True
-      ),
-      "kitti_2015": sequences(
-          flows.kitti_frames, "2015", "training", leave_out=_KITTI_NO_PAIR
-      ),
-      "kitti_2015_test": sequences(
-          flows.kitti_frames, "2015", "testing", leave_out=_KITTI_NO_PAIR
-      ),
-      "kitti_2015_multiview": sequences(
-          flows.kitti_frames,
-          "2015",
-          "training",
-          multiview=True,
-          leave_out=_KITTI_EVALUATED,
-      ),
-      "kitti_2015_multiview_test": sequences(
-          flows.kitti_frames, "2015", "testing", multiview=True
-      ),
+      **kitti("2012"),
+      **kitti("2015"),
       "middlebury": sequences(flows.middlebury_frames),
       "sintel_clean": sequences(flows.sintel_frames, "training", "clean"),
       "sintel_final": sequences(flows.sintel_frames, "training", "final"),

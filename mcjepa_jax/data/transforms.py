@@ -9,7 +9,7 @@ is of whole source pixels, unless a pair is turned.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 from jaxtyping import Float32, Float64, UInt8
@@ -375,18 +375,9 @@ def pair_frames(
     frame_1: UInt8[np.ndarray, "h1 w1 3"],
     frame_2: UInt8[np.ndarray, "h2 w2 3"],
     rng: np.random.Generator,
-    *,
-    size: tuple[int, int],
-    mode: str = "crop",
-    scale: tuple[float, float] = (1.0, 1.0),
-    flip: bool = True,
-    swap: bool = True,
-    rotation: tuple[float, float] = (0.0, 0.0),
-    relative_rotation: float = 0.0,
-    relative_scale: float = 1.0,
-    relative_shift: float = 0.0,
+    **options: Any,
 ) -> list[UInt8[np.ndarray, "r c 3"]]:
-  """Returns both frames under one random geometry, see pair_geometry.
+  """Returns both frames under one random geometry; options of pair_geometry.
 
   Raises:
     UserError: the frames differ in size, or the mode is none.
@@ -397,19 +388,7 @@ def pair_frames(
         f"{frame_1.shape[0]}x{frame_1.shape[1]} and "
         f"{frame_2.shape[0]}x{frame_2.shape[1]} (height x width)"
     )
-  geometry = pair_geometry(
-      *frame_1.shape[:2],
-      rng,
-      size=size,
-      mode=mode,
-      scale=scale,
-      flip=flip,
-      swap=swap,
-      rotation=rotation,
-      relative_rotation=relative_rotation,
-      relative_scale=relative_scale,
-      relative_shift=relative_shift,
-  )
+  geometry = pair_geometry(*frame_1.shape[:2], rng, **options)
   return cut_pair(geometry, frame_1, frame_2)
 
 

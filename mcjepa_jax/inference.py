@@ -1,0 +1,88 @@
+"""Compiled forward passes over uint8 arrays, on any number of devices."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from mcjepa_jax import flow_ops, sharding
+from mcjepa_jax.evals import flow, probe
+from mcjepa_jax.models import mcjepa
+
+_EMBEDDED = 128  # images of a forward pass
+
+Params = Any
+
+
+@functools.cache
+def _flow_forward(model: mcjepa.MCJEPA, mesh: jax.sharding.Mesh):
+  """The jitted flow of frames of any size; one for all parameters."""
+  coarsest = model.encoder.strides[-1]
+  batch = sharding.batch_sharding(mesh)
+
+  @functools.partial(jax.jit, in_shardings=(None, batch), static_argnums=2)
+  def forward(params, frames, size):
+    frames = frames.astype(jnp.float32) / 255
+    grid = tuple(-(-side // coarsest) * coarsest for side in size)
+    if grid != size:
+      frames = flow_ops.resize(frames, grid)
+    _, flows = model.apply({"params": params}, frames, method=model.motion)
+    return flow_ops.resize_flow(flows[min(flows)], size)
+
+  return forward
+
+
+def flow_predictor(
+    model: mcjepa.MCJEPA, params: Params, mesh: jax.sharding.Mesh
+) -> flow.Predictor:
+  """A function from interleaved u8 frames of any size to flow_12.
+
+  Frames are resized to the next multiple of the coarsest stride, the flow back
+  to the frames' size with its vectors scaled. Compiles once per shape.
+  """
+  forward, count = _flow_forward(model, mesh), mesh.devices.size
+
+  def predict(frames):
+    pairs = frames.shape[0] // 2
+    # Padded with repeats up to what the devices divide; the rest is dropped.
+    padded = -(-pairs // count) * count
+    rows = np.arange(2 * padded) % frames.shape[0]
+    flows = forward(params, frames[rows], frames.shape[1:3])
+    return np.asarray(flows)[0 : 2 * pairs : 2]
+
+  return predict
+
+
+@functools.cache
+def _pooled_forward(model: mcjepa.MCJEPA, mesh: jax.sharding.Mesh):
+  """The jitted pooled features; one for all parameters."""
+  batch = sharding.batch_sharding(mesh)
+
+  @functools.partial(jax.jit, in_shardings=(None, batch))
+  def forward(params, images):
+    images = images.astype(jnp.float32) / 255
+    return model.apply({"params": params}, images, method=model.pooled)
+
+  return forward
+
+
+def embedder(
+    model: mcjepa.MCJEPA, params: Params, mesh: jax.sharding.Mesh
+) -> probe.Embedder:
+  """A function from u8 images to pooled encoder features."""
+  forward, count = _pooled_forward(model, mesh), mesh.devices.size
+  size = -(-_EMBEDDED // count) * count
+
+  def embed(images):
+    parts = []
+    starts = range(0, len(images), size)
+    for start in tqdm.tqdm(starts, desc="features", leave=False):
+      part = images[start : start + size]
+      rows = np.arange(size) % len(part)
+      parts.append(np.asarray(forward(params, part[rows]))[: len(part)])
+    return np.concatenate(parts)
+
+  return embed
