@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from mcjepa_jax import errors, main, train
+from mcjepa_jax import errors, evaluate, main, suite, train
 from mcjepa_jax.data import flow_io
 from tests import tiny
 
@@ -182,15 +182,13 @@ def test_a_workdir_that_is_no_local_path(capsys, value):
 def test_evaluate_writes_flat_results_whatever_the_devices(
     monkeypatch, tmp_path, untrained, devices
 ):
-  from mcjepa_jax import evaluate
-
   for name, count in (
       ("_SYNTHETIC_PAIRS", 11),
       ("_TRAIN_PAIRS", 8),
       ("_KNN_BANK", 60),
       ("_KNN_QUERIES", 30),
   ):
-    monkeypatch.setattr(evaluate, name, count)
+    monkeypatch.setattr(suite, name, count)
   cfg = tiny.config(
       checkpoint=str(untrained),
       results=str(tmp_path / "out.json"),

@@ -11,7 +11,6 @@ import ctypes
 import math
 from multiprocessing import active_children, connection, parent_process
 import os
-import shutil
 import signal
 import statistics
 import threading
@@ -24,15 +23,8 @@ import grain
 from jaxtyping import UInt8
 import numpy as np
 
+from mcjepa_jax.data import handover
 from mcjepa_jax.errors import UserError
-
-# Bytes from which an array leaves a worker through shared memory where there is
-# little of that: 115 MiB take 105 ms so and 439 ms through a pipe (1 MiB: 1.8 and
-# 2.2 ms); but containers often have 64 MiB of shared memory, and a worker that
-# finds none dies. With plenty all goes through it: a worker that is killed then
-# leaves no half of a batch in a pipe.
-_MIN_SHARED_MEMORY = 2**22
-_PLENTY = 2**30
 
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
@@ -78,6 +70,7 @@ def _start_worker(worker_index: int, worker_count: int) -> None:
   del worker_index, worker_count
   cv2.setNumThreads(0)
   _keep_memory()
+  handover.start_lending()
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -90,17 +83,6 @@ def _start_worker(worker_index: int, worker_count: int) -> None:
 
 # Iterators that wait for what a dead worker did not send.
 _ABANDONED = []
-
-
-def _min_shared_memory() -> int:
-  try:
-    return (
-        0
-        if shutil.disk_usage("/dev/shm").free >= _PLENTY
-        else _MIN_SHARED_MEMORY
-    )
-  except OSError:
-    return _MIN_SHARED_MEMORY
 
 
 def _end(iterators: list[grain.DatasetIterator]) -> None:
@@ -119,7 +101,7 @@ def _flatten(tree: Any, path: str = "") -> dict[str, Any]:
 
 
 class _Timed:
-  """Batches with the seconds that making them took."""
+  """Batches, lent by a worker, with the seconds that making them took."""
 
   def __init__(self, batches: grain.MapDataset):
     self._batches = batches
@@ -130,7 +112,8 @@ class _Timed:
   def __getitem__(self, index: int) -> tuple[Part, float]:
     start = time.perf_counter()
     part = self._batches[index]
-    return part, time.perf_counter() - start
+    arrays = {key: handover.lend(array) for key, array in part.arrays.items()}
+    return part._replace(arrays=arrays), time.perf_counter() - start
 
 
 class Stream(Iterator):
@@ -166,6 +149,7 @@ class Stream(Iterator):
     # The iterator, once it runs, and its processes.
     self._running = []
     self._workers = []
+    self._borrower = handover.Borrower()
     # Of the last batches.
     self._seconds = collections.deque(maxlen=32)
     # Also at exit: an iterator that outlives the modules that it uses ends in
@@ -177,14 +161,10 @@ class Stream(Iterator):
 
   def __next__(self) -> Part:
     self.start()
-    part, seconds = self._wait() if self._workers else next(self._running[0])
+    part, seconds = self._wait() if self._workers else self._take()
     self._next_batch += 1
     self._seconds.append(seconds)
-    # Out of shared memory, which JAX on CPU would alias for as long as the
-    # batch lives: what still lives at exit is reported as leaked.
-    return part._replace(
-        arrays={k: np.array(v, subok=False) for k, v in part.arrays.items()}
-    )
+    return part
 
   def rate(self) -> float:
     """Returns the batches a second that the workers make; NaN before the first.
@@ -196,6 +176,12 @@ class Stream(Iterator):
       return math.nan
     return max(1, self._num_workers) / statistics.median(self._seconds)
 
+  def _take(self) -> tuple[Part, float]:
+    """Returns the next batch, out of the memory that it shares."""
+    part, seconds = next(self._running[0])
+    arrays = {k: self._borrower.take(v) for k, v in part.arrays.items()}
+    return part._replace(arrays=arrays), seconds
+
   def _wait(self) -> tuple[Part, float]:
     """Returns the next batch, or raises UserError for a worker that died.
 
@@ -204,16 +190,19 @@ class Stream(Iterator):
     """
     batch = futures.Future()
 
-    def get(iterator):
+    def get():
       try:
-        batch.set_result(next(iterator))
+        batch.set_result(self._take())
       except BaseException as error:
         batch.set_exception(error)
 
     # No executor: its threads are waited for at exit.
-    threading.Thread(target=get, args=self._running, daemon=True).start()
+    threading.Thread(target=get, daemon=True).start()
     while not futures.wait([batch], _PATIENCE).done and not self._died():
       pass
+    if batch.done() and isinstance(batch.exception(), OSError):
+      # A process that is being killed loses its files first.
+      connection.wait([w.sentinel for w in self._workers], _PATIENCE)
     if batch.done() and not (batch.exception() and self._died()):
       return batch.result()
     if not batch.done():
@@ -255,10 +244,7 @@ class Stream(Iterator):
         )
     )
     if self._num_workers:
-      dataset = grain.experimental.WithOptionsIterDataset(
-          dataset,
-          grain.experimental.DatasetOptions(min_shm_size=_min_shared_memory()),
-      ).mp_prefetch(
+      dataset = dataset.mp_prefetch(
           grain.MultiprocessingOptions(
               num_workers=self._num_workers,
               per_worker_buffer_size=self._prefetch,
@@ -309,6 +295,7 @@ class Stream(Iterator):
   def close(self) -> None:
     """Ends the workers; a later `next` starts new ones."""
     _end(self._running)
+    self._borrower.close()
     self._workers.clear()
 
   def __enter__(self) -> "Stream":

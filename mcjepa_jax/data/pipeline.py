@@ -17,7 +17,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from mcjepa_jax.data import transforms
+from mcjepa_jax.data import handover, transforms
 from mcjepa_jax.data.feed import Part, Stream
 from mcjepa_jax.errors import UserError
 
@@ -122,9 +122,11 @@ class _Cut:
 
 def _stack(parts: Sequence[Part]) -> Part:
   (key,) = parts[0].arrays
+  images = [image for part in parts for image in part.arrays[key]]
+  batch = handover.empty((len(images), *images[0].shape))
   return Part(
       # The only copy of what was cut.
-      {key: np.stack([image for part in parts for image in part.arrays[key]])},
+      {key: np.stack(images, out=batch)},
       [record for part in parts for record in part.records],
       [fault for part in parts for fault in part.faults],
   )
