@@ -299,7 +299,15 @@ def test_the_sample_is_always_the_same():
         (["--config=C", "--root=."], "--root: expected --config.data_root"),
         (
             ["--config=C", "--config.motion.sources=('davis',)"],
-            r"motion.sources: expected \(NAME, NUMBER\) .* got 'davis'",
+            r"motion.sources: expected \(name, positive number\) .*'davis'",
+        ),
+        (
+            ["--config=C", "--config.content.ratio=(0,1)"],
+            r"content.ratio: expected \(least, most\), above 0, got \(0, 1\)",
+        ),
+        (
+            ["--config=C", "--config.mode=nonsense"],
+            "mode: expected one of .* got 'nonsense'",
         ),
         (["--config=C", "--config.evals=('flow',)"], "evals: expected flow/"),
         (

@@ -26,7 +26,7 @@ _LAYERS = (
     # 3: everything of one kind together.
     "objective models.mcjepa data.sources data.pipeline data.convert",
     # 4: what runs on the devices, and looks at the sources.
-    "step evals.flow evals.probe evals.segmentation evals.davis data.check",
+    "step evals.flow evals.probe evals.segmentation evals.davis",
     # 5: from a config to the parts of a run; arrays through a model.
     "assembly validation inference",
     # 6: evals by name; pictures of what a model gives.
@@ -34,7 +34,7 @@ _LAYERS = (
     # 7: what commands share.
     "evaluate",
     # 8: the commands.
-    "train predict preflight replay compare export report",
+    "train predict preflight replay compare export report data.check",
     # 9: the command that picks one.
     "main",
 )

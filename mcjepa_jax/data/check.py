@@ -46,7 +46,7 @@ import cv2
 import numpy as np
 import tqdm
 
-from mcjepa_jax import command, errors, visualize
+from mcjepa_jax import command, errors, step, validation, visualize
 from mcjepa_jax.data import (
     array_records,
     catalog,
@@ -342,26 +342,19 @@ def of_config(config: Any) -> tuple[list[str], Settings]:
   """Returns what a config reads, each KIND/NAME, and how.
 
   Raises:
-    UserError: sources or evals that are no such lists, or of no known kind.
+    UserError: all that `train` would find wrong with the config itself.
   """
+  faults = validation.faults(config)
+  if faults:
+    raise errors.UserError(*faults)
   motion, content = config.motion, config.content
-  uses, faults = [], []
-  # As `step.tasks_of_mode`, which would load JAX.
-  unread = {
-      "content": ("motion",),
-      "motion": ("content",),
-      "frozen_encoder": ("content",),
-  }.get(config.mode, ())
-  for task in ("motion", "content"):
-    for entry in config[task].sources if task not in unread else ():
-      if isinstance(entry, tuple) and entry and isinstance(entry[0], str):
-        uses.append(f"{task}/{entry[0]}")
-      else:
-        faults.append(
-            f"{task}.sources: expected (NAME, NUMBER) of each, got {entry!r}"
-        )
+  uses = [
+      f"{task}/{name}"
+      for task in step.tasks_of_mode(config.mode)
+      for name, *_ in config[task].sources
+  ]
   for entry in config.evals:
-    kind, _, name = str(entry).partition("/")
+    kind, _, name = entry.partition("/")
     if kind in ("flow", "knn") and name:
       uses.append(entry)
     else:

@@ -356,7 +356,7 @@ class Pairs:
 
   def record_id(self, i: int) -> str:
     """A name that no other scene of these images and this size has."""
-    return f"cutouts/{len(self.images)}/{self.seed}/{range(len(self))[i]}"
+    return f"{len(self.images)}/{self.seed}/{range(len(self))[i]}"
 
   def __getitem__(self, i: int) -> dict[str, np.ndarray]:
     """The keys of synthetic.Pairs, without a label."""

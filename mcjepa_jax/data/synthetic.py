@@ -463,7 +463,7 @@ class Pairs:
 
   def record_id(self, i: int) -> str:
     """A name that no other scene of this size has."""
-    return f"synthetic/{self.seed}/{range(len(self))[i]}"
+    return f"{self.seed}/{range(len(self))[i]}"
 
   def __getitem__(self, i: int) -> dict[str, np.ndarray | int]:
     """Frames u8 [h w 3], flows f32 [h w 2], masks f32 [h w 1] and the rest.
@@ -490,7 +490,7 @@ class Images:
 
   def record_id(self, i: int) -> str:
     """A name that no other scene of this size has."""
-    return f"synthetic/{self.seed}/{range(len(self))[i]}"
+    return f"{self.seed}/{range(len(self))[i]}"
 
   def __getitem__(self, i: int) -> dict[str, np.ndarray | int | tuple | float]:
     """Image u8 [h w 3], label, and the main object's place in pixels.
