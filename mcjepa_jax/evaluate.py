@@ -134,7 +134,7 @@ def _flow_eval(config, name, model, params, initial, mesh):
 def _flow_pairs(config, name):
   return sources.flow_pairs(
       name,
-      config.data_root,
+      sources.data_root(config.data_root, config.data_cache),
       seed=sources.held_out_seed(config.eval_seed),
       size=tuple(config.motion.size),
       count=_SYNTHETIC_PAIRS,
@@ -169,7 +169,7 @@ def _knn_eval(config, name, model, params, initial, mesh):
 def _labelled(config, name):
   return sources.labelled(
       name,
-      config.data_root,
+      sources.data_root(config.data_root, config.data_cache),
       seed=sources.held_out_seed(config.eval_seed),
       size=config.content.size,
       count=_KNN_QUERIES,
