@@ -355,6 +355,14 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch):
     files.path("s3://somewhere/data").names()
 
 
+def test_a_cache_that_takes_no_copy_is_named(images, tmp_path):
+  cache = tmp_path / "cache"
+  read = image_datasets.ImageFolder(files.path(images[1], str(cache)))
+  cache.touch()
+  with pytest.raises(files.Unreachable, match=f"cannot be copied into {cache}"):
+    read[0]
+
+
 def _no_waiting(monkeypatch):
   async def sleep(_):
     pass

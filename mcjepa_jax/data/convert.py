@@ -3,6 +3,8 @@
   python -m mcjepa_jax.data.convert --input=FOLDER --output=FOLDER \
     [--shards=64] [--workers=CORES] [--skip-bad]
 
+The input may be remote, as gs://BUCKET/FOLDER; the output is local.
+
 Each image is decoded once to see that it can be, and kept as the file it was,
 with its label and path (see data.array_records). Of n shards, shard k holds
 images k, k + n, k + 2n, ... of the listing, which is sorted: that needs no seed,

@@ -41,7 +41,7 @@ _ONE_REQUEST = {"gs": {"concurrency": 1}, "s3": {}}
 # Times in a store are cut to seconds, and its clock is not ours.
 _CLOCKS = 2.0
 _GONE = "no such file or bucket"
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Unreachable(UserError):
@@ -280,20 +280,17 @@ def local(path: str | os.PathLike) -> str | os.PathLike:
   return path.copy
 
 
-@contextlib.contextmanager
 def copied(
     path: str | os.PathLike, *, again: bool = False
-) -> Iterator[str | os.PathLike]:
-  """Yields where the file can be opened; see `local` for one read `again`."""
+) -> tuple[str | os.PathLike, bool]:
+  """Returns where the file can be opened, and whether it is to be deleted then.
+
+  As `local`, but that what is not read `again` stays on no disk without a cache.
+  """
   path = _remote(path)
   if again or not isinstance(path, Remote) or path.keeps or path.copy.exists():
-    yield local(path)
-    return
-  part = _download(path)
-  try:
-    yield part
-  finally:
-    os.unlink(part)
+    return local(path), False
+  return _download(path), True
 
 
 def _remote(text: str | os.PathLike) -> str | os.PathLike:
@@ -351,7 +348,9 @@ def _asking(path: Remote) -> Iterator[None]:
   # Of requests, aiohttp, google.auth, botocore: without a class in common.
   except Exception as error:
     reason = " ".join(f"{type(error).__name__}: {error}".split())
-    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+    if isinstance(error, OSError) and (
+        error.errno in _NO_ROOM or str(error.filename).startswith(path.folder)
+    ):
       raise Unreachable(
           f"{path}: cannot be copied into {path.folder}: {reason}"
       ) from error
@@ -378,7 +377,7 @@ def _list(folder: Remote, *, below: bool) -> None:
     # A name that ends in a slash stands for an empty folder.
     is_folder = entry["type"] == "directory" or relative.endswith("/")
     *parents, name = relative.rstrip("/").split("/")
-    # The folder itself is listed too; what no path can spell is left out.
+    # A folder may be listed in itself; what no path can spell is left out.
     if relative == entry["name"] or {"", ".", ".."} & {*parents, name}:
       continue
     parent = "/".join(parents)
@@ -388,7 +387,8 @@ def _list(folder: Remote, *, below: bool) -> None:
       continue
     changed = entry.get("mtime") or entry["LastModified"]
     stat = Stat(entry["size"], int(changed.timestamp() * 1e9))
-    if names.setdefault(name, stat) and folder.keeps:
+    names.setdefault(name, stat)
+    if folder.keeps:
       _drop_if_old(folder.joinpath(parent, name), stat)
   for place, names in places.items():
     _listings[folder / place] = names

@@ -59,11 +59,13 @@ def opened(path: Path, wanted: str, *, again: bool = False):
   A file that will be opened `again` is copied once where it is remote.
   """
   try:
-    with files.copied(path, again=again) as place:
-      # A pipe would block at open, so the kind is looked at first.
-      if not stat.S_ISREG(os.stat(place).st_mode):
-        raise UserError(f"{path}: expected {wanted}, came no regular file")
-      file = open(place, "rb")
+    place, is_spare = files.copied(path, again=again)
+    # A pipe would block at open, so the kind is looked at first.
+    if not stat.S_ISREG(os.stat(place).st_mode):
+      raise UserError(f"{path}: expected {wanted}, came no regular file")
+    file = open(place, "rb")
+    if is_spare:
+      os.unlink(place)
   except (OSError, ValueError) as error:
     if isinstance(error, UserError):
       raise
