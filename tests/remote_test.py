@@ -185,6 +185,12 @@ def test_an_image_that_changed_is_not_served_from_the_cache(
   again = image_datasets.ImageFolder(files.path(address, cache))
   assert again[0]["image"][0, 0, 0] == 99
   assert kept.copy.exists()
+  # And another size, whatever the clocks say.
+  gs.store.pipe_file(str(kept), new + b"more")
+  os.utime(kept.copy, (later + 600, later + 600))
+  _forget()
+  image_datasets.ImageFolder(files.path(address, cache))
+  assert not kept.copy.exists()
 
 
 def test_no_name_in_a_bucket_leads_out_of_the_cache(monkeypatch, tmp_path):

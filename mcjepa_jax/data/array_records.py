@@ -127,7 +127,10 @@ class Records:
 
     With `uncompressed` a file that names other options is refused.
     """
-    self._files = [files.small(path) for path in paths]
+    self._files = [
+        path if isinstance(path, files.Remote) else os.fspath(path)
+        for path in paths
+    ]
     self._counts = list(counts)
     self._ends = np.cumsum(self._counts, dtype=np.int64)
     self._uncompressed = uncompressed

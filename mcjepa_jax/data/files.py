@@ -258,11 +258,6 @@ def split(path: str | os.PathLike) -> tuple[str | Remote, str]:
   return os.path.split(path)
 
 
-def small(path: str | os.PathLike) -> str | Remote:
-  """Returns the path in a form of which a set can hold many."""
-  return path if isinstance(path, Remote) else os.fspath(path)
-
-
 def local(path: str | os.PathLike) -> str | os.PathLike:
   """Returns where the file lies on a local disk, copied once if it is remote.
 

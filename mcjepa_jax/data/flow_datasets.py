@@ -42,8 +42,6 @@ _TARTAN = ("TartanAir", "tartanair", "")
 _TRAJECTORIES = ("*/*/P*", "*/*/*/P*")
 _VIPER = ("VIPER", "viper", "")
 
-_MAY_LACK = ("occlusions", "invalid", "flow_visible")
-
 Frames = tuple[files.Location, list[files.Location]]
 
 
@@ -66,10 +64,10 @@ class FlowPair:
   flow_scale: int = 1
 
   def __post_init__(self):
-    for field in ("frame_1", "frame_2", "flow", *_MAY_LACK):
-      path = getattr(self, field)
-      if path is not None:
-        object.__setattr__(self, field, files.small(path))
+    # A string is a fraction of a Path, to hold and to send to a worker.
+    for field, value in tuple(vars(self).items()):
+      if isinstance(value, pathlib.Path):
+        object.__setattr__(self, field, str(value))
 
 
 class FramePairs:
