@@ -27,7 +27,9 @@ def get_config() -> ConfigDict:
   config.task = "train"  # "train" or "evaluate"
   config.seed = 0  # initial parameters, order of the data, augmentation
   config.eval_seed = 2_000_003  # held-out procedural examples; never trained on
-  config.data_root = ""  # folder that holds the data sets; unused by synthetic
+  # Folder that holds the data sets, gs:// and s3:// too; unused by synthetic.
+  config.data_root = ""
+  config.data_cache = ""  # local folder that keeps what of these was read
   config.checkpoint = ""  # evaluate: a workdir, or one step inside it
   # evaluate: the JSON written; "" means WORKDIR/evaluation.json
   config.results = ""

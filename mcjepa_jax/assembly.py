@@ -86,6 +86,7 @@ def streams(config: Any) -> dict[str, pipeline.Stream]:
   """
   result = {}
   reads = step.tasks_of_mode(config.mode)
+  root = sources.data_root(config.data_root, config.data_cache)
   if "motion" in reads:
     motion = config.motion
     geometry = dict(
@@ -100,7 +101,7 @@ def streams(config: Any) -> dict[str, pipeline.Stream]:
     for name, number, size in sources.sized(motion.sources, motion.size):
       dataset = sources.motion(
           name,
-          config.data_root,
+          root,
           seed=config.seed,
           size=size,
           gaps=tuple(motion.gaps),
@@ -117,9 +118,7 @@ def streams(config: Any) -> dict[str, pipeline.Stream]:
     content = config.content
     mixed = []
     for name, number in content.sources:
-      dataset = sources.images(
-          name, config.data_root, seed=config.seed, size=content.size
-      )
+      dataset = sources.images(name, root, seed=config.seed, size=content.size)
       weight = _weight(content.mixing, number, dataset)
       mixed.append(pipeline.ContentSource(name, dataset, weight))
     result["content"] = pipeline.content_stream(

@@ -69,12 +69,17 @@ def split(argv: Sequence[str], known: Sequence[str]) -> Arguments:
   return arguments
 
 
-def single(flags: Mapping[str, Sequence[str]], **hints: str) -> list[str]:
+def single(
+    flags: Mapping[str, Sequence[str]],
+    *,
+    remote: Sequence[str] = (),
+    **hints: str,
+) -> list[str]:
   """The values of flags that take one each, in the order of the hints.
 
   Raises:
     UserError: a flag without a value, with several, or with the address of a
-      store where a local path is meant.
+      store where it is none of those that may be `remote`.
   """
   faults, values = [], []
   for name, hint in hints.items():
@@ -82,7 +87,7 @@ def single(flags: Mapping[str, Sequence[str]], **hints: str) -> list[str]:
     if len(given) != 1 or not given[0]:
       came = " ".join(repr(value) for value in given) or "nothing"
       faults.append(f"--{name}: expected --{name}={hint}, got {came}")
-    elif "://" in given[0]:
+    elif "://" in given[0] and name not in remote:
       faults.append(f"--{name}: expected a local path, got {given[0]}")
     else:
       values.append(given[0])

@@ -69,7 +69,7 @@ def _flow_eval(subject, name):
 def _flow_pairs(config, name):
   return sources.flow_pairs(
       name,
-      config.data_root,
+      sources.data_root(config.data_root, config.data_cache),
       seed=sources.held_out_seed(config.eval_seed),
       size=tuple(config.motion.size),
       count=_SYNTHETIC_PAIRS,
@@ -108,7 +108,7 @@ def _knn_eval(subject, name):
 def _labelled(config, name):
   return sources.labelled(
       name,
-      config.data_root,
+      sources.data_root(config.data_root, config.data_cache),
       seed=sources.held_out_seed(config.eval_seed),
       size=config.content.size,
       count=_KNN_QUERIES,

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 import math
+import pathlib
 from typing import Any
 
 import jax
 
-from mcjepa_jax import command, errors, objective, step
+from mcjepa_jax import command, errors, journal, objective, step
 from mcjepa_jax.data import sources
 from mcjepa_jax.models import convnext
 
@@ -16,6 +17,7 @@ OPERATIONAL = frozenset(
         "task",
         "name",
         "bad_records",
+        "data_cache",
         "data_root",
         "checkpoint",
         "results",
@@ -59,6 +61,7 @@ def faults(config: Any, *, devices: int | None = None) -> list[str]:
   def one_of(*names):
     return lambda value: value in names, "one of " + ", ".join(names)
 
+  expect("data_cache", lambda x: "://" not in x, "a local folder")
   expect("mode", *one_of(*step.MODES))
   expect("task", *one_of("train", "evaluate"))
   expect("model.encoder.stem", *one_of("split", "patch"))
@@ -85,6 +88,9 @@ def faults(config: Any, *, devices: int | None = None) -> list[str]:
   _expect_ranges(expect)
   if found:  # what follows reads values that are well formed
     return found
+  if config.data_cache:
+    cache = pathlib.Path(config.data_cache).expanduser()
+    found += errors.collect(lambda: journal.check_writable(cache, "data_cache"))
   reads = step.tasks_of_mode(config.mode)
   found += _size_faults(config, reads)
   found += _weight_faults(config)

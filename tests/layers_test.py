@@ -13,7 +13,8 @@ _PACKAGE = "mcjepa_jax"
 
 # A module imports lower layers only. `errors` is open to all.
 _LAYERS = (
-    # 0: files in, bytes and pixels out.
+    # 0: paths in, files out; files in, bytes and pixels out.
+    "data.files",
     "data.image_io data.handover",
     # 1: arrays in, arrays out; text in, plain values out.
     """flow_ops metrics vicreg visualize photometry data.flow_io data.transforms

@@ -36,7 +36,7 @@ import zlib
 from array_record.python import array_record_module
 import numpy as np
 
-from mcjepa_jax.data import image_io
+from mcjepa_jax.data import files, image_io
 from mcjepa_jax.errors import UserError
 
 FORMAT = "mcjepa_jax images 1"
@@ -116,16 +116,21 @@ class Records:
 
   def __init__(
       self,
-      files: Sequence[image_io.Path],
+      paths: Sequence[image_io.Path],
       counts: Sequence[int],
       *,
       uncompressed: bool = False,
   ):
     """Describes files that hold as many records each; none is opened.
 
+    A remote one is copied when a record of it is first read.
+
     With `uncompressed` a file that names other options is refused.
     """
-    self._files = [os.fspath(file) for file in files]
+    self._files = [
+        path if isinstance(path, files.Remote) else os.fspath(path)
+        for path in paths
+    ]
     self._counts = list(counts)
     self._ends = np.cumsum(self._counts, dtype=np.int64)
     self._uncompressed = uncompressed
@@ -147,11 +152,11 @@ class Records:
     file, number = self._place(index)
     path, count = self._files[file], self._counts[file]
     # Only a regular file is opened: a pipe would block.
-    with image_io.opened(path, "records") as (opened, size):
+    with image_io.opened(path, "records", again=True) as (opened, size):
       changed = os.fstat(opened.fileno()).st_mtime_ns
     # The library's C++ raises whatever its own parser ran into.
     try:
-      reader = _reader(path, size, changed)
+      reader = _reader(os.fspath(files.local(path)), size, changed)
       came = reader.num_records()
       options = reader.writer_options_string() or ""
       fits = not self._uncompressed or _UNCOMPRESSED in options.split(",")
@@ -223,7 +228,7 @@ def write_manifest(folder: pathlib.Path, manifest: dict[str, Any]) -> None:
 
 def read_manifest(folder: image_io.Path) -> dict[str, Any]:
   """Returns the manifest of a folder, checked, its shards of the right size."""
-  folder = pathlib.Path(folder)
+  folder = files.path(folder)
   path = folder / MANIFEST
   if folder.is_dir() and not path.exists():
     raise UserError(
@@ -243,12 +248,12 @@ def read_manifest(folder: image_io.Path) -> dict[str, Any]:
         "came others"
     )
   for shard in manifest["shards"]:
-    with image_io.opened(folder / shard["name"], "a shard") as (_, size):
-      if size != shard.get("bytes"):
-        raise UserError(
-            f"{folder / shard['name']}: expected {shard.get('bytes')} bytes, as "
-            f"{MANIFEST} says, came {size}"
-        )
+    size = image_io.file_size(folder / shard["name"], "a shard")
+    if size != shard.get("bytes"):
+      raise UserError(
+          f"{folder / shard['name']}: expected {shard.get('bytes')} bytes, as "
+          f"{MANIFEST} says, came {size}"
+      )
   return manifest
 
 
@@ -274,7 +279,7 @@ class ConvertedImages:
   """The images of a folder that data.convert wrote, shard after shard."""
 
   def __init__(self, folder: image_io.Path):
-    self.folder = pathlib.Path(folder)
+    self.folder = files.path(folder)
     manifest = read_manifest(self.folder)
     self.classes = manifest["classes"]
     self._records = Records(
@@ -319,7 +324,7 @@ class TfdsImages:
   """
 
   def __init__(self, folder: image_io.Path, split: str):
-    self.folder = pathlib.Path(folder)
+    self.folder = files.path(folder)
     self._split = split
     read_json(self.folder / "dataset_info.json")
     _check_features(self.folder / "features.json")
@@ -328,13 +333,13 @@ class TfdsImages:
 
     # What it answers to a hostile file is whatever it ran into.
     try:
-      builder = tfds.builder_from_directory(self.folder)
+      builder = tfds.builder_from_directory(os.fspath(self.folder))
       builder.as_data_source(  # sees that the files have the format
           split,
           deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
           file_format="array_record",
       )
-      files = builder.info.splits[split].file_instructions
+      shards = builder.info.splits[split].file_instructions
       features = builder.info.features
       label = features["label"] if "label" in features else None
     except Exception as error:
@@ -343,18 +348,20 @@ class TfdsImages:
           f"file_format=array_record, came: {error}"
       ) from error
     num_classes = getattr(label, "num_classes", None) or 0
-    counts = [file.examples_in_shard for file in files]
+    counts = [shard.examples_in_shard for shard in shards]
     if not 0 <= num_classes <= _MAX_CLASSES or not fit_counts(counts):
       raise UserError(
           f"{self.folder}: expected at most {_MAX_CLASSES} classes, and shards "
           f"with records, came {num_classes} and {counts[:9]}"
       )
     self.classes = list(label.names) if num_classes else []
-    paths = [pathlib.Path(os.path.normpath(file.filename)) for file in files]
-    for path in paths:
-      if path.parent != pathlib.Path(os.path.normpath(self.folder)):
-        raise UserError(f"{self.folder}: expected shards in it, came {path}")
-    self._records = Records(paths, counts)
+    places = [os.path.split(os.path.normpath(s.filename)) for s in shards]
+    for place, name in places:
+      if place != os.path.normpath(self.folder):
+        raise UserError(
+            f"{self.folder}: expected shards in it, came {place}/{name}"
+        )
+    self._records = Records([self.folder / name for _, name in places], counts)
 
   def __len__(self) -> int:
     return len(self._records)
@@ -389,7 +396,7 @@ class TfdsImages:
     return example
 
 
-def _check_features(path: pathlib.Path) -> None:
+def _check_features(path: files.Location) -> None:
   """Raises UserError unless all features of features.json are tfds' own.
 
   tfds imports the module of any class that is named there.

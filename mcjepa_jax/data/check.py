@@ -50,6 +50,7 @@ from mcjepa_jax import command, errors, step, validation, visualize
 from mcjepa_jax.data import (
     array_records,
     catalog,
+    files,
     flow_faults,
     image_io,
     sources,
@@ -70,7 +71,7 @@ _CHUNK = 2**20
 class Settings:
   """How a run would read its sources."""
 
-  root: str
+  root: str | files.Location
   seed: int = 0
   size: tuple[int, int] = (64, 64)  # of generated pairs
   # Of content's views, see transforms.two_views.
@@ -362,7 +363,7 @@ def of_config(config: Any) -> tuple[list[str], Settings]:
   if faults:
     raise errors.UserError(*faults)
   settings = Settings(
-      root=config.data_root,
+      root=sources.data_root(config.data_root, config.data_cache),
       seed=config.seed,
       size=tuple(motion.size),
       views=dict(
@@ -417,10 +418,13 @@ def _asked(arguments: command.Arguments) -> tuple[list[str], Settings]:
       raise errors.UserError(
           f"--config.{arguments.overrides[0][0]}: expected --config=FILE.py too"
       )
-    name, root = command.single(flags, dataset="NAME", root="FOLDER")
-    if not pathlib.Path(root).expanduser().is_dir():
+    name, root = command.single(
+        flags, remote=("root",), dataset="NAME", root="FOLDER"
+    )
+    folder = files.require(files.path(root), "--root")
+    if not folder.is_dir():
       raise errors.UserError(f"--root: expected a folder, got {root}")
-    return of_name(name), Settings(root=root)
+    return of_name(name), Settings(root=folder)
   (file,) = command.single(flags, config="FILE.py")
   if "root" in flags:
     raise errors.UserError("--root: expected --config.data_root=FOLDER instead")

@@ -3,6 +3,8 @@
   python -m mcjepa_jax.data.convert --input=FOLDER --output=FOLDER \
     [--shards=64] [--workers=CORES] [--skip-bad]
 
+The input may be remote, as gs://BUCKET/FOLDER; the output is local.
+
 Each image is decoded once to see that it can be, and kept as the file it was,
 with its label and path (see data.array_records). Of n shards, shard k holds
 images k, k + n, k + 2n, ... of the listing, which is sorted: that needs no seed,
@@ -37,7 +39,7 @@ from array_record.python import array_record_module
 import tqdm
 
 from mcjepa_jax import command, errors
-from mcjepa_jax.data import array_records, image_datasets, image_io
+from mcjepa_jax.data import array_records, files, image_datasets, image_io
 
 _SHARDS = 64
 _MAX_WORKERS = 512
@@ -52,7 +54,7 @@ class _Shard:
   """What one shard is to hold."""
 
   path: pathlib.Path
-  root: pathlib.Path
+  root: files.Location
   names: list[str]
   labels: list[int]
 
@@ -233,7 +235,7 @@ def convert(
     UserError: folders that cannot be used, or images that do not decode: all
       are named.
   """
-  root = pathlib.Path(source).expanduser()
+  root = files.require(files.path(source), "--input")
   folder = pathlib.Path(output).expanduser()
   listing = image_datasets.find_images(root)
   _check_links(root, listing.links)
@@ -313,15 +315,17 @@ def _written(
   return entries, sorted(skipped)
 
 
-def _raise_faults(root: pathlib.Path, faults: list[Fault]) -> None:
+def _raise_faults(root: files.Location, faults: list[Fault]) -> None:
   if faults:
     raise errors.UserError(
         *(f"{root / n}: {fault}" for n, fault in sorted(faults))
     )
 
 
-def _check_links(root: pathlib.Path, links: list[str]) -> None:
+def _check_links(root: files.Location, links: list[str]) -> None:
   """Raises UserError for symbolic links that lead out of the folder."""
+  if not links:
+    return
   inside = root.resolve()
   faults = [
       f"{root / link}: expected no link out of {root}, came one to {target}"
@@ -334,10 +338,10 @@ def _check_links(root: pathlib.Path, links: list[str]) -> None:
 
 def _prepare(folder: pathlib.Path, plan: list[_Shard], source: str) -> None:
   """Makes the output folder, or sees that it holds this very conversion."""
-  if folder.resolve().is_relative_to(plan[0].root.resolve()):
-    raise errors.UserError(
-        f"--output: expected a folder outside of {plan[0].root}"
-    )
+  root = plan[0].root
+  is_local = isinstance(root, pathlib.Path)
+  if is_local and folder.resolve().is_relative_to(root.resolve()):
+    raise errors.UserError(f"--output: expected a folder outside of {root}")
   state = {"format": array_records.FORMAT, "source": source}
   ours = {_STATE, array_records.MANIFEST, *(shard.path.name for shard in plan)}
   ours |= {f"{name}.part" for name in ours}
@@ -374,7 +378,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         lambda: values.update(
             zip(
                 ("source", "output"),
-                command.single(flags, input="FOLDER", output="FOLDER"),
+                command.single(
+                    flags, remote=("input",), input="FOLDER", output="FOLDER"
+                ),
                 strict=True,
             )
         ),

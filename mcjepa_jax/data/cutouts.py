@@ -25,7 +25,7 @@ from jaxtyping import Float, UInt8
 import numpy as np
 
 from mcjepa_jax import errors
-from mcjepa_jax.data import synthetic, transforms
+from mcjepa_jax.data import files, synthetic, transforms
 
 _ATTEMPTS = 10  # photographs tried in the place of one that cannot be read
 _TEXELS = 2  # a pixel of the frames, each way
@@ -177,6 +177,8 @@ def _photograph(images: Any, index: int) -> UInt8[np.ndarray, "h w 3"]:
   for attempt in range(_ATTEMPTS):
     try:
       return images[(index + attempt) % len(images)]["image"]
+    except files.Unreachable:
+      raise
     except errors.UserError:
       if attempt + 1 == _ATTEMPTS:
         raise

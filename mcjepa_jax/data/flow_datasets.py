@@ -20,7 +20,7 @@ import re
 
 import numpy as np
 
-from mcjepa_jax.data import flow_io, image_io
+from mcjepa_jax.data import files, flow_io, image_io
 from mcjepa_jax.errors import UserError
 
 # As many faults of one folder as a reader wants to see at once.
@@ -42,7 +42,7 @@ _TARTAN = ("TartanAir", "tartanair", "")
 _TRAJECTORIES = ("*/*/P*", "*/*/*/P*")
 _VIPER = ("VIPER", "viper", "")
 
-Frames = tuple[pathlib.Path, list[pathlib.Path]]
+Frames = tuple[files.Location, list[files.Location]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,17 +50,24 @@ class FlowPair:
   """The files of one pair; what the set lacks is None."""
 
   name: str
-  frame_1: str
-  frame_2: str
-  flow: str
+  frame_1: image_io.Path
+  frame_2: image_io.Path
+  flow: image_io.Path
   # Where a mask is not 0, frame 2 hides the pixel, or the flow is wrong there.
   # A .npy of bytes, or a picture with one channel or more.
-  occlusions: str | None = None
-  invalid: str | None = None
-  flow_visible: str | None = None  # Flow file valid where both frames see it.
+  occlusions: image_io.Path | None = None
+  invalid: image_io.Path | None = None
+  # Flow file valid where both frames see it.
+  flow_visible: image_io.Path | None = None
   # The flow's grid is so many times the frames': every so many rows and columns
   # of it, from the first, are taken as they are.
   flow_scale: int = 1
+
+  def __post_init__(self):
+    # A string is a fraction of a Path, to hold and to send to a worker.
+    for field, value in tuple(vars(self).items()):
+      if isinstance(value, pathlib.Path):
+        object.__setattr__(self, field, str(value))
 
 
 class FramePairs:
@@ -107,7 +114,12 @@ class FlowSet(FramePairs):
 
 
 def _expect_size(
-    came: np.ndarray, path: str, frame: np.ndarray, of: str, *, scale: int = 1
+    came: np.ndarray,
+    path: image_io.Path,
+    frame: np.ndarray,
+    of: image_io.Path,
+    *,
+    scale: int = 1,
 ):
   height, width = (scale * side for side in frame.shape[:2])
   if came.shape[:2] != (height, width):
@@ -117,8 +129,10 @@ def _expect_size(
     )
 
 
-def _read_mask(path: str, frame: np.ndarray, of: str) -> np.ndarray:
-  if path.endswith(".npy"):
+def _read_mask(
+    path: image_io.Path, frame: np.ndarray, of: image_io.Path
+) -> np.ndarray:
+  if os.fspath(path).endswith(".npy"):
     mask = flow_io.read_npy(path, np.uint8, 2)[..., None] > 0
   else:
     mask = image_io.read_image(path).any(axis=-1, keepdims=True)
@@ -128,13 +142,13 @@ def _read_mask(path: str, frame: np.ndarray, of: str) -> np.ndarray:
 
 def _find(
     root: image_io.Path, candidates: tuple[str, ...], *probes: str
-) -> pathlib.Path:
+) -> files.Location:
   """Returns the first candidate folder under `root` that holds a probe."""
-  root = pathlib.Path(root)
+  root = files.path(root)
   for candidate in candidates:
     # glob yields nothing for a folder that is not there.
     if any(any((root / candidate).glob(probe)) for probe in probes):
-      return root / candidate
+      return files.listed(root / candidate)
   missing = root / candidates[0] / probes[0]
   while not missing.parent.exists():
     missing = missing.parent
@@ -145,18 +159,18 @@ def _find(
 
 
 def _set(
-    pairs: list[FlowPair], folder: pathlib.Path, *, labels: bool = True
+    pairs: list[FlowPair], folder: files.Location, *, labels: bool = True
 ) -> FramePairs:
   """Returns the set, once every file that it must have is known to exist."""
   if not pairs:
     raise UserError(
         f"{folder}: expected flow files with their frames, came none"
     )
-  listings: dict[str, set[str]] = {}
+  listings: dict[image_io.Path, set[str]] = {}
   faults = []
   for pair in pairs:
     for path in (pair.frame_1, pair.frame_2) + (pair.flow,) * labels:
-      parent, name = os.path.split(path)
+      parent, name = files.split(path)
       # One listing of a folder costs less than a look at each of its files.
       if parent not in listings:
         listings[parent] = _listing(parent)
@@ -171,25 +185,25 @@ def _set(
 
 def _listing(folder: image_io.Path) -> set[str]:
   try:
-    return set(os.listdir(folder))
+    return set(files.names(folder))
   except FileNotFoundError:
     return set()
   except OSError as error:
     raise UserError(f"{folder}: cannot be listed: {error.strerror}") from error
 
 
-def _if_file(path: pathlib.Path) -> str | None:
-  return str(path) if path.is_file() else None
+def _if_file(path: files.Location) -> files.Location | None:
+  return path if path.is_file() else None
 
 
-def _next(flow: pathlib.Path, number: str, step: int = 1) -> str:
+def _next(flow: files.Location, number: str, step: int = 1) -> str:
   """Returns the number `step` frames later, with as many digits."""
   if not re.fullmatch("[0-9]+", number):
     raise UserError(f"{flow}: expected a frame's number, came {number!r}")
   return f"{int(number) + step:0{len(number)}d}"
 
 
-def _subfolders(folder: pathlib.Path, *patterns: str) -> Frames:
+def _subfolders(folder: files.Location, *patterns: str) -> Frames:
   """Returns the folder and those below it that match a pattern, in order."""
   found = [p for glob in patterns for p in sorted(folder.glob(glob))]
   if not found:
@@ -215,22 +229,22 @@ def flying_chairs(
   pairs = [
       FlowPair(
           name=name,
-          frame_1=str(folder / f"{name}_img1.ppm"),
-          frame_2=str(folder / f"{name}_img2.ppm"),
-          flow=str(folder / f"{name}_flow.flo"),
+          frame_1=folder / f"{name}_img1.ppm",
+          frame_2=folder / f"{name}_img2.ppm",
+          flow=folder / f"{name}_flow.flo",
       )
       for name in names
   ]
   return _set(pairs, folder, labels=labels)
 
 
-def _stems(folder: pathlib.Path, pattern: str) -> list[str]:
+def _stems(folder: files.Location, pattern: str) -> list[str]:
   """Returns the first group of the names that match, each once, in order."""
   found = (re.fullmatch(pattern, name) for name in _listing(folder))
   return sorted({match[1] for match in found if match})
 
 
-def _in_split(path: pathlib.Path, names: list[str], split: str) -> list[str]:
+def _in_split(path: files.Location, names: list[str], split: str) -> list[str]:
   with image_io.opened(path, "a split file") as (file, size):
     # A digit and a line's end of two bytes; what is longer is another file.
     kinds = file.read(min(size, 3 * len(names) + 4)).split()
@@ -251,9 +265,9 @@ def flying_chairs_2(
   pairs = [
       FlowPair(
           name=name,
-          frame_1=str(folder / f"{name}-img_0.png"),
-          frame_2=str(folder / f"{name}-img_1.png"),
-          flow=str(folder / f"{name}-flow_01.flo"),
+          frame_1=folder / f"{name}-img_0.png",
+          frame_2=folder / f"{name}-img_1.png",
+          flow=folder / f"{name}-flow_01.flo",
           occlusions=_if_file(folder / f"{name}-occ_01.png"),
       )
       for name in _stems(folder, r"([0-9]+)-(img_[01]\.png|flow_01\.flo)")
@@ -276,7 +290,7 @@ def flying_things(
   pattern = f"*/*/into_{direction}/{camera}/OpticalFlowInto{into}_*.pfm"
   pairs = []
   for flow in sorted((folder / "optical_flow" / split).glob(pattern)):
-    scene = flow.parents[2]
+    scene = flow.parent.parent.parent
     number = flow.stem.split("_")[1]
     frames = images / scene.parent.name / scene.name / camera
     other = frames / f"{_next(flow, number, step)}.png"
@@ -285,9 +299,9 @@ def flying_things(
       pairs.append(
           FlowPair(
               name=f"{scene.parent.name}_{scene.name}_{number}",
-              frame_1=str(frames / f"{number}.png"),
-              frame_2=str(other),
-              flow=str(flow),
+              frame_1=frames / f"{number}.png",
+              frame_2=other,
+              flow=flow,
           )
       )
   return _set(pairs, folder / "optical_flow" / split)
@@ -327,9 +341,9 @@ def flying_things_subset(
       pairs.append(
           FlowPair(
               name=f"{camera}_{number}",
-              frame_1=str(frames / f"{number}.png"),
-              frame_2=str(frames / f"{after}.png"),
-              flow=str(flow),
+              frame_1=frames / f"{number}.png",
+              frame_2=frames / f"{after}.png",
+              flow=flow,
               occlusions=_if_file(occlusions),
           )
       )
@@ -347,9 +361,9 @@ def sintel(root: image_io.Path, render: str) -> FramePairs:
     pairs.append(
         FlowPair(
             name=f"{scene}_{number}",
-            frame_1=str(frames / f"frame_{number}.png"),
-            frame_2=str(frames / f"frame_{_next(flow, number)}.png"),
-            flow=str(flow),
+            frame_1=frames / f"frame_{number}.png",
+            frame_2=frames / f"frame_{_next(flow, number)}.png",
+            flow=flow,
             occlusions=_if_file(folder / "occlusions" / masks),
             invalid=_if_file(folder / "invalid" / masks),
         )
@@ -372,9 +386,9 @@ def middlebury(root: image_io.Path) -> FramePairs:
     pairs.append(
         FlowPair(
             name=flow.parent.name,
-            frame_1=str(frames / "frame10.png"),
-            frame_2=str(frames / "frame11.png"),
-            flow=str(flow),
+            frame_1=frames / "frame10.png",
+            frame_2=frames / "frame11.png",
+            flow=flow,
         )
     )
   return _set(pairs, folder / "other-gt-flow")
@@ -386,7 +400,7 @@ def middlebury_frames(root: image_io.Path) -> Frames:
   return _subfolders(folder / "other-data", "*")
 
 
-def _kitti_images(folder: pathlib.Path, year: str) -> pathlib.Path:
+def _kitti_images(folder: files.Location, year: str) -> files.Location:
   names = _KITTI[year][1]
   for name in names:
     if (folder / name).is_dir():
@@ -414,9 +428,9 @@ def kitti(
   pairs = [
       FlowPair(
           name=name,
-          frame_1=str(frames / f"{name}_10.png"),
-          frame_2=str(frames / f"{name}_11.png"),
-          flow=str(folder / truth / f"{name}_10.png"),
+          frame_1=frames / f"{name}_10.png",
+          frame_2=frames / f"{name}_11.png",
+          flow=folder / truth / f"{name}_10.png",
           flow_visible=_if_file(folder / "flow_noc" / f"{name}_10.png"),
       )
       for name in _stems(folder / truth, r"([0-9]+)_10\.png")
@@ -450,8 +464,8 @@ def hd1k(root: image_io.Path) -> FramePairs:
       pairs.append(
           FlowPair(
               name=name.removesuffix(".png"),
-              frame_1=str(frames / name),
-              frame_2=str(frames / after),
+              frame_1=frames / name,
+              frame_2=frames / after,
               flow=flow,
           )
       )
@@ -480,14 +494,14 @@ def spring(
   pairs = []
   for flow in sorted(folder.glob(f"*/{kind}/{kind}_*.flo5")):
     scene, number = flow.parent.parent, flow.stem.removeprefix(f"{kind}_")
-    frames = f"{scene}/frame_{camera}/frame_{camera}_"
+    frames = scene / f"frame_{camera}"
     match = f"matchmap_{kind}"
     pairs.append(
         FlowPair(
             name=f"{scene.name}_{number}",
-            frame_1=f"{frames}{number}.png",
-            frame_2=f"{frames}{_next(flow, number, step)}.png",
-            flow=str(flow),
+            frame_1=frames / f"frame_{camera}_{number}.png",
+            frame_2=frames / f"frame_{camera}_{_next(flow, number, step)}.png",
+            flow=flow,
             occlusions=_if_file(
                 scene / "maps" / match / f"{match}_{number}.png"
             ),
@@ -519,10 +533,10 @@ def tartanair(root: image_io.Path) -> FramePairs:
         pairs.append(
             FlowPair(
                 name=f"{name}_{first}",
-                frame_1=str(path / "image_left" / f"{first}_left.png"),
-                frame_2=str(path / "image_left" / f"{second}_left.png"),
-                flow=str(path / "flow" / f"{stem}_flow.npy"),
-                invalid=str(path / "flow" / f"{stem}_mask.npy"),
+                frame_1=path / "image_left" / f"{first}_left.png",
+                frame_2=path / "image_left" / f"{second}_left.png",
+                flow=path / "flow" / f"{stem}_flow.npy",
+                invalid=path / "flow" / f"{stem}_mask.npy",
             )
         )
   return _set(pairs, folder)
@@ -550,9 +564,9 @@ def viper(root: image_io.Path, split: str) -> FramePairs:
         pairs.append(
             FlowPair(
                 name=flow.stem,
-                frame_1=str(frames / f"{flow.stem}.{suffix}"),
-                frame_2=str(frames / after),
-                flow=str(flow),
+                frame_1=frames / f"{flow.stem}.{suffix}",
+                frame_2=frames / after,
+                flow=flow,
             )
         )
   return _set(pairs, folder / "flow")

@@ -8,14 +8,13 @@ open: a worker that is handed the set gets some 40 bytes an image.
 from collections.abc import Sequence
 import dataclasses
 import os
-import pathlib
 import struct
 import zipfile
 
 from jaxtyping import Int32
 import numpy as np
 
-from mcjepa_jax.data import image_io
+from mcjepa_jax.data import files, image_io
 from mcjepa_jax.errors import UserError
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".ppm", ".bmp")
@@ -63,7 +62,7 @@ def find_images(root: image_io.Path) -> Listing:
   Where all lie in root/CLASS, the sorted classes are their labels; of any other
   tree the images have none. Hidden files and folders are left out.
   """
-  root = pathlib.Path(root)
+  root = files.listed(files.path(root))
   names, links, seen, top = [], [], set(), None
   waiting = [""]
   while waiting:
@@ -86,9 +85,17 @@ def find_images(root: image_io.Path) -> Listing:
 
 
 def _entries(
-    folder: pathlib.Path, seen: set[tuple[int, int]]
+    folder: files.Location, seen: set[tuple[int, int]]
 ) -> tuple[list[str], list[str], list[str]]:
   """Returns the sorted names of images, of folders, and of links among them."""
+  if isinstance(folder, files.Remote):
+    _, folders, images = next(folder.walk())
+    images = [name for name in images if name.lower().endswith(SUFFIXES)]
+    folders, images = (
+        sorted(name for name in found if not name.startswith("."))
+        for found in (folders, images)
+    )
+    return images, folders, []
   images, folders, links = [], [], []
   try:
     stamp = os.stat(folder)
@@ -126,7 +133,7 @@ class ImageFolder:
   """
 
   def __init__(self, root: image_io.Path, *, min_side: int | None = None):
-    self.root = pathlib.Path(root)
+    self.root = files.path(root)
     self.min_side = min_side
     listing = find_images(self.root)
     self.classes = listing.classes
@@ -185,14 +192,14 @@ class BinaryImages:
 
   def __init__(
       self,
-      files: Sequence[image_io.Path],
+      paths: Sequence[image_io.Path],
       *,
       side: int,
       by_column: bool = False,
       classes: Sequence[str] = (),
       labels: Int32[np.ndarray, " n"] | None = None,
   ):
-    self.files = [pathlib.Path(file) for file in files]
+    self.files = [files.path(path) for path in paths]
     self.classes = list(classes)
     self._side = side
     self._by_column = by_column
@@ -201,8 +208,8 @@ class BinaryImages:
     self._row = self._head + 3 * side * side
     counts = []
     for path in self.files:
-      with image_io.opened(path, "images") as (_, size):
-        counts.append(size // self._row)
+      size = image_io.file_size(path, "images")
+      counts.append(size // self._row)
       if not size or size % self._row:
         raise UserError(
             f"{path}: expected images of {self._row} bytes each, came {size} "
@@ -226,7 +233,7 @@ class BinaryImages:
   def __getitem__(self, index: int) -> dict[str, np.ndarray | np.int32]:
     file, number = _place(self._ends, index)
     path = self.files[file]
-    with image_io.opened(path, "images") as (opened, _):
+    with image_io.opened(path, "images", again=True) as (opened, _):
       opened.seek(number * self._row)
       row = opened.read(self._row)
     if len(row) != self._row:
@@ -251,7 +258,7 @@ def cifar10_binary(folder: image_io.Path, split: str) -> BinaryImages:
 
   The labels are not sorted (cs.toronto.edu/~kriz/cifar.html, binary version).
   """
-  folder = pathlib.Path(folder)
+  folder = files.path(folder)
   names = {
       "train": [f"data_batch_{number}.bin" for number in range(1, 6)],
       "test": ["test_batch.bin"],
@@ -268,7 +275,7 @@ def stl10_binary(folder: image_io.Path, split: str) -> BinaryImages:
 
   Columns come first, labels run from 1 (cs.stanford.edu/~acoates/stl10).
   """
-  folder = pathlib.Path(folder)
+  folder = files.path(folder)
   classes, labels = [], None
   if split != "unlabeled":
     classes = _class_names(folder / "class_names.txt")
@@ -290,7 +297,7 @@ def stl10_binary(folder: image_io.Path, split: str) -> BinaryImages:
   )
 
 
-def _class_names(path: pathlib.Path) -> list[str]:
+def _class_names(path: files.Location) -> list[str]:
   """Returns the lines of a text file that are not empty."""
   with image_io.opened(path, "a name of a class on each line") as (file, size):
     text = file.read(_MAX_META).decode("utf-8", "replace")
@@ -311,7 +318,7 @@ class NpzImages:
   """
 
   def __init__(self, path: image_io.Path):
-    self.path = pathlib.Path(path)
+    self.path = files.path(path)
     members = _npz_members(self.path, ("data", "offsets", "labels", "classes"))
     self._data, data_size = _npy_place(self.path, members["data"])
     self._offsets = _load(self.path, members["offsets"], "iu", np.int64)
@@ -350,7 +357,7 @@ class NpzImages:
     index = range(len(self))[index]
     start, end = self._offsets[index : index + 2].tolist()
     name = f"{self.path}, image {index}"
-    with image_io.opened(self.path, "an .npz file") as (file, _):
+    with _opened_npz(self.path) as (file, _):
       file.seek(self._data + start)
       encoded = file.read(end - start)
     return {
@@ -365,8 +372,12 @@ def _summary(values: np.ndarray) -> str:
   return f"{values.size} of them, {values.min()} to {values.max()}"
 
 
+def _opened_npz(path: files.Location):
+  return image_io.opened(path, "an .npz file", again=True)
+
+
 def _npz_members(
-    path: pathlib.Path, names: tuple[str, ...]
+    path: files.Location, names: tuple[str, ...]
 ) -> dict[str, tuple[int, int]]:
   """Returns (offset, size) of each member's .npy bytes within the file.
 
@@ -374,7 +385,7 @@ def _npz_members(
   that holds it, and its bytes can be read in place.
   """
   members = {}
-  with image_io.opened(path, "an .npz file") as (file, size):
+  with _opened_npz(path) as (file, size):
     try:
       with zipfile.ZipFile(file) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
@@ -410,11 +421,11 @@ def _npz_members(
 
 
 def _npy_header(
-    path: pathlib.Path, member: tuple[int, int]
+    path: files.Location, member: tuple[int, int]
 ) -> tuple[int, int, np.dtype]:
   """Returns (offset, length, dtype) of a member's one-dimensional array."""
   start, size = member
-  with image_io.opened(path, "an .npz file") as (file, _):
+  with _opened_npz(path) as (file, _):
     file.seek(start)
     try:
       version = np.lib.format.read_magic(file)
@@ -440,7 +451,9 @@ def _npy_header(
   return offset, shape[0], dtype
 
 
-def _npy_place(path: pathlib.Path, member: tuple[int, int]) -> tuple[int, int]:
+def _npy_place(
+    path: files.Location, member: tuple[int, int]
+) -> tuple[int, int]:
   """Returns (offset, length) of a member that must be bytes."""
   offset, length, dtype = _npy_header(path, member)
   if dtype != np.uint8:
@@ -449,7 +462,7 @@ def _npy_place(path: pathlib.Path, member: tuple[int, int]) -> tuple[int, int]:
 
 
 def _load(
-    path: pathlib.Path, member: tuple[int, int], kinds: str, dtype: type
+    path: files.Location, member: tuple[int, int], kinds: str, dtype: type
 ) -> np.ndarray:
   """Returns a member as an array of `dtype`; `kinds` as in np.dtype.kind."""
   offset, length, came = _npy_header(path, member)
@@ -457,7 +470,8 @@ def _load(
     raise UserError(
         f"{path}: expected an array of {dtype.__name__}, came {came}"
     )
-  values = np.fromfile(path, came, length, offset=offset)
+  with _opened_npz(path) as (file, _):
+    values = np.fromfile(file, came, length, offset=offset)
   if dtype is np.str_:
     return values
   narrow = values.astype(dtype)

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 import simplejpeg
 
+from mcjepa_jax.data import files
 from mcjepa_jax.errors import UserError
 
 # `max_pixels` stands in its place, with one error and no warning before it.
@@ -52,13 +53,19 @@ _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 
 
 @contextlib.contextmanager
-def opened(path: Path, wanted: str):
-  """Yields the open file and its size; only a regular file is opened."""
+def opened(path: Path, wanted: str, *, again: bool = False):
+  """Yields the open file and its size; only a regular file is opened.
+
+  A file that will be opened `again` is copied once where it is remote.
+  """
   try:
+    place, is_spare = files.copied(path, again=again)
     # A pipe would block at open, so the kind is looked at first.
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    if not stat.S_ISREG(os.stat(place).st_mode):
       raise UserError(f"{path}: expected {wanted}, came no regular file")
-    file = open(path, "rb")
+    file = open(place, "rb")
+    if is_spare:
+      os.unlink(place)
   except (OSError, ValueError) as error:
     if isinstance(error, UserError):
       raise
@@ -66,6 +73,19 @@ def opened(path: Path, wanted: str):
     raise UserError(f"{path}: expected {wanted}, came: {reason}") from error
   with file:
     yield file, os.fstat(file.fileno()).st_size
+
+
+def file_size(path: Path, wanted: str) -> int:
+  """Returns the size of a regular file; a remote one's as it is listed."""
+  if not isinstance(path, files.Remote):
+    with opened(path, wanted) as (_, size):
+      return size
+  try:
+    return path.stat().st_size
+  except FileNotFoundError as error:
+    raise UserError(
+        f"{path}: expected {wanted}, came: {error.strerror}"
+    ) from error
 
 
 def _check_size(

@@ -17,7 +17,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from mcjepa_jax.data import handover, transforms
+from mcjepa_jax.data import files, handover, transforms
 from mcjepa_jax.data.feed import Part, Stream
 from mcjepa_jax.errors import UserError
 
@@ -113,6 +113,8 @@ class _Cut:
       rng = np.random.default_rng(_random(self.seed, (*self.place, index)))
       try:
         images = self.source.transform(*self.source.images(other), rng)
+      except files.Unreachable:
+        raise  # of no other record either, and no fault of this one
       except UserError as error:
         faults.append((record, "; ".join(error.messages)))
       else:

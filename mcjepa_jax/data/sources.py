@@ -13,6 +13,7 @@ from mcjepa_jax import errors
 from mcjepa_jax.data import (
     array_records,
     cutouts,
+    files,
     flow_datasets,
     image_datasets,
     synthetic,
@@ -71,7 +72,7 @@ def sized(
 
 def motion(
     name: str,
-    root: str,
+    root: str | files.Location,
     *,
     seed: int,
     size: tuple[int, int],
@@ -89,7 +90,7 @@ def motion(
 
 def _motion_table(
     seed: int, size: tuple[int, int], gaps: tuple[int, int]
-) -> dict[str, Callable[[pathlib.Path], Any]]:
+) -> dict[str, Callable[[files.Location], Any]]:
 
   def sequences(find, *args, leave_out="", **options):
     def make(root):
@@ -157,7 +158,9 @@ def _motion_table(
   }
 
 
-def images(name: str, root: str, *, seed: int, size: int) -> Any:
+def images(
+    name: str, root: str | files.Location, *, seed: int, size: int
+) -> Any:
   """The images of a training source: {image}, labels never read.
 
   The name of a motion source that has sequences gives all their frames: one
@@ -200,7 +203,7 @@ def images(name: str, root: str, *, seed: int, size: int) -> Any:
   return make(_root(root, name))
 
 
-def _tfds(folder: pathlib.Path, split: str) -> array_records.TfdsImages:
+def _tfds(folder: files.Location, split: str) -> array_records.TfdsImages:
   """A split of the one version of a set that tfds has prepared."""
   found = sorted(folder.glob("*/dataset_info.json"))
   if len(found) != 1:
@@ -213,7 +216,12 @@ def _tfds(folder: pathlib.Path, split: str) -> array_records.TfdsImages:
 
 
 def flow_pairs(
-    name: str, root: str, *, seed: int, size: tuple[int, int], count: int
+    name: str,
+    root: str | files.Location,
+    *,
+    seed: int,
+    size: tuple[int, int],
+    count: int,
 ) -> Any:
   """A set with true flow: {frame_1, frame_2, flow, valid}.
 
@@ -272,7 +280,14 @@ def flow_pairs(
   return make(_root(root, name))
 
 
-def labelled(name: str, root: str, *, seed: int, size: int, count: int) -> Any:
+def labelled(
+    name: str,
+    root: str | files.Location,
+    *,
+    seed: int,
+    size: int,
+    count: int,
+) -> Any:
   """A set of images with labels: {image, label}.
 
   Sorted by label: folders, records (in each shard) and cifar10, the .npz. Not
@@ -331,7 +346,7 @@ def train_pairs(seed: int, size: tuple[int, int], count: int) -> Any:
 
 
 def _cutouts(
-    root: pathlib.Path, seed: int, size: tuple[int, int], count: int
+    root: files.Location, seed: int, size: tuple[int, int], count: int
 ) -> cutouts.Pairs:
   """Scenes out of root/images: other seeds share photographs, but no motion."""
   photographs = image_datasets.ImageFolder(
@@ -350,10 +365,17 @@ def held_out_seed(eval_seed: int) -> int:
   return 2 * eval_seed + 1
 
 
-def _root(root: str, name: str) -> pathlib.Path:
+def data_root(folder: str, cache: str) -> str | files.Location:
+  """A config's data_root, as all sources here take it; "" where it is empty."""
+  return files.path(folder, cache) if folder else ""
+
+
+def _root(root: str | files.Location, name: str) -> files.Location:
   if name != "synthetic" and not root:
     raise errors.UserError(
         f"data_root: expected the folder that holds {name!r}, got nothing;"
         " pass --config.data_root=FOLDER"
     )
-  return pathlib.Path(root).expanduser()
+  if name == "synthetic":
+    return pathlib.Path()  # read by nothing
+  return files.require(files.path(root), "data_root")

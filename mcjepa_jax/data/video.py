@@ -27,7 +27,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 import tqdm
 
-from mcjepa_jax.data import image_io
+from mcjepa_jax.data import files, image_io
 from mcjepa_jax.errors import UserError
 
 # FFmpeg complains to stderr, beside the one error that follows; it reads this
@@ -83,15 +83,18 @@ class VideoFrames:
       progress: bool = True,
       name: str | None = None,
   ):
-    self.path = pathlib.Path(path)
+    self.path = files.path(path)
     self.name = name or self.path.name
     cache = pathlib.Path(cache_dir or default_cache_dir())
-    # The container is looked at each time: it is cheap, and names the fault.
-    _check_container(self.path)
+    if isinstance(self.path, files.Remote):
+      image_io.file_size(self.path, "a video")  # names a missing one
+      place = self.path
+    else:
+      # The container is looked at each time: it is cheap, and names the fault.
+      _check_container(self.path)
+      place = self.path.resolve()
     stamp = self.path.stat()
-    key = (
-        f"{self.path.resolve()}|{stamp.st_size}|{stamp.st_mtime_ns}|{max_side}"
-    )
+    key = f"{place}|{stamp.st_size}|{stamp.st_mtime_ns}|{max_side}"
     digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
     self._frames = cache / f"{self.path.stem}-{digest[:16]}.npy"
     self._thumbnails = self._frames.with_suffix(".thumbnails.npy")
@@ -138,6 +141,8 @@ class VideoFrames:
 
   def _decode(self, max_side: int, max_bytes: int, progress: bool) -> None:
     cache = self._frames.parent
+    if isinstance(self.path, files.Remote):
+      _check_container(self.path)
     try:
       cache.mkdir(parents=True, exist_ok=True)
       with contextlib.ExitStack() as stack:
@@ -175,7 +180,7 @@ class VideoFrames:
 
 
 def _over_limit(
-    path: pathlib.Path, shape: tuple[int, ...], limit: int
+    path: files.Location, shape: tuple[int, ...], limit: int
 ) -> UserError:
   count, height, width, _ = shape
   return UserError(
@@ -203,13 +208,13 @@ def _thumbnail(frame: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "s s 3"]:
   return cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
 
 
-def _check_container(path: pathlib.Path) -> None:
+def _check_container(path: files.Location) -> None:
   """Raises unless the file is a whole MP4, MOV, AVI, MKV or WebM.
 
   The decoder takes a cut file for a shorter video, and follows a play list,
   whatever its suffix, to the files and hosts that it names.
   """
-  with image_io.opened(path, "a video") as (file, size):
+  with image_io.opened(path, "a video", again=True) as (file, size):
     head = file.read(12)
     if head[:4] == b"RIFF" and head[8:] == b"AVI ":
       part_length = _riff_length
@@ -264,13 +269,14 @@ def _ebml_length(head: bytes, left: int) -> int:
 
 
 def _decoded(
-    path: pathlib.Path, max_side: int, progress: bool
+    path: files.Location, max_side: int, progress: bool
 ) -> Iterable[UInt8[np.ndarray, "h w 3"]]:
   """Yields the RGB frames of a video, at most `max_side` long."""
   log_level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
   try:
     # "concat:a|b" is a protocol to FFmpeg; an absolute path never is.
-    video = cv2.VideoCapture(str(path.resolve()), cv2.CAP_FFMPEG)
+    place = pathlib.Path(files.local(path)).resolve()
+    video = cv2.VideoCapture(str(place), cv2.CAP_FFMPEG)
   except cv2.error as error:
     raise UserError(f"{path}: expected a video, came: {error}") from error
   finally:
@@ -320,7 +326,7 @@ class FolderFrames:
   may_cut = False
 
   def __init__(self, folder: image_io.Path, names: Sequence[str], name: str):
-    self.folder = pathlib.Path(folder)
+    self.folder = files.path(folder)
     self.name = name
     self._names = tuple(names)
 
@@ -445,27 +451,29 @@ def videos(
     progress: bool = True,
 ) -> list[VideoFrames]:
   """Returns the video, or all videos in a folder; `max_bytes` is for them all."""
-  path = pathlib.Path(path)
-  files, root = [path], path.parent
+  path = files.path(path)
+  paths, root = [path], path.parent
   if path.is_dir():
-    root = path
+    root = files.listed(path)
     found = (f for f in path.rglob("[!.]*") if f.is_file())
     found = (f for f in found if f.suffix.lower() in VIDEO_SUFFIXES)
-    files = sorted(found, key=_natural)
-  if not files:
+    paths = sorted(found, key=_natural)
+  if not paths:
     raise UserError(
         f"{path}: expected videos ({', '.join(VIDEO_SUFFIXES)}), came none"
     )
   faults = []
-  for file in files:
+  for file in paths:
     try:
-      _check_container(file)
+      # A remote one is looked at when it is copied, to be decoded.
+      if not isinstance(file, files.Remote):
+        _check_container(file)
     except UserError as error:
       faults.extend(error.messages)
   if faults:
     raise UserError(*faults)
   sequences = []
-  for file in files:
+  for file in paths:
     sequences.append(
         VideoFrames(
             file,
@@ -495,12 +503,12 @@ def frame_folders(
   `folders` are all that is looked at below `root`; a name whose stem is the
   regular expression `leave_out` counts as missing.
   """
-  root = pathlib.Path(root)
+  root = files.path(root)
   sequences = []
-  for top in (root,) if folders is None else folders:
-    for folder, below, names in os.walk(top, onerror=_cannot_list):
+  for top in (files.listed(root),) if folders is None else folders:
+    for folder, below, names in files.walk(top, _cannot_list):
       below[:] = sorted((f for f in below if f[0] != "."), key=_natural)
-      place = pathlib.Path(folder).relative_to(root).as_posix()
+      place = files.path(folder).relative_to(root).as_posix()
       for run in _runs(names, leave_out):
         name = "" if place == "." else place
         sequences.append(FolderFrames(folder, run, name))
