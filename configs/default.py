@@ -39,7 +39,10 @@ def get_config() -> ConfigDict:
   config.mode = "combined"
   config.num_steps = 333_600  # 100 epochs of ImageNet-1k at 384 images
   config.init_checkpoint = ""  # encoder parameters to start from, if any
-  config.accumulate = 1  # micro-batches a step; VICReg's statistics are of each
+  config.accumulate = 1  # micro-batches a step
+  # What VICReg's statistics, L_vc's and the masks' counts are of: "plain", each
+  # micro-batch; "exact", the whole batch, for one more forward pass.
+  config.accumulation = "plain"
 
   config.model = _model()
   config.motion = _motion()

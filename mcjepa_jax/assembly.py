@@ -55,6 +55,7 @@ def recipe(config: Any) -> step.Recipe:
       if config.mode in ("motion", "frozen_encoder")
       else motion.start_step,
       accumulate=config.accumulate,
+      accumulation=config.accumulation,
       motion_weight=motion.weight,
       motion_ramp_steps=motion.ramp_steps,
       motion_terms=motion.terms.to_dict(),

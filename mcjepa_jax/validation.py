@@ -66,6 +66,7 @@ def faults(config: Any, *, devices: int | None = None) -> list[str]:
   expect("model.dtype", *one_of("float32", "bfloat16"))
   expect("motion.occlusion", *one_of("none", "forward_backward", "range_map"))
   expect("motion.geometry", *one_of("crop", "resize"))
+  expect("accumulation", *one_of("plain", "exact"))
   for task in ("motion", "content"):
     expect(f"{task}.mixing", *one_of("weights", "repetitions"))
   expect("motion.smoothness.form", *one_of("arflow", "uflow"))
