@@ -81,6 +81,9 @@ def get_config() -> ConfigDict:
   config.log_records = False  # also each step's record ids, records.jsonl
   config.panel_every = 5_000  # steps between pictures; 0 is never
   config.save_every = 1_000  # steps
+  # A step, with what lies before it, that takes longer has every host print the
+  # stacks of its threads; 0 never does.
+  config.hang_seconds = 1_800.0
   config.keep_last = 2  # checkpoints
   config.keep_best = 0  # more checkpoints, the best by best_metric
   config.best_metric = ""  # a key of the results, as flow/sintel_clean/epe

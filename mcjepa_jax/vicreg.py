@@ -35,7 +35,8 @@ def std_hinge(
     variance: Float[Array, " d"], *, gamma: float = 1.0, eps: float = 1e-4
 ) -> Float[Array, ""]:
   """`variance_loss` of the dimensions' variances."""
-  return jnp.mean(jax.nn.relu(gamma - jnp.sqrt(variance + eps)))
+  std = jnp.sqrt(variance + eps)
+  return jnp.mean(jax.nn.relu(gamma - std))
 
 
 def covariance_loss(

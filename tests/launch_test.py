@@ -52,7 +52,9 @@ def _dry(script, *arguments):
   )
   assert run.returncode == 0, run.stderr
   lines = [
-      f"printf '%s\\0' {line}; printf '\\1'" for line in run.stdout.splitlines() if line
+      f"printf '%s\\0' {line}; printf '\\1'"
+      for line in run.stdout.splitlines()
+      if line
   ]
   read = subprocess.run(
       ["bash", "-c", "\n".join(lines)],
