@@ -415,3 +415,14 @@ def test_a_late_step_prints_the_stacks():
       check=True,
   )
   assert "in hang" in run.stderr and "Timeout" in run.stderr
+
+
+def test_code_is_told_apart_by_its_files(monkeypatch, tmp_path):
+  monkeypatch.setattr(hosts, "__file__", str(tmp_path / "hosts.py"))
+  (tmp_path / "hosts.py").write_text("a = 1\n")
+  before = hosts.code()
+  assert before == hosts.code()
+  (tmp_path / "hosts.py").write_text("a = 2\n")
+  after = hosts.code()
+  assert before.pop("mcjepa_jax") != after.pop("mcjepa_jax")
+  assert before == after and "jax" in after
