@@ -41,7 +41,10 @@ def get_config() -> ConfigDict:
   config.mode = "combined"
   config.num_steps = 333_600  # 100 epochs of ImageNet-1k at 384 images
   config.init_checkpoint = ""  # encoder parameters to start from, if any
-  config.accumulate = 1  # micro-batches a step; VICReg's statistics are of each
+  config.accumulate = 1  # micro-batches a step
+  # What VICReg's statistics, L_vc's and the masks' counts are of: "plain", each
+  # micro-batch; "exact", the whole batch, for one more forward pass.
+  config.accumulation = "plain"
 
   config.model = _model()
   config.motion = _motion()
@@ -80,6 +83,9 @@ def get_config() -> ConfigDict:
   config.log_records = False  # also each step's record ids, records.jsonl
   config.panel_every = 5_000  # steps between pictures; 0 is never
   config.save_every = 1_000  # steps
+  # A step, with what lies before it, that takes longer has every host print the
+  # stacks of its threads; 0 never does.
+  config.hang_seconds = 1_800.0
   config.keep_last = 2  # checkpoints
   config.keep_best = 0  # more checkpoints, the best by best_metric
   config.best_metric = ""  # a key of the results, as flow/sintel_clean/epe

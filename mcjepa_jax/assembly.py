@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import optax
 
 from mcjepa_jax import optimizer, step
@@ -55,6 +56,7 @@ def recipe(config: Any) -> step.Recipe:
       if config.mode in ("motion", "frozen_encoder")
       else motion.start_step,
       accumulate=config.accumulate,
+      accumulation=config.accumulation,
       motion_weight=motion.weight,
       motion_ramp_steps=motion.ramp_steps,
       motion_terms=motion.terms.to_dict(),
@@ -82,9 +84,10 @@ def _weight(mixing: str, number: float, dataset: Any) -> float:
 def streams(config: Any) -> dict[str, pipeline.Stream]:
   """The streams that the mode reads, by task, each at its first batch.
 
-  No worker runs yet.
+  No worker runs yet. Of many hosts each reads its own rows.
   """
   result = {}
+  host = dict(host_index=jax.process_index(), host_count=jax.process_count())
   reads = step.tasks_of_mode(config.mode)
   root = sources.data_root(config.data_root, config.data_cache)
   if "motion" in reads:
@@ -113,6 +116,7 @@ def streams(config: Any) -> dict[str, pipeline.Stream]:
         batch_size=motion.batch_size,
         seed=config.seed,
         num_workers=config.workers,
+        **host,
     )
   if "content" in reads:
     content = config.content
@@ -130,5 +134,6 @@ def streams(config: Any) -> dict[str, pipeline.Stream]:
         flip=content.flip,
         seed=config.seed,
         num_workers=config.workers,
+        **host,
     )
   return result

@@ -249,17 +249,20 @@ def guarded(function: Callable[[], Any], *, debug: bool) -> int:
 
 
 def run(
-    argv: Sequence[str] | None, function: Callable[[Any, pathlib.Path], None]
+    argv: Sequence[str] | None,
+    function: Callable[[Any, pathlib.Path, Mapping[str, list[str]]], None],
+    *,
+    flags: Sequence[str] = (),
 ) -> int:
-  """The exit code of `function(config, workdir)` for a command line."""
+  """The exit code of `function(config, workdir, flags)` for a command line."""
   argv = sys.argv[1:] if argv is None else argv
 
   def body():
-    arguments = split(argv, ("config", "workdir"))
+    arguments = split(argv, ("config", "workdir", *flags))
     file, workdir = single(arguments.flags, config="FILE.py", workdir="FOLDER")
     config = load_config(file, arguments.overrides)
     set_up_jax(config.compilation_cache)
-    function(config, pathlib.Path(workdir).expanduser())
+    function(config, pathlib.Path(workdir).expanduser(), arguments.flags)
 
   return guarded(body, debug="--debug" in argv)
 

@@ -21,6 +21,12 @@ from mcjepa_jax import errors, flow_ops, vicreg
 _SSIM_RADIUS = 1
 _CENSUS_RADIUS = 3
 
+# Of maps over the pixels that count; `masked_mean` is one.
+Mean = Callable[
+    [Float[Array, "n h w c"], Float[Array, "n h w 1"] | None],
+    Float[Array, ""],
+]
+
 
 def masked_mean(
     values: Float[Array, "n h w c"], mask: Float[Array, "n h w 1"] | None
@@ -36,6 +42,15 @@ def masked_mean(
     )
   if mask is None:
     return jnp.mean(values)
+  sums, counts = masked_sums(values, mask)
+  return jnp.mean(sums / jnp.maximum(counts, 1))
+
+
+def masked_sums(
+    values: Float[Array, "n h w c"], mask: Float[Array, "n h w 1"]
+) -> tuple[Float[Array, "2"], Float[Array, "2"]]:
+  """Per direction sum(m x) and sum(m), x the channel mean."""
+  n = values.shape[0]
   mask = lax.stop_gradient(mask)
   # Weights, where slices [0::2] would move a batch-sharded array.
   is_direction = (jnp.arange(n)[:, None] % 2 == jnp.arange(2)).astype(
@@ -45,7 +60,7 @@ def masked_mean(
       jnp.sum(jnp.sum(x, axis=(1, 2, 3))[:, None] * is_direction, axis=0)
       for x in (mask * jnp.mean(values, axis=-1, keepdims=True), mask)
   )
-  return jnp.mean(sums / jnp.maximum(counts, 1))
+  return sums, counts
 
 
 def erode(
@@ -138,6 +153,7 @@ def photometric_loss(
     l2: float = 0.0,
     ssim: float = 0.85,
     census: float = 0.0,
+    mean: Mean = masked_mean,
 ) -> Float[Array, ""]:
   """Weighted sum of the distances' masked means; a weight of 0 costs nothing.
 
@@ -154,7 +170,7 @@ def photometric_loss(
   ):
     if weight:
       kept = erode(mask, radius) if radius else mask
-      loss += weight * masked_mean(distance(x, y), kept)
+      loss += weight * mean(distance(x, y), kept)
   return loss
 
 
@@ -200,12 +216,14 @@ def feature_regression_loss(
     x_2: Float[Array, "n h w c"],
     flow_12: Float[Array, "n h w 2"],
     mask: Float[Array, "n h w 1"] | None,
+    *,
+    mean: Mean = masked_mean,
 ) -> Float[Array, ""]:
   """Masked mean of (x_1 - warp(x_2, flow_12))^2; all three get gradients.
 
   Constant features minimise it: see `feature_variance_loss`.
   """
-  return masked_mean(l2_distance(x_1, flow_ops.warp(x_2, flow_12)), mask)
+  return mean(l2_distance(x_1, flow_ops.warp(x_2, flow_12)), mask)
 
 
 def cycle_loss(
@@ -213,6 +231,8 @@ def cycle_loss(
     flow_12: Float[Array, "n h w 2"],
     flow_21: Float[Array, "n h w 2"],
     mask: Float[Array, "n h w 1"] | None,
+    *,
+    mean: Mean = masked_mean,
 ) -> Float[Array, ""]:
   """Masked mean of (x_1 - warp(warp(x_1, flow_21), flow_12))^2.
 
@@ -220,7 +240,7 @@ def cycle_loss(
   half-pixel flow does not reach 0.
   """
   there = flow_ops.warp(x_1, flow_21)
-  return masked_mean(l2_distance(x_1, flow_ops.warp(there, flow_12)), mask)
+  return mean(l2_distance(x_1, flow_ops.warp(there, flow_12)), mask)
 
 
 def feature_variance_loss(

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import pathlib
+import socket
 import sys
 import time
 from typing import Any
@@ -106,7 +107,8 @@ def check_writable(folder: pathlib.Path, key: str) -> None:
   """Makes the folder, and raises UserError if it cannot be written."""
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".write_test.{os.getpid()}"
+    # Containers on many hosts have one process number.
+    probe = folder / f".write_test.{socket.gethostname()}.{os.getpid()}"
     probe.touch()
     probe.unlink()
   except OSError as error:
@@ -129,13 +131,20 @@ class Journal:
   them again.
   """
 
-  def __init__(self, workdir: pathlib.Path, *, step: int, records: bool):
+  def __init__(
+      self,
+      workdir: pathlib.Path,
+      *,
+      step: int,
+      records: bool,
+      board: bool = True,
+  ):
     self._workdir = workdir
     self._metrics = _reopen(workdir / "metrics.jsonl", step)
     self._records = None
     if records:
       self._records = _reopen(workdir / "records.jsonl", step)
-    self._board = _event_writer(workdir / "tensorboard", step)
+    self._board = _event_writer(workdir / "tensorboard", step, board)
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
     """Logs numbers of one step."""
@@ -223,7 +232,7 @@ class Quarantine:
     self._file.close()
 
 
-def _event_writer(folder: pathlib.Path, step: int) -> Any:
+def _event_writer(folder: pathlib.Path, step: int, to_disk: bool) -> Any:
   """A TensorBoard writer that drops earlier events from `step` on."""
   # tensorboardX imports torch where it finds it: seconds, and no use here.
   absent = object()
@@ -235,7 +244,9 @@ def _event_writer(folder: pathlib.Path, step: int) -> Any:
   finally:
     if torch is absent:
       del sys.modules["torch"]
-  return tensorboardX.SummaryWriter(str(folder), purge_step=step or None)
+  return tensorboardX.SummaryWriter(
+      str(folder), purge_step=step or None, write_to_disk=to_disk
+  )
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -1,24 +1,51 @@
 """The command: trains or evaluates what a config describes.
 
 python -m mcjepa_jax.main --config=configs/quickstart.py --workdir=WORKDIR
+
+The same command on each host of a Cloud TPU pod, of several slices or of a
+SLURM job is one run. Elsewhere each host also gets
+
+  --coordinator=HOST:PORT --processes=N --process=I
+
+or MCJEPA_COORDINATOR, MCJEPA_PROCESSES and MCJEPA_PROCESS; HOST is that of
+process 0. MCJEPA_START_SECONDS is how long they wait for each other, 300.
 """
 
-from mcjepa_jax import command
+import contextlib
+import os
+
+from mcjepa_jax import command, errors
+
+_FLAGS = ("coordinator", "processes", "process")
 
 
 def main(argv: list[str] | None = None) -> int:
   """The exit code of the run that the arguments describe."""
-  return command.run(argv, _run)
+  return command.run(argv, _run, flags=_FLAGS)
 
 
-def _run(config, workdir) -> None:
+def _run(config, workdir, flags) -> None:
   # Imported here: a Grain worker imports this module again, and needs no JAX.
+  from mcjepa_jax import hosts
+
+  where = hosts.place(flags)
+  if where and config.task == "evaluate":
+    raise errors.UserError(
+        f"task: evaluate runs on one host, got {where.count}"
+    )
+  hosts.start(
+      where, seconds=float(os.environ.get("MCJEPA_START_SECONDS") or 300)
+  )
   from mcjepa_jax import evaluate, train
 
-  if config.task == "evaluate":
-    evaluate.evaluate(config, workdir)
-  else:
-    train.train(config, workdir)
+  with contextlib.ExitStack() as stack:
+    if not hosts.first():
+      quiet = stack.enter_context(open(os.devnull, "w"))
+      stack.enter_context(contextlib.redirect_stdout(quiet))
+    if config.task == "evaluate":
+      evaluate.evaluate(config, workdir)
+    else:
+      train.train(config, workdir)
 
 
 if __name__ == "__main__":

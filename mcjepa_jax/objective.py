@@ -80,6 +80,7 @@ def motion_terms(
     weights: Mapping[str, Mapping[str, float]],
     photometric: Mapping[str, float],
     smoothness: Mapping[str, float],
+    mean: flow_losses.Mean = flow_losses.masked_mean,
 ) -> dict[str, Float[Array, ""]]:
   """Each unweighted motion term with a weight, by name.
 
@@ -91,6 +92,7 @@ def motion_terms(
     weights: kind -> `stride_S` -> weight.
     photometric: weights of L1, L2, SSIM and census inside L_rec.
     smoothness: how L_smooth is formed.
+    mean: over the pixels of a mask.
   """
   size = frames.shape[1:3]
   terms = {}
@@ -117,18 +119,22 @@ def motion_terms(
       if kind == "reconstruction":
         warped = flow_ops.warp(flow_ops.swap_pairs(image), flow)
         term = flow_losses.photometric_loss(
-            image, warped, counts, **photometric
+            image, warped, counts, **photometric, mean=mean
         )
       elif kind == "smoothness":
         term = flow_losses.smoothness_loss(flow, image, **smoothness)
       elif kind == "regression":
         x = features[stride]
         term = flow_losses.feature_regression_loss(
-            x, flow_ops.swap_pairs(x), flow, counts
+            x, flow_ops.swap_pairs(x), flow, counts, mean=mean
         )
       elif kind == "cycle":
         term = flow_losses.cycle_loss(
-            features[stride], flow, flow_ops.swap_pairs(flow), counts
+            features[stride],
+            flow,
+            flow_ops.swap_pairs(flow),
+            counts,
+            mean=mean,
         )
       elif kind == "variance":
         term = flow_losses.feature_variance_loss(features[stride])
@@ -136,6 +142,21 @@ def motion_terms(
         term = flow_losses.feature_covariance_loss(features[stride])
       terms[f"motion/{kind}/{name}"] = term
   return terms
+
+
+def covariance_terms(
+    covariance: Float[Array, "d d"],
+    stride: int,
+    *,
+    weights: Mapping[str, Mapping[str, float]],
+) -> dict[str, Float[Array, ""]]:
+  """The terms of L_vc that have a weight at a stride, of its covariance."""
+  name, terms = f"stride_{stride}", {}
+  if weights["variance"].get(name):
+    terms["variance"] = vicreg.std_hinge(jnp.diag(covariance))
+  if weights["covariance"].get(name):
+    terms["covariance"] = vicreg.off_diagonal(covariance)
+  return {f"motion/{kind}/{name}": term for kind, term in terms.items()}
 
 
 def content_terms(

@@ -4,7 +4,7 @@ One axis, `data`: the batch is split over it, and so is each large parameter
 with its moments (FSDP); the compiler gathers a parameter where it is used.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import math
 from typing import Any
 
@@ -28,6 +28,13 @@ def make_mesh(devices: int = -1) -> Mesh:
         f"mesh.devices: expected -1 or 1 to {count}, the devices here, got"
         f" {devices}"
     )
+  if jax.process_count() > 1:
+    if devices != count:
+      raise errors.UserError(
+          f"mesh.devices: expected -1, all {count} devices of the"
+          f" {jax.process_count()} hosts, got {devices}"
+      )
+    return mesh_of(jax.devices())
   # make_mesh defaults to Explicit axes, which ask for shardings in the types.
   return jax.make_mesh(
       (devices,),
@@ -35,6 +42,21 @@ def make_mesh(devices: int = -1) -> Mesh:
       axis_types=(AxisType.Auto,),
       devices=jax.devices()[:devices],
   )
+
+
+def mesh_of(devices: Sequence[Any]) -> Mesh:
+  """A mesh over devices in the order of their hosts.
+
+  make_mesh may order them by the network. A host's rows of a batch would then
+  lie apart, and the frames of a pair with those of another.
+  """
+  ordered = np.array(sorted(devices, key=host_order))
+  return Mesh(ordered, (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def host_order(device: Any) -> tuple[int, int]:
+  """What orders devices by their hosts."""
+  return device.process_index, device.id
 
 
 def spec(shape: tuple[int, ...], itemsize: int, parts: int, *, min_bytes: int) -> PartitionSpec:  # fmt: skip

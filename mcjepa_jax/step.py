@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from mcjepa_jax import (
+    accumulation,
     flow_losses,
     flow_ops,
     metrics,
@@ -23,7 +24,7 @@ from mcjepa_jax import (
     photometry,
     sharding,
 )
-from mcjepa_jax.models import mcjepa
+from mcjepa_jax.models import convnext, mcjepa
 
 # What runs in a step, and which groups of parameters it moves.
 Kind = tuple[tuple[str, ...], tuple[str, ...]]
@@ -120,6 +121,7 @@ class Recipe:
   mode: str
   start_step: int
   accumulate: int
+  accumulation: str
   motion_weight: float
   motion_ramp_steps: int
   motion_terms: Mapping[str, Mapping[str, float]]
@@ -140,10 +142,16 @@ def motion_forward(
     key: jax.Array,
     step: jax.Array,
     recipe: Recipe,
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-  """Unweighted motion terms and monitors, of interleaved u8 frames."""
+    *,
+    places: jax.Array | None = None,
+    mean: flow_losses.Mean = flow_losses.masked_mean,
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict[int, jax.Array]]:
+  """Unweighted motion terms, monitors and features, of interleaved u8 frames.
+
+  At some `places` of a batch, frames are jittered as they are in it.
+  """
   plain, jittered = photometry.motion_frames(
-      frames, key, **recipe.motion_jitter
+      frames, key, **recipe.motion_jitter, places=places
   )
   features, flows = model.apply(
       {"params": params}, jittered, method=model.motion
@@ -163,6 +171,7 @@ def motion_forward(
       weights=recipe.motion_terms,
       photometric=recipe.photometric,
       smoothness=recipe.smoothness,
+      mean=mean,
   )
   monitors = {
       f"feature_std/stride_{stride}": metrics.feature_std(x)
@@ -173,33 +182,52 @@ def motion_forward(
   if "motion/reconstruction/stride_1" in terms:
     # Below 1 the flow explains the frames better than no flow does.
     still = flow_losses.photometric_loss(
-        plain, flow_ops.swap_pairs(plain), mask, **recipe.photometric
+        plain,
+        flow_ops.swap_pairs(plain),
+        mask,
+        **recipe.photometric,
+        mean=mean,
     )
     monitors["flow/zero_ratio"] = jax.lax.stop_gradient(
         terms["motion/reconstruction/stride_1"] / jnp.maximum(still, 1e-6)
     )
-  return terms, monitors
+  return terms, monitors, features
 
 
-def content_forward(
+def pooled_forward(
     model: mcjepa.MCJEPA,
     params: Any,
     views: jax.Array,
     key: jax.Array,
     recipe: Recipe,
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-  """Unweighted content terms and monitors, of interleaved u8 views."""
+    places: convnext.Places | None = None,
+) -> jax.Array:
+  """The pooled features of interleaved u8 views.
+
+  At some `places` of a batch, views are augmented and lose paths as in it.
+  """
   augment_key, drop_key = jax.random.split(key)
   images = photometry.content_views(
-      views, augment_key, **recipe.content_augmentation
+      views,
+      augment_key,
+      **recipe.content_augmentation,
+      places=places and places[0],
   )
-  pooled, z = model.apply(
+  return model.apply(
       {"params": params},
       images,
       deterministic=False,
+      places=places,
       rngs={"drop_path": drop_key},
-      method=model.content,
+      method=model.pooled,
   )
+
+
+def content_forward(
+    model: mcjepa.MCJEPA, params: Any, pooled: jax.Array, recipe: Recipe
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+  """Unweighted content terms and monitors, of all views' pooled features."""
+  z = model.apply({"params": params}, pooled, method=model.expand)
   terms = objective.content_terms(z, weights=recipe.content_terms)
   monitors = {
       "feature_std/pooled": metrics.feature_std(pooled),
@@ -221,16 +249,24 @@ def loss_fn(
   content_key, motion_key = jax.random.split(key)
   if "views" in batch:
     new_terms, new_monitors = content_forward(
-        model, params, batch["views"], content_key, recipe
+        model,
+        params,
+        pooled_forward(model, params, batch["views"], content_key, recipe),
+        recipe,
     )
     terms |= new_terms
     monitors |= new_monitors
   if "frames" in batch:
-    new_terms, new_monitors = motion_forward(
+    new_terms, new_monitors, _ = motion_forward(
         model, params, batch["frames"], motion_key, step, recipe
     )
     terms |= new_terms
     monitors |= new_monitors
+  return _weighted(terms, monitors, step, recipe)
+
+
+def _weighted(terms, monitors, step, recipe):
+  """The loss, and all that is logged."""
   losses = objective.weighted_sums(
       terms,
       motion_weight=recipe.motion_weight,
@@ -240,16 +276,9 @@ def loss_fn(
       motion=recipe.motion_terms,
       content=recipe.content_terms,
   )
-  loss = sum(losses.values())
+  loss = sum(losses.values(), start=jnp.zeros(()))
   monitors |= {f"loss/{task}": value for task, value in losses.items()}
   return loss, {"loss": loss} | terms | monitors
-
-
-def _micro_batches(x: jax.Array, count: int) -> jax.Array:
-  """[k, n/k, ...]: micro-batch i takes every k-th pair, from every device."""
-  pairs = x.reshape(x.shape[0] // (2 * count), count, 2, *x.shape[1:])
-  pairs = jnp.moveaxis(pairs, 1, 0)
-  return pairs.reshape(count, x.shape[0] // count, *x.shape[1:])
 
 
 def _value_and_grad(function, params, batch, key, count):
@@ -258,7 +287,7 @@ def _value_and_grad(function, params, batch, key, count):
   if count == 1:
     (_, logs), grads = differentiate(params, batch, key)
     return logs, grads
-  micro = {k: _micro_batches(v, count) for k, v in batch.items()}
+  micro = {k: accumulation.micro_batches(v, count) for k, v in batch.items()}
 
   def body(i):
     one = {k: v[i] for k, v in micro.items()}
@@ -275,6 +304,77 @@ def _value_and_grad(function, params, batch, key, count):
   unroll = jax.default_backend() == "cpu"
   total = jax.lax.fori_loop(0, count, add, zeros, unroll=unroll)
   return jax.tree.map(lambda x: x / count, total)
+
+
+def exact_value_and_grad(
+    params: Any,
+    fixed: Any,
+    model: mcjepa.MCJEPA,
+    batch: Mapping[str, jax.Array],
+    key: jax.Array,
+    step: jax.Array,
+    recipe: Recipe,
+) -> tuple[dict[str, jax.Array], Any]:
+  """What `loss_fn` of the whole batch logs, and its gradient, by micro-batches.
+
+  VICReg is of the pooled features of all, L_vc of the moments of all; the rest
+  of motion is a mean over the micro-batches, each over the pixels of all.
+  """
+  sizes = {k: len(v) for k, v in batch.items()}
+  content_key, motion_key = jax.random.split(key)
+  weights = {k: recipe.motion_terms[k] for k in ("variance", "covariance")}
+  strides = {
+      objective.stride_of(name)
+      for levels in weights.values()
+      for name, weight in levels.items()
+      if weight
+  }
+  local = dataclasses.replace(
+      recipe, motion_terms=recipe.motion_terms | {k: {} for k in weights}
+  )
+
+  def forward(params, micro, places, mean):
+    rows, means, within, terms, monitors = {}, {}, {}, {}, {}
+    if "views" in micro:
+      rows["pooled"] = pooled_forward(
+          model,
+          params | fixed,
+          micro["views"],
+          content_key,
+          recipe,
+          (places["views"], sizes["views"]),
+      )
+    if "frames" in micro:
+      terms, monitors, features = motion_forward(
+          model,
+          params | fixed,
+          micro["frames"],
+          motion_key,
+          step,
+          local,
+          places=places["frames"],
+          mean=mean,
+      )
+      for s in strides:
+        means[s], within[s] = accumulation.moments(features[s])
+    return _weighted(terms, monitors, step, local), (rows, means), within
+
+  def finish(params, stacked, within):
+    (rows, means), terms, monitors = stacked, {}, {}
+    if "pooled" in rows:
+      terms, monitors = content_forward(
+          model, params | fixed, accumulation.whole(rows["pooled"]), recipe
+      )
+    for s in within:
+      frames, height, width, _ = batch["frames"].shape
+      samples = frames * (height // s) * (width // s)
+      covariance = accumulation.covariance(means[s], within[s], samples)
+      terms |= objective.covariance_terms(covariance, s, weights=weights)
+    return _weighted(terms, monitors, step, recipe)
+
+  return accumulation.value_and_grad(
+      forward, finish, params, batch, recipe.accumulate
+  )
 
 
 def make_train_step(
@@ -305,9 +405,14 @@ def make_train_step(
       return loss_fn(params | fixed, model, batch, key, state.step, recipe)
 
     moving = {g: state.params[g] for g in trained}
-    logs, grads = _value_and_grad(
-        function, moving, batch, key, recipe.accumulate
-    )
+    if recipe.accumulation == "exact" and recipe.accumulate > 1:
+      logs, grads = exact_value_and_grad(
+          moving, fixed, model, batch, key, state.step, recipe
+      )
+    else:
+      logs, grads = _value_and_grad(
+          function, moving, batch, key, recipe.accumulate
+      )
     params, opt_state = dict(state.params), dict(state.opt_state)
     for group in trained:
       logs[f"gradient_norm/{group}"] = optax.tree.norm(grads[group])

@@ -9,7 +9,6 @@ import fcntl
 import json
 import os
 import pathlib
-import signal
 import threading
 import time
 from typing import Any
@@ -25,6 +24,7 @@ from mcjepa_jax import (
     command,
     errors,
     evaluate,
+    hosts,
     journal,
     panels,
     sharding,
@@ -91,8 +91,12 @@ def set_up_input(
     except Exception:
       if not faults:  # else it stumbled over a value that is already named
         raise
-  if faults:
-    raise errors.UserError(*dict.fromkeys(faults))
+  data = {task: s.state()["fingerprint"] for task, s in streams.items()}
+  hosts.agree(
+      {"config": command.leaves(config), "data": data},
+      list(dict.fromkeys(faults)),
+  )
+  hosts.check_shared(workdir)
   return streams, sharding.make_mesh(config.mesh.devices)
 
 
@@ -268,9 +272,9 @@ def evaluations(
   initial = sharding.call_once(
       lambda: mcjepa.init_params(run.model, run.config.seed)
   )
-  return suite.run(
-      suite.Subject(config, run.model, state.params, initial, run.mesh)
-  )
+  # Each host evaluates the whole set: all know the metrics that a save keeps.
+  params, mesh = hosts.local(state.params, run.mesh)
+  return suite.run(suite.Subject(config, run.model, params, initial, mesh))
 
 
 def evaluations_on_the_way(
@@ -300,7 +304,10 @@ class Progress:
         config[task].batch_size for task in steps.tasks_of_mode(config.mode)
     )
     self.log = journal.Journal(
-        run.workdir, step=start, records=config.log_records
+        run.workdir,
+        step=start,
+        records=config.log_records,
+        board=hosts.first(),
     )
     self._quarantine = journal.Quarantine(
         run.workdir, step=start, limit=config.bad_records
@@ -389,7 +396,10 @@ def draw(run: Run, state: steps.TrainState, log: journal.Journal) -> None:
     number = int(state.step)
     # Not the loop's own iteration: pictures leave the order of data alone.
     firsts = {task: stream[0].arrays for task, stream in run.streams.items()}
-    pictures = panels.of_state(run.model, state.params, run.mesh, firsts)
+    params, mesh = hosts.local(state.params, run.mesh)
+    if not hosts.first():
+      return
+    pictures = panels.of_state(run.model, params, mesh, firsts)
     for name, picture in pictures.items():
       log.picture(number, name, picture)
 
@@ -401,9 +411,10 @@ def finish(run: Run, state: steps.TrainState, peak_gb: float) -> dict[str, Any]:
   """
   with run.clock.span("evaluate"):
     results = evaluations(run, state)
-  curves = panels.of_logs(journal.read_lines(run.workdir / "metrics.jsonl"))
-  for name, picture in curves.items():
-    journal.save_picture(run.workdir, name, picture)
+  if hosts.first():
+    lines = journal.read_lines(run.workdir / "metrics.jsonl")
+    for name, picture in panels.of_logs(lines).items():
+      journal.save_picture(run.workdir, name, picture)
   spent = run.clock.seconds()
   install = float(os.environ.get("MCJEPA_INSTALL_SECONDS", 0.0))
   results |= {
@@ -422,7 +433,8 @@ def finish(run: Run, state: steps.TrainState, peak_gb: float) -> dict[str, Any]:
       "meta/devices": evaluate.describe_devices(),
       "meta/versions": evaluate.versions(),
   }
-  journal.write_json(run.workdir / "results.json", results)
+  if hosts.first():
+    journal.write_json(run.workdir / "results.json", results)
   return results
 
 
@@ -455,7 +467,7 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
       seed=config.seed,
   )
   with (
-      sole_owner(workdir),
+      sole_owner(workdir) if hosts.first() else contextlib.nullcontext(),
       checkpoint.Checkpoints(
           workdir,
           keep_last=config.keep_last,
@@ -470,6 +482,7 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
       print(f"Finished at step {newest}; to train again, use another workdir.")
       print(evaluate.table(results))
       return results
+    workdir = hosts.log_folder(workdir)
     journal.write_json(workdir / "config.json", resumable_config(config))
     (workdir / "parameters.txt").write_text(
         parameter_overview.get_parameter_overview(
@@ -514,24 +527,27 @@ def run_loop(run: Run, state: steps.TrainState) -> steps.TrainState:
   queue: deque[Batch] = deque()
   progress = Progress(run, start)
   stop = threading.Event()
-  handler = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+  handler = hosts.on_sigterm(lambda *_: stop.set())
   pending, warm = None, set()
+  watch = hosts.Watch(config.hang_seconds)
   try:
     for number in range(start, config.num_steps):
+      watch.step()
       if number > start:
+        stopping = hosts.stopping(stop, number)
         if config.eval_every and number % config.eval_every == 0:
           with clock.span("evaluate"):
             progress.log.scalars(number, evaluations_on_the_way(run, state))
         if config.panel_every and number % config.panel_every == 0:
           draw(run, state, progress.log)
-        if stop.is_set() or number % config.save_every == 0:
+        if stopping or number % config.save_every == 0:
           if pending:
             with clock.span("step"):
               progress.report(*pending)
             pending = None
           with clock.span("checkpoint"):
-            save(run, state, queue[0].streams, hurry=stop.is_set())
-        if stop.is_set():
+            save(run, state, queue[0].streams, hurry=stopping)
+        if stopping:
           run.checkpoints.wait_until_finished()
           raise command.Stop(
               command.EXIT_PREEMPTED, f"SIGTERM: saved at step {number}"
@@ -566,6 +582,7 @@ def run_loop(run: Run, state: steps.TrainState) -> steps.TrainState:
         run.checkpoints.wait_until_finished()
     draw(run, state, progress.log)
   finally:
+    watch.close()
     progress.close()
-    signal.signal(signal.SIGTERM, handler)
+    hosts.on_sigterm(handler)
   return state

@@ -30,6 +30,7 @@ OPERATIONAL = frozenset(
         "best_is_larger",
         "best_metric",
         "keep_best",
+        "hang_seconds",
         "keep_last",
         "knn_size",
         "log_every",
@@ -69,6 +70,7 @@ def faults(config: Any, *, devices: int | None = None) -> list[str]:
   expect("model.dtype", *one_of("float32", "bfloat16"))
   expect("motion.occlusion", *one_of("none", "forward_backward", "range_map"))
   expect("motion.geometry", *one_of("crop", "resize"))
+  expect("accumulation", *one_of("plain", "exact"))
   for task in ("motion", "content"):
     expect(f"{task}.mixing", *one_of("weights", "repetitions"))
   expect("motion.smoothness.form", *one_of("arflow", "uflow"))
@@ -81,7 +83,8 @@ def faults(config: Any, *, devices: int | None = None) -> list[str]:
     expect(key, positive, "a positive number")
   for key in ("workers", "eval_every", "panel_every",
               "motion.start_step", "motion.ramp_steps", "motion.weight",
-              "motion.occlusion_start", "optimizer.clip_norm", "keep_best"):  # fmt: skip
+              "motion.occlusion_start", "optimizer.clip_norm", "keep_best",
+              "hang_seconds"):  # fmt: skip
     expect(key, not_negative, "0 or more")
   for key in ("encoder", "estimator"):
     expect(f"optimizer.{key}.weight_decay", not_negative, "0 or more")

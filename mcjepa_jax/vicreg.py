@@ -28,7 +28,14 @@ def variance_loss(
   (1/d) sum_j max(0, gamma - sqrt(Var(z_j) + eps)), with the n - 1 variance.
   """
   _check_samples(z)
-  std = jnp.sqrt(jnp.var(_float32(z), axis=0, ddof=1) + eps)
+  return std_hinge(jnp.var(_float32(z), axis=0, ddof=1), gamma=gamma, eps=eps)
+
+
+def std_hinge(
+    variance: Float[Array, " d"], *, gamma: float = 1.0, eps: float = 1e-4
+) -> Float[Array, ""]:
+  """`variance_loss` of the dimensions' variances."""
+  std = jnp.sqrt(variance + eps)
   return jnp.mean(jax.nn.relu(gamma - std))
 
 
@@ -56,8 +63,14 @@ def covariance_loss(
     total = jnp.sum(jnp.square(gram)) - jnp.sum(jnp.square(diagonal))
   else:
     cov = jnp.einsum("ni,nj->ij", z, z, precision=jax.lax.Precision.HIGHEST)
-    total = jnp.sum(jnp.square(cov), where=~jnp.eye(d, dtype=bool))
+    return off_diagonal(cov)
   return total / d
+
+
+def off_diagonal(cov: Float[Array, "d d"]) -> Float[Array, ""]:
+  """`covariance_loss` of the covariance matrix."""
+  d = cov.shape[0]
+  return jnp.sum(jnp.square(cov), where=~jnp.eye(d, dtype=bool)) / d
 
 
 def _float32(z: Float[Array, "n d"]) -> Float[Array, "n d"]:

@@ -25,7 +25,7 @@ _LAYERS = (
     data.array_records data.cutouts data.feed data.video optimizer sharding checkpoint
     journal""",
     # 3: everything of one kind together.
-    "objective models.mcjepa data.sources data.pipeline data.convert",
+    "accumulation hosts objective models.mcjepa data.sources data.pipeline data.convert",
     # 4: what runs on the devices, and looks at the sources.
     "step evals.flow evals.probe evals.segmentation evals.davis",
     # 5: from a config to the parts of a run; arrays through a model.

@@ -13,8 +13,11 @@ import flax.linen as nn
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 import numpy as np
+
+# Of a part of a batch: each example's place in the whole, and the whole's size.
+Places = tuple[Int[Array, " n"], int]
 
 VARIANTS = {
     "atto": dict(depths=(2, 2, 6, 2), dims=(40, 80, 160, 320)),
@@ -253,7 +256,11 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-      self, x: Float[Array, "n h w c"], *, deterministic: bool = True
+      self,
+      x: Float[Array, "n h w c"],
+      *,
+      deterministic: bool = True,
+      places: Places | None = None,
   ) -> Float[Array, "n h w c"]:
     y = DepthwiseConv(self.dtype, self.kernel_init, name="conv_dw")(x)
     y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(y)
@@ -264,8 +271,9 @@ class Block(nn.Module):
       y = y * gamma.astype(self.dtype)
     if self.drop_path > 0 and not deterministic:
       keep = 1 - self.drop_path
-      shape = (x.shape[0], 1, 1, 1)
-      kept = jax.random.bernoulli(self.make_rng("drop_path"), keep, shape)
+      taken, count = places or (slice(None), x.shape[0])
+      rng = self.make_rng("drop_path")
+      kept = jax.random.bernoulli(rng, keep, (count, 1, 1, 1))[taken]
       y = jnp.where(kept, y / keep, 0).astype(self.dtype)
     return x + y
 
@@ -293,13 +301,17 @@ class Stage(nn.Module):
     ]
 
   def __call__(
-      self, x: Float[Array, "n h w c"], *, deterministic: bool = True
+      self,
+      x: Float[Array, "n h w c"],
+      *,
+      deterministic: bool = True,
+      places: Places | None = None,
   ) -> Float[Array, "n h2 w2 d"]:
     if self.downsamples:
       for layer in self.downsample:
         x = layer(x)
     for block in self.blocks:
-      x = block(x, deterministic=deterministic)
+      x = block(x, deterministic=deterministic, places=places)
     return x
 
 
@@ -354,11 +366,16 @@ class ConvNeXt(nn.Module):
     self.norm = nn.LayerNorm(epsilon=1e-6)
 
   def __call__(
-      self, images: Float[Array, "n h w 3"], *, deterministic: bool = True
+      self,
+      images: Float[Array, "n h w 3"],
+      *,
+      deterministic: bool = True,
+      places: Places | None = None,
   ) -> list[Float[Array, "n _ _ _"]]:
     """The pyramid of images in [0, 1], fine to coarse, as `strides` says.
 
-    With `deterministic=False` drop path needs an rng named "drop_path".
+    With `deterministic=False` drop path needs an rng named "drop_path"; the
+    examples at some `places` of a batch lose the paths that they lose in it.
     """
     x = (images - jnp.array(IMAGENET_MEAN)) / jnp.array(IMAGENET_STD)
     coarsest = self.strides[-1]
@@ -373,7 +390,7 @@ class ConvNeXt(nn.Module):
       pyramid.append(x)
       x = self.stem_4(self.stem_3(_gelu(x)))
     for stage in self.stages:
-      x = stage(x, deterministic=deterministic)
+      x = stage(x, deterministic=deterministic, places=places)
       pyramid.append(x)
     if self.is_initializing():
       self.pool(pyramid)

@@ -60,17 +60,27 @@ class MCJEPA(nn.Module):
     return dict(zip(self.encoder.strides, features, strict=True)), flows
 
   def pooled(
-      self, images: Float[Array, "n h w 3"], *, deterministic: bool = True
+      self,
+      images: Float[Array, "n h w 3"],
+      *,
+      deterministic: bool = True,
+      places: convnext.Places | None = None,
   ) -> Float[Array, "n c"]:
     """The encoder's feature vector of each image, before the expander."""
-    return self.encoder.pool(self.encoder(images, deterministic=deterministic))
+    return self.encoder.pool(
+        self.encoder(images, deterministic=deterministic, places=places)
+    )
+
+  def expand(self, pooled: Float[Array, "n c"]) -> Float[Array, "n d"]:
+    """The expansion of pooled features."""
+    return self.expander(pooled)
 
   def content(
       self, views: Float[Array, "n h w 3"], *, deterministic: bool = True
   ) -> tuple[Float[Array, "n c"], Float[Array, "n d"]]:
     """Pooled features and their expansion, for interleaved views."""
     pooled = self.pooled(views, deterministic=deterministic)
-    return pooled, self.expander(pooled)
+    return pooled, self.expand(pooled)
 
   def __call__(
       self, frames: Float[Array, "n h w 3"], views: Float[Array, "m k k 3"]

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Submits main.py to SLURM, a process for each GPU of some nodes.
+#
+#   launch/slurm.sh --nodes=N --gpus=N [OPTIONS] -- ARGUMENTS
+#
+#   --gpus=N            of a node
+#   --cpus=N            of a process, 8: Grain's workers need them
+#   --time=TIME         limit, as SLURM has it; 2 minutes before, main.py saves
+#   --partition=NAME, --account=NAME, --name=NAME
+#   --dry-run           prints the job and submits nothing
+#
+# ARGUMENTS are main.py's; .venv (launch/install.sh cuda), data and --workdir
+# are in folders that all nodes share. A job that is preempted is queued again
+# and goes on.
+set -euo pipefail
+# shellcheck source=launch/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+# shellcheck source=launch/options.sh
+source "$root/launch/options.sh"
+
+nodes='' gpus='' cpus=8 name=mcjepa limit=24:00:00
+options=() arguments=()
+while (($#)); do
+  case "$1" in
+    --nodes=*) nodes="${1#*=}" ;;
+    --gpus=*) gpus="${1#*=}" ;;
+    --cpus=*) cpus="${1#*=}" ;;
+    --time=*) limit="${1#*=}" ;;
+    --name=*) name="${1#*=}" ;;
+    --partition=?* | --account=?*) options+=("$1") ;;
+    --dry-run) dry_run=yes ;;
+    --)
+      shift
+      arguments=("$@")
+      break
+      ;;
+    *) echo "error: unknown argument $1" >&2; usage ;;
+  esac
+  shift
+done
+need nodes --nodes=N
+need gpus --gpus=N
+for number in "$nodes" "$gpus" "$cpus"; do
+  [[ "$number" =~ ^[1-9][0-9]*$ ]] \
+    || { echo "error: expected a number, got $number" >&2; usage; }
+done
+need_run "${arguments[@]}"
+
+# JAX reads its place from srun's variables: a task is a process with the GPU of
+# its number on the node. SIGTERM goes to the tasks, not to this script.
+job="#!/usr/bin/env bash
+export PYTHONPATH=$(quoted "$root") JAX_PLATFORMS=cuda,cpu
+code=0
+srun --kill-on-bad-exit=1 \\
+  $(quoted "$venv/bin/python" -m mcjepa_jax.main "${arguments[@]}") || code=\$?
+[[ \$code != 75 ]] || scontrol requeue \"\$SLURM_JOB_ID\"
+exit \$code"
+
+submit=(sbatch --job-name="$name" --nodes="$nodes"
+  --ntasks-per-node="$gpus" --gpus-per-node="$gpus" --cpus-per-task="$cpus"
+  --time="$limit" --signal=TERM@120 --requeue --open-mode=append
+  --output="$name-%j.log" "${options[@]}")
+run "${submit[@]}" <<< "$job"
+[[ -z "$dry_run" ]] || echo "$job"

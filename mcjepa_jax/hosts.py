@@ -1,0 +1,431 @@
+"""Several hosts as one run: they find each other, agree, and notice a hang.
+
+Process 0 calls the roll on the coordinator's port before JAX uses it: JAX would
+end every process where one is missing, and name none. What follows goes through
+the key-value store of JAX's own service.
+"""
+
+from collections.abc import Mapping, Sequence
+import contextlib
+import faulthandler
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from typing import Any, NamedTuple
+import uuid
+
+import jax
+from jax._src import clusters, distributed
+from jax.experimental import multihost_utils
+
+from mcjepa_jax import errors, sharding
+
+FLAGS = ("coordinator", "processes", "process")
+_SHOWN = 8  # differences between two hosts
+# What of a config may differ: where things are, and how fast they go.
+_OWN = ("config.data_root", "config.compilation_cache", "config.workers")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+_LONGEST = 1024  # bytes of a line of the roll call
+
+
+class Place(NamedTuple):
+  """Where this process stands among those of a run."""
+
+  address: str  # HOST:PORT of process 0
+  count: int
+  index: int
+  # Of each process where the cluster tells them.
+  names: tuple[str, ...] = ()
+  # JAX's name of the cluster; none for an address that was given.
+  cluster: str | None = None
+
+  def name(self, index: int) -> str:
+    """How messages call a process."""
+    known = f" ({self.names[index]})" if self.names else ""
+    return f"process {index}{known}"
+
+
+def place(flags: Mapping[str, Sequence[str]]) -> Place | None:
+  """The place that flags, MCJEPA_* variables or the cluster give; None alone.
+
+  Clusters are those that JAX knows: Cloud TPU, one slice or several, created
+  directly or by GKE, and SLURM.
+
+  Raises:
+    UserError: a part is missing, or is none.
+  """
+  given = {}
+  for name in FLAGS:
+    value = " ".join(flags.get(name, ()))
+    given[name] = value or os.environ.get(f"MCJEPA_{name.upper()}", "")
+  if any(given.values()):
+    return _given_place(given)
+  for cluster in (
+      clusters.SlurmCluster,
+      clusters.GkeTpuCluster,
+      clusters.GceTpuCluster,
+  ):
+    if cluster.is_env_present() and cluster.get_process_count() > 1:
+      address = cluster.get_coordinator_address(
+          timeout_secs=300, override_coordinator_port=None
+      )
+      count = cluster.get_process_count()
+      names = ()
+      if issubclass(cluster, clusters.cloud_tpu_cluster.BaseTpuCluster):
+        workers = cluster._get_worker_list_in_slice()
+        # Of this slice; another slice's are not told here.
+        if len(workers) == count:
+          names = tuple(workers)
+      return Place(
+          address, count, cluster.get_process_id(), names, cluster.name
+      )
+  return None
+
+
+def _given_place(given: Mapping[str, str]) -> Place | None:
+  faults = []
+  for name, pattern, hint in (
+      ("coordinator", r".+:\d{1,5}", "HOST:PORT of process 0"),
+      ("processes", r"[1-9]\d{0,5}", "how many there are"),
+      ("process", r"\d{1,6}", "which of them this is, from 0"),
+  ):
+    if not re.fullmatch(pattern, given[name], re.ASCII):
+      came = repr(given[name]) if given[name] else "nothing"
+      faults.append(
+          f"--{name} or MCJEPA_{name.upper()}: expected {hint}, got {came}"
+      )
+  if not faults and int(given["process"]) >= int(given["processes"]):
+    faults.append(
+        f"--process: expected 0 to {int(given['processes']) - 1}, got"
+        f" {given['process']}"
+    )
+  if faults:
+    raise errors.UserError(*faults)
+  count = int(given["processes"])
+  if count == 1:
+    return None
+  return Place(given["coordinator"], count, int(given["process"]))
+
+
+def start(where: Place | None, *, seconds: float = 300.0) -> None:
+  """Makes this process one of a run's, once all have answered the roll.
+
+  Raises:
+    UserError: some did not come within `seconds`; they are named.
+  """
+  if where is None:
+    return
+  roll_call(where, seconds)
+  if where.index:
+    # Read where tqdm is imported: one bar is enough.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+  jax.distributed.initialize(
+      coordinator_address=where.address,
+      num_processes=where.count,
+      process_id=where.index,
+      cluster_detection_method=None if where.cluster else "deactivate",
+      initialization_timeout=int(max(seconds, 60)),
+      # One that ends with an error is not to hold the others up for long.
+      shutdown_timeout_seconds=30,
+  )
+
+
+def roll_call(where: Place, seconds: float) -> None:
+  """Returns once every process of the run has come.
+
+  Raises:
+    UserError: some did not, within `seconds`, or two have the same place.
+  """
+  host, _, port = where.address.rpartition(":")
+  deadline = time.monotonic() + seconds
+  if where.index:
+    fault = _answer(where, host.strip("[]"), int(port), deadline)
+  else:
+    fault = _call(where, int(port), deadline)
+  if fault:
+    raise errors.UserError(fault)
+
+
+def _call(where: Place, port: int, deadline: float) -> str:
+  """What is wrong with the roll, told to all that came; process 0's part."""
+  present = {0: socket.gethostname()}
+  fault, waiting = "", []
+  began, both = time.monotonic(), socket.has_dualstack_ipv6()
+  try:
+    server = socket.create_server(
+        ("", port),
+        family=socket.AF_INET6 if both else socket.AF_INET,
+        backlog=where.count,
+        dualstack_ipv6=both,
+    )
+  except OSError as error:
+    return f"--coordinator: cannot listen on port {port}: {error.strerror}"
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(server)
+    while len(present) < where.count and not fault:
+      server.settimeout(max(deadline - time.monotonic(), 0.001))
+      try:
+        connection, _ = server.accept()
+      except TimeoutError:
+        break
+      stack.enter_context(connection)
+      connection.settimeout(5)
+      try:
+        answer = connection.makefile("rb").readline(_LONGEST).decode()
+        word, count, index, name = answer.split()
+        count, index = int(count), int(index)
+      except (OSError, ValueError):
+        continue  # a stranger
+      if word != "mcjepa":
+        continue
+      waiting.append(connection)
+      if count != where.count or not 0 < index < count:
+        fault = (
+            f"{name} says it is process {index} of {count}, process 0 expects"
+            f" {where.count}"
+        )
+      elif index in present:
+        fault = f"{present[index]} and {name} both say they are process {index}"
+      present[index] = name
+    absent = [i for i in range(where.count) if i not in present]
+    if absent and not fault:
+      fault = (
+          f"waited {time.monotonic() - began:.0f} s for {where.count} processes;"
+          f" these did not come: {', '.join(map(where.name, absent))}"
+      )
+    for connection in waiting:
+      with contextlib.suppress(OSError):
+        connection.sendall(f"{fault or 'go'}\n".encode())
+  return fault
+
+
+def _answer(where: Place, host: str, port: int, deadline: float) -> str:
+  """What process 0 says is wrong with the roll."""
+  reason = "no answer"
+  while time.monotonic() < deadline:
+    try:
+      with socket.create_connection((host, port), timeout=5) as connection:
+        name = socket.gethostname()
+        line = f"mcjepa {where.count} {where.index} {name}\n"
+        connection.sendall(line.encode())
+        # Process 0 may have begun to wait later, by as much as it waits.
+        connection.settimeout(max(deadline - time.monotonic(), 0) + 600)
+        answer = connection.makefile("rb").readline(64 * _LONGEST).decode()
+        if answer.endswith("\n"):
+          return "" if answer == "go\n" else answer.strip()
+        reason = "the connection was closed"
+    except OSError as error:
+      reason = error.strerror or str(error)
+    time.sleep(0.2)
+  return f"{where.name(0)} at {where.address} did not call the roll: {reason}"
+
+
+def first() -> bool:
+  """Whether this host writes what is written once."""
+  return jax.process_index() == 0
+
+
+def exchange(name: str, value: Any, *, seconds: float = 600.0) -> list[Any]:
+  """Every host's value, as JSON, by process: a barrier with a time limit.
+
+  Raises:
+    UserError: some hosts did not come within `seconds`; they are named.
+  """
+  if jax.process_count() == 1:
+    return [value]
+  client = distributed.global_state.client
+  client.key_value_set(
+      f"mcjepa/{name}/{jax.process_index()}", json.dumps(value)
+  )
+  deadline = time.monotonic() + seconds
+  values, absent = [], []
+  for index in range(jax.process_count()):
+    left = max(int(1000 * (deadline - time.monotonic())), 1)
+    try:
+      text = client.blocking_key_value_get(f"mcjepa/{name}/{index}", left)
+    except jax.errors.JaxRuntimeError as error:
+      if "DEADLINE_EXCEEDED" not in str(error):
+        raise
+      absent.append(index)
+    else:
+      values.append(json.loads(text))
+  if absent:
+    names = ", ".join(
+        client.key_value_try_get(f"mcjepa/host/{i}")
+        if name != "host"
+        else f"process {i}"
+        for i in absent
+    )
+    raise errors.UserError(
+        f"{name}: waited {seconds:.0f} s for all hosts; these did not come:"
+        f" {names}"
+    )
+  return values
+
+
+def agree(
+    facts: Mapping[str, Any], faults: Sequence[str], *, seconds: float = 1800.0
+) -> None:
+  """Returns if no host has faults, and facts and code are the same on all.
+
+  Raises:
+    UserError: with the faults of all hosts, or with what differs from host 0.
+  """
+  if jax.process_count() == 1:
+    if faults:
+      raise errors.UserError(*faults)
+    return
+  name = f"process {jax.process_index()} ({socket.gethostname()})"
+  exchange("host", name, seconds=seconds)
+  flat = _flat({**facts, "code": code()})
+  ours = {
+      "name": name,
+      "faults": list(faults),
+      "facts": {k: v for k, v in flat.items() if k not in _OWN},
+  }
+  theirs = exchange("start", ours, seconds=seconds)
+  bad = {fault: other["name"] for other in theirs for fault in other["faults"]}
+  if bad:
+    raise errors.UserError(*(f"{who}: {fault}" for fault, who in bad.items()))
+  ours = theirs[0]["facts"]
+  differences = []
+  for other in theirs[1:]:
+    values = other["facts"]
+    keys = [
+        key
+        for key in sorted(ours.keys() | values.keys())
+        if ours.get(key) != values.get(key)
+    ]
+    differences += [
+        f"{key}: {theirs[0]['name']} has {ours.get(key)!r}, {other['name']}"
+        f" {values.get(key)!r}"
+        for key in keys[:_SHOWN]
+    ]
+    if len(keys) > _SHOWN:
+      differences.append(
+          f"{other['name']}: {len(keys) - _SHOWN} more differences"
+      )
+  if differences:
+    raise errors.UserError(*differences)
+
+
+def _flat(tree: Any, path: str = "") -> dict[str, Any]:
+  if isinstance(tree, Mapping):
+    items = [(f"{path}.{k}" if path else str(k), v) for k, v in tree.items()]
+  elif isinstance(tree, list | tuple) and any(
+      isinstance(x, Mapping) for x in tree
+  ):
+    items = [(f"{path}[{i}]", v) for i, v in enumerate(tree)]
+  else:
+    return {path: tree}
+  return {k: v for item in items for k, v in _flat(item[1], item[0]).items()}
+
+
+def check_shared(workdir: pathlib.Path) -> None:
+  """Raises UserError unless all hosts see one folder at this path."""
+  if jax.process_count() == 1:
+    return
+  path = workdir / ".shared"
+  if first():
+    path.write_text(uuid.uuid4().hex)
+  mine = path.read_text() if first() else ""
+  token, *_ = exchange("workdir", mine)
+  try:
+    seen = path.read_text()
+  except OSError:
+    seen = ""
+  names = exchange("shared", "" if seen == token else socket.gethostname())
+  apart = [f"process {i} ({name})" for i, name in enumerate(names) if name]
+  if apart:
+    raise errors.UserError(
+        f"workdir: expected one folder that all hosts share, got another"
+        f" {workdir} on {', '.join(apart)}"
+    )
+
+
+def code() -> dict[str, str]:
+  """A digest of this package's source, and versions of what it runs on."""
+  root = pathlib.Path(__file__).resolve().parent
+  digest = hashlib.sha256()
+  for path in sorted(root.rglob("*.py")):
+    digest.update(f"{path.relative_to(root)}\0".encode())
+    digest.update(path.read_bytes())
+  versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+  return {"mcjepa_jax": digest.hexdigest()[:12]} | versions
+
+
+def local(tree: Any, mesh: jax.sharding.Mesh) -> tuple[Any, jax.sharding.Mesh]:
+  """Arrays whole on this host's own devices, and a mesh of these.
+
+  For work of each host by itself; to get there all hosts call this.
+  """
+  if jax.process_count() == 1:
+    return tree, mesh
+  everywhere = sharding.replicated(mesh)
+  tree = jax.jit(lambda x: x, out_shardings=everywhere)(tree)
+  mesh = sharding.mesh_of(jax.local_devices())
+  here = sharding.replicated(mesh)
+
+  def own(x):
+    by_device = {shard.device: shard.data for shard in x.addressable_shards}
+    return jax.make_array_from_single_device_arrays(
+        x.shape, here, [by_device[device] for device in mesh.devices.flat]
+    )
+
+  return jax.tree.map(own, tree), mesh
+
+
+def log_folder(workdir: pathlib.Path) -> pathlib.Path:
+  """Where this host writes: the workdir for the first, else a folder in it.
+
+  Records and faults of the input are each host's own.
+  """
+  if first():
+    return workdir
+  folder = workdir / "hosts" / str(jax.process_index())
+  folder.mkdir(parents=True, exist_ok=True)
+  return folder
+
+
+def on_sigterm(handler: Any) -> Any:
+  """The handler of SIGTERM before this one; of many hosts JAX has its own."""
+  if jax.process_count() > 1:
+    return None
+  return signal.signal(signal.SIGTERM, handler)
+
+
+def stopping(stop: threading.Event, number: int) -> bool:
+  """Whether this is the step before which all hosts stop, on SIGTERM to any."""
+  if jax.process_count() == 1:
+    return stop.is_set()
+  return multihost_utils.reached_preemption_sync_point(number)
+
+
+class Watch:
+  """Prints all threads' stacks when a step comes late, and again each time.
+
+  A step that hangs does so on every host, and each prints its own to stderr.
+  """
+
+  def __init__(self, seconds: float):
+    """Watches nothing before the first step, nor at 0 `seconds`."""
+    self._seconds = seconds
+
+  def step(self) -> None:
+    """Begins a step, which ends the one before."""
+    if self._seconds:
+      faulthandler.dump_traceback_later(
+          self._seconds, repeat=True, file=sys.stderr
+      )
+
+  def close(self) -> None:
+    """Ends the last step."""
+    faulthandler.cancel_dump_traceback_later()

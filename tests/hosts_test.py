@@ -1,0 +1,428 @@
+"""Processes as hosts: the same run as one process, and what is said if not."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import types
+
+import numpy as np
+import pytest
+
+from mcjepa_jax import errors, hosts, sharding
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_STEPS = 3
+_CONFIG = f"""
+from configs import quickstart
+from tests import tiny
+
+def get_config():
+  config = tiny.config(quickstart, num_steps={_STEPS}, save_every=100, workers=0,
+                       log_every=1, log_records=True, hang_seconds=600.0,
+                       model__encoder__drop_path=0.5, motion__jitter__p=0.5)
+  return config.lock()
+"""
+
+
+def _free_port():
+  with socket.socket() as listener:
+    listener.bind(("", 0))
+    return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def config_path(tmp_path_factory):
+  path = tmp_path_factory.mktemp("hosts") / "configs" / "tiny_run.py"
+  path.parent.mkdir()
+  path.write_text(_CONFIG)
+  return path
+
+
+def _start(config_path, workdir, *overrides, index=0, count=1, port=0, **env):
+  places = []
+  if count > 1:
+    places = [
+        f"--coordinator=127.0.0.1:{port}",
+        f"--processes={count}",
+        f"--process={index}",
+    ]
+  return subprocess.Popen(
+      [
+          sys.executable, "-m", "mcjepa_jax.main", f"--config={config_path}",
+          f"--workdir={workdir}", *places, *overrides,
+      ],
+      env=os.environ
+      | {
+          "JAX_PLATFORMS": "cpu",
+          "XLA_FLAGS": "",
+          "PYTHONPATH": str(_ROOT),
+          # Compiling is what costs, in every process.
+          "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+      }
+      | env,
+      cwd=_ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+  )  # fmt: skip
+
+
+def _wait(processes):
+  """(exit code, stdout, stderr) of each, or all are ended."""
+  threads, results = [], [None] * len(processes)
+
+  def one(i):
+    out, err = processes[i].communicate(timeout=500)
+    results[i] = (processes[i].returncode, out, err)
+
+  try:
+    for i in range(len(processes)):
+      threads.append(threading.Thread(target=one, args=(i,)))
+      threads[-1].start()
+    for thread in threads:
+      thread.join()
+  finally:
+    for process in processes:
+      process.kill()
+  return results
+
+
+def _run(config_path, workdir, *overrides, count=1, **env):
+  port = _free_port()
+  processes = [
+      _start(config_path, workdir, *overrides, index=i, count=count, port=port,
+             **env)
+      for i in range(count)
+  ]  # fmt: skip
+  results = _wait(processes)
+  for code, _, err in results:
+    assert code == 0, err[-3000:]
+  return results
+
+
+def _lines(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _records(workdir, count):
+  """Per step and task the ids of all hosts' rows, host after host."""
+  folders = [workdir] + [workdir / "hosts" / str(i) for i in range(1, count)]
+  return [
+      {
+          key: sum((line[key] for line in lines), [])
+          for key in lines[0]
+          if key != "step"
+      }
+      for lines in zip(
+          *(_lines(f / "records.jsonl") for f in folders), strict=True
+      )
+  ]
+
+
+def _same_as_one(config_path, tmp_path, count, *overrides):
+  one, many = tmp_path / "one", tmp_path / "many"
+  _run(config_path, one, *overrides)
+  results = _run(config_path, many, *overrides, count=count)
+  assert _records(many, count) == _records(one, 1)
+  losses = [
+      [line["loss"] for line in _lines(w / "metrics.jsonl")]
+      for w in (one, many)
+  ]
+  assert len(losses[0]) == _STEPS
+  np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+  for folder in (one, many):
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["3"]
+  # One host writes: the others keep what is their own.
+  assert (many / "results.json").exists()
+  assert (many / "tensorboard").is_dir()
+  for i in range(1, count):
+    own = {p.name for p in (many / "hosts" / str(i)).iterdir()}
+    assert not own & {"results.json", "tensorboard", "pictures"}
+    assert "Pictures and curves" not in results[i][1]
+  assert "Pictures and curves" in results[0][1]
+  return many
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_run_and_resume(config_path, tmp_path):
+  many = _same_as_one(config_path, tmp_path, 2)
+  # What two wrote, one goes on from.
+  again = _run(config_path, many, "--config.num_steps=3")
+  assert "Finished at step 3" in again[0][1]
+
+
+@pytest.mark.slow
+def test_four_processes_are_one_run(config_path, tmp_path):
+  _same_as_one(
+      config_path, tmp_path, 4, "--config.mode=content",
+      "--config.mesh.shard_min_mib=0.0005", "--config.panel_every=2",
+  )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_saves_and_ends_all(config_path, tmp_path):
+  port = _free_port()
+  processes = [
+      _start(config_path, tmp_path, "--config.num_steps=100000",
+             "--config.mode=content", index=i, count=2, port=port)
+      for i in range(2)
+  ]  # fmt: skip
+  log, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 400
+  while not (log.exists() and log.read_text().count("\n") > 2):
+    assert time.monotonic() < deadline
+    assert all(p.poll() is None for p in processes)
+    time.sleep(0.1)
+  processes[1].send_signal(signal.SIGTERM)
+  results = _wait(processes)
+  assert [code for code, _, _ in results] == [75, 75], results
+  step = int(results[0][2].rsplit("saved at step ", 1)[1].split()[0])
+  assert (tmp_path / "checkpoints" / str(step)).is_dir()
+
+
+@pytest.mark.slow
+def test_a_host_with_another_config_is_shown(config_path, tmp_path):
+  port = _free_port()
+  processes = [
+      _start(config_path, tmp_path, *overrides, index=i, count=2, port=port)
+      for i, overrides in enumerate(
+          [[], ["--config.seed=7", "--config.workers=1"]]
+      )
+  ]
+  for code, _, err in _wait(processes):
+    assert code == 2, err[-3000:]
+    assert "config.seed: process 0 (" in err and "has 0, process 1 (" in err
+    assert "data.content.seed" in err
+    assert "workers" not in err  # which may differ
+
+
+@pytest.mark.slow
+def test_a_fault_of_one_host_ends_all(config_path, tmp_path):
+  port = _free_port()
+  processes = [
+      _start(config_path, tmp_path, f"--config.motion.weight={weight}",
+             index=i, count=2, port=port)
+      for i, weight in enumerate((1.0, -1.0))
+  ]  # fmt: skip
+  for code, _, err in _wait(processes):
+    assert code == 2, err[-3000:]
+    assert "error: process 1 (" in err and "motion.weight: expected 0" in err
+
+
+@pytest.mark.slow
+def test_workdirs_that_are_not_one_are_told(config_path, tmp_path):
+  port = _free_port()
+  processes = [
+      _start(config_path, tmp_path / str(i), index=i, count=2, port=port)
+      for i in range(2)
+  ]
+  for code, _, err in _wait(processes):
+    assert code == 2, err[-3000:]
+    assert "workdir: expected one folder that all hosts share" in err
+    assert "on process 1 (" in err
+
+
+@pytest.mark.slow
+def test_a_process_that_does_not_come_is_named(config_path, tmp_path):
+  port = _free_port()
+  processes = [
+      _start(config_path, tmp_path, index=i, count=4, port=port,
+             MCJEPA_START_SECONDS="15")
+      for i in (0, 2)
+  ]  # fmt: skip
+  for code, _, err in _wait(processes):
+    assert code == 2, err[-3000:]
+    assert "for 4 processes; these did not come: process 1, process 3" in err
+
+
+def _call_all(places, seconds=5.0):
+  """What each place's roll call ends with."""
+  results = {}
+
+  def one(i, place):
+    try:
+      hosts.roll_call(place, seconds)
+      results[i] = "all here"
+    except errors.UserError as error:
+      results[i] = str(error)
+
+  threads = [
+      threading.Thread(target=one, args=item) for item in enumerate(places)
+  ]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  return [results[i] for i in range(len(places))]
+
+
+def test_the_roll_ends_when_all_are_here():
+  address = f"127.0.0.1:{_free_port()}"
+  places = [hosts.Place(address, 3, i) for i in (2, 0, 1)]
+  assert _call_all(places) == ["all here"] * 3
+
+
+def test_the_absent_are_named_to_all_that_came():
+  address = f"127.0.0.1:{_free_port()}"
+  names = ("tpu-a", "tpu-b", "tpu-c")
+  places = [hosts.Place(address, 3, i, names) for i in (0, 2)]
+  for fault in _call_all(places, 0.5):
+    assert fault.endswith("these did not come: process 1 (tpu-b)")
+
+
+def test_two_with_one_place_and_another_count_are_told():
+  address = f"127.0.0.1:{_free_port()}"
+  places = [hosts.Place(address, 3, i) for i in (0, 1, 1)]
+  assert all("both say they are process 1" in f for f in _call_all(places))
+  address = f"127.0.0.1:{_free_port()}"
+  places = [hosts.Place(address, 3, 0), hosts.Place(address, 2, 1)]
+  assert all("process 0 expects 3" in f for f in _call_all(places))
+
+
+def test_without_process_0_the_others_say_so():
+  place = hosts.Place(f"127.0.0.1:{_free_port()}", 2, 1)
+  (fault,) = _call_all([place], 0.5)
+  assert fault.startswith("process 0 at 127.0.0.1:")
+  assert "did not call the roll: Connection refused" in fault
+
+
+def test_a_stranger_on_the_port_is_not_counted():
+  port = _free_port()
+  threads = []
+
+  def stranger():
+    for line in (b"GET / HTTP/1.1\r\n", b"\xff\xfe\n", b"mcjepa 2 x y\n"):
+      for _ in range(100):
+        try:
+          with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(line)
+          break
+        except OSError:
+          time.sleep(0.02)
+
+  threads.append(threading.Thread(target=stranger))
+  threads[0].start()
+  address = f"127.0.0.1:{port}"
+  (fault,) = _call_all([hosts.Place(address, 2, 0)], 2.0)
+  threads[0].join()
+  assert "these did not come: process 1" in fault
+
+
+def test_flags_go_before_variables_and_both_before_none(monkeypatch):
+  monkeypatch.setenv("MCJEPA_COORDINATOR", "10.0.0.1:1234")
+  monkeypatch.setenv("MCJEPA_PROCESSES", "4")
+  monkeypatch.setenv("MCJEPA_PROCESS", "3")
+  place = hosts.place({"process": ["2"]})
+  assert place == hosts.Place("10.0.0.1:1234", 4, 2)
+  monkeypatch.setenv("MCJEPA_PROCESSES", "1")
+  assert hosts.place({"process": ["0"]}) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (dict(coordinator=["a:1"]), ["--processes or", "--process or"]),
+        (
+            dict(coordinator=["a"], processes=["2"], process=["0"]),
+            ["--coordinator or MCJEPA_COORDINATOR: expected HOST:PORT"],
+        ),
+        (
+            dict(coordinator=["a:1"], processes=["2"], process=["2"]),
+            ["--process: expected 0 to 1, got 2"],
+        ),
+        (
+            dict(coordinator=["a:1"], processes=["x"], process=["-1"]),
+            ["--processes or", "--process or"],
+        ),
+    ],
+)
+def test_a_place_that_is_none_is_told(flags, expected):
+  with pytest.raises(errors.UserError) as caught:
+    hosts.place(flags)
+  messages = caught.value.messages
+  assert len(messages) == len(expected)
+  assert all(m.startswith(e) for m, e in zip(messages, expected, strict=True))
+
+
+def test_slurm_gives_the_place(monkeypatch):
+  for name, value in (
+      ("JOB_ID", "17"), ("STEP_NODELIST", "node[004-007,9]"), ("NTASKS", "4"),
+      ("PROCID", "3"), ("LOCALID", "0"),
+  ):  # fmt: skip
+    monkeypatch.setenv(f"SLURM_{name}", value)
+  place = hosts.place({})
+  assert place.address.startswith("node004:")
+  assert (place.count, place.index, place.cluster) == (4, 3, "slurm")
+  monkeypatch.setenv("SLURM_NTASKS", "1")
+  assert hosts.place({}) is None
+
+
+def test_a_slice_of_gke_gives_the_place_and_the_names(monkeypatch):
+  cluster = hosts.clusters.GkeTpuCluster
+  module = hosts.clusters.cloud_tpu_cluster
+  monkeypatch.setattr(module, "running_in_cloud_tpu_vm", True)
+  monkeypatch.setattr(cluster, "wait_for_coordinator", lambda *_: None)
+  monkeypatch.setattr(module, "get_tpu_env_value", os.environ.get)
+  monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "pod-0.svc,pod-1.svc")
+  monkeypatch.setenv("TPU_WORKER_ID", "1")
+  place = hosts.place({})
+  assert place.address.startswith("pod-0.svc:")
+  assert (place.count, place.index) == (2, 1)
+  assert place.name(1) == "process 1 (pod-1.svc)"
+  # Two slices: places go on, names are of one slice only.
+  monkeypatch.setenv("MEGASCALE_NUM_SLICES", "2")
+  monkeypatch.setenv("MEGASCALE_SLICE_ID", "1")
+  monkeypatch.setenv("MEGASCALE_COORDINATOR_ADDRESS", "pod-0.first")
+  place = hosts.place({})
+  assert place.address.startswith("pod-0.first:")
+  assert (place.count, place.index, place.names) == (4, 3, ())
+
+
+def test_a_mesh_of_many_hosts_keeps_each_hosts_devices_together():
+  # As of a 4x4 torus with 2x2 hosts, where the numbers go along the rows.
+  devices = [
+      types.SimpleNamespace(id=i, process_index=i // 8 * 2 + i % 4 // 2)
+      for i in range(16)
+  ]
+  order = sorted(devices, key=sharding.host_order)
+  assert [d.process_index for d in order] == [i // 4 for i in range(16)]
+
+
+def test_one_process_agrees_with_itself_or_tells_its_faults():
+  hosts.agree({"config": {"a": 1}}, [])
+  with pytest.raises(errors.UserError, match="no such"):
+    hosts.agree({}, ["no such"])
+
+
+def test_a_late_step_prints_the_stacks():
+  script = (
+      "import time\nfrom mcjepa_jax import hosts\n"
+      "def hang():\n  time.sleep(1.5)\n"
+      "watch = hosts.Watch(0.5)\nwatch.step()\nhang()\nwatch.close()\n"
+      "watch = hosts.Watch(0)\nwatch.step()\ntime.sleep(0.1)\n"
+  )
+  run = subprocess.run(
+      [sys.executable, "-c", script],
+      cwd=_ROOT,
+      env=os.environ | {"JAX_PLATFORMS": "cpu"},
+      capture_output=True,
+      text=True,
+      check=True,
+  )
+  assert "in hang" in run.stderr and "Timeout" in run.stderr
+
+
+def test_code_is_told_apart_by_its_files(monkeypatch, tmp_path):
+  monkeypatch.setattr(hosts, "__file__", str(tmp_path / "hosts.py"))
+  (tmp_path / "hosts.py").write_text("a = 1\n")
+  before = hosts.code()
+  assert before == hosts.code()
+  (tmp_path / "hosts.py").write_text("a = 2\n")
+  after = hosts.code()
+  assert before.pop("mcjepa_jax") != after.pop("mcjepa_jax")
+  assert before == after and "jax" in after
