@@ -36,6 +36,8 @@ OPERATIONAL = frozenset(
         "panel_every",
         "prefetch",
         "save_every",
+        "segmentation",
+        "upernet",
         "workers",
     }
 )
