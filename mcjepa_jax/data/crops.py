@@ -20,7 +20,7 @@ _TRIES = 10
 
 
 def fitted(
-    image: UInt8[np.ndarray, "h w 3"], short_side: float
+    image: UInt8[np.ndarray, "h w 3"], short_side: int
 ) -> UInt8[np.ndarray, "r c 3"]:
   """Returns the image at its size for tests; 0 leaves it as it is."""
   size = _fitted_size(image.shape[:2], short_side) if short_side else None
@@ -29,8 +29,10 @@ def fitted(
   return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
 
 
-def _fitted_size(size: tuple[int, int], short_side: float) -> tuple[int, int]:
-  factor = min(short_side / min(size), _LONGEST * short_side / max(size))
+def _fitted_size(
+    size: tuple[int, int], short_side: int, factor: float = 1.0
+) -> tuple[int, int]:
+  factor *= min(short_side / min(size), _LONGEST * short_side / max(size))
   return tuple(max(1, round(side * factor)) for side in size)
 
 
@@ -56,7 +58,7 @@ def random_crop(
     rng: np.random.Generator,
     *,
     size: int,
-    short_side: float,
+    short_side: int,
     scale: tuple[float, float],
     max_share: float,
 ) -> list[UInt8[np.ndarray, "size size 4"]]:
@@ -68,7 +70,7 @@ def random_crop(
   factor = rng.uniform(*scale)
   # Images as they are (0) are scaled by the factor alone.
   short_side = short_side or min(image.shape[:2])
-  new = _fitted_size(image.shape[:2], factor * short_side)[::-1]
+  new = _fitted_size(image.shape[:2], short_side, factor)[::-1]
   image = cv2.resize(image, new, interpolation=cv2.INTER_LINEAR)
   # INTER_NEAREST would shift the labels by half a pixel.
   labels = cv2.resize(labels, new, interpolation=cv2.INTER_NEAREST_EXACT)

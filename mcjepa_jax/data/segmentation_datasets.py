@@ -330,7 +330,7 @@ def voc_2012(root: image_io.Path, *, augmented: bool = False) -> Parts:
 
 def cityscapes(root: image_io.Path) -> Parts:
   """Returns train and val; label ids, or train ids where only those lie."""
-  root = _below(root, ("cityscapes", "Cityscapes", ""), "leftImg8bit")
+  root = _below(root, ("cityscapes", ""), "leftImg8bit")
 
   def part(split):
     suffix, coding = "_gtFine_labelIds.png", _CITYSCAPES_IDS
@@ -357,7 +357,7 @@ def cityscapes(root: image_io.Path) -> Parts:
 
 def ade20k(root: image_io.Path) -> Parts:
   """Returns training and validation of the scene parsing benchmark."""
-  root = _below(root, ("ADEChallengeData2016", ""), "images/validation")
+  root = _below(root, ("ADEChallengeData2016",), "images/validation")
   return Parts(
       *(
           SegmentationSet(
@@ -376,7 +376,7 @@ def ade20k_sample(root: image_io.Path) -> Parts:
 
   How far a head fits them is known, so that an eval can be tried on them.
   """
-  root = _below(root, ("ADE20K", ""), "images")
+  root = _below(root, ("ADE20K",), "images")
   pairs = _folder_pairs(root, "images", "annotations")
   sample = SegmentationSet(root, pairs, ADE20K_CLASSES, _ADE20K)
   return Parts(sample, sample)
@@ -384,7 +384,7 @@ def ade20k_sample(root: image_io.Path) -> Parts:
 
 def camvid(root: image_io.Path, *, test: str = "test") -> Parts:
   """Returns train and test, or train and val, of SegNet's CamVid."""
-  root = _below(root, ("CamVid", ""), "train")
+  root = _below(root, ("CamVid",), "train")
   return Parts(
       *(
           SegmentationSet(
