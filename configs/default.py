@@ -87,7 +87,7 @@ def get_config() -> ConfigDict:
   config.evals = ()
   config.eval_every = 0  # steps; 0 evaluates at the end only
   config.eval_batch_size = 8  # pairs, of one shape
-  config.eval_max_pixels = 2_097_152  # a larger pair is an error, not a crash
+  config.eval_max_pixels = 2_097_152  # a larger pair or image is an error
   config.knn_size = 64  # pixels a side, for sets of images of other sizes
   config.segmentation = _segmentation()
   config.upernet = _upernet()

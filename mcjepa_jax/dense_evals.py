@@ -81,16 +81,16 @@ def examples(kind: str, config: Any, name: str) -> _Both:
   if config.task == "train":  # an evaluation's model is the checkpoint's
     coarsest = 4 * 2 ** (len(config.model.encoder.depths) - 1)
     faults += _crop_faults(kind, options.crop, coarsest)
-  parts = sources.choice(options.sets, name, f"evals: {kind}")
-  if parts.num_steps < 1 or not 0 <= options.warmup_steps <= parts.num_steps:
+  own = sources.choice(dict(options.sets), name, f"evals: {kind}")
+  if own.num_steps < 1 or not 0 <= options.warmup_steps <= own.num_steps:
     faults.append(
         f"{kind}.warmup_steps: expected 0 to {kind}.sets.{name}.num_steps, at"
-        f" least 1; got {options.warmup_steps} and {parts.num_steps}"
+        f" least 1; got {options.warmup_steps} and {own.num_steps}"
     )
-  if parts.short_side < 0:
+  if own.short_side < 0:
     faults.append(
         f"{kind}.sets.{name}.short_side: expected 0 or more, got"
-        f" {parts.short_side}"
+        f" {own.short_side}"
     )
   if faults:
     raise errors.UserError(*faults)
@@ -192,6 +192,7 @@ def _measured(label, network, parts, subject, options, name):
       window=options.crop,
       stride=options.stride,
       batch_size=options.batch_size,
+      max_pixels=subject.config.eval_max_pixels,
   )
 
 

@@ -40,7 +40,7 @@ def test_the_linear_head_is_batchnorm_and_one_matrix():
   # As torch: bilinear to the finest stage, then statistics over all pixels.
   resized = [
       torch.nn.functional.interpolate(
-          torch.from_numpy(np.asarray(x)).permute(0, 3, 1, 2),
+          torch.from_numpy(np.array(x)).permute(0, 3, 1, 2),
           size=(16, 24), mode="bilinear", align_corners=False,
       )
       for x in stages
@@ -82,29 +82,38 @@ def test_uperhead_has_the_published_parts():
 
 
 def test_uperhead_sees_far_and_near():
-  head = heads.UperHead(3, channels=8, auxiliary_channels=4, dropout=0.5)
+  head = heads.UperHead(
+      3, channels=8, pool_scales=(2,), auxiliary_channels=4, dropout=0.5
+  )
   stages = _stages()
-  variables = head.init(jax.random.key(0), stages, train=False)
+
+  # One program: op by op this compiles for minutes.
+  @jax.jit
+  def all_of_it(stages):
+    variables = head.init(jax.random.key(0), stages, train=False)
+
+    def corner(stages):
+      logits, auxiliary = head.apply(variables, stages, train=False)
+      return logits[0, 0, 0, 0], (logits, auxiliary)
+
+    gradient, outputs = jax.grad(corner, has_aux=True)(stages)
+    trained = [
+        head.apply(
+            variables, stages, train=True, mutable=["batch_stats"],
+            rngs={"dropout": jax.random.key(key)},
+        )[0][0]
+        for key in (0, 1)
+    ]  # fmt: skip
+    return variables, gradient, outputs, trained
+
+  variables, gradient, (logits, auxiliary), (one, two) = all_of_it(stages)
   assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(variables))
-
-  def corner(stages):
-    logits, auxiliary = head.apply(variables, stages, train=False)
-    assert logits.shape == (2, 16, 24, 3)
-    assert auxiliary.shape == (2, 4, 6, 3)
-    return logits[0, 0, 0, 0]
-
-  near, *_, far = jax.grad(corner)(stages)
+  assert logits.shape == (2, 16, 24, 3)
+  assert auxiliary.shape == (2, 4, 6, 3)
+  near, *_, far = gradient
   # The pooled pyramid reaches the other end; the finest stage does not.
   assert np.abs(far[0, -1, -1]).max() > 0
   assert np.abs(near[0, :3, :3]).max() > 0
   assert np.abs(near[0, -4:, -4:]).max() == 0
   assert np.abs(near[1]).max() == 0
-
-  (one, _), (two, _) = (
-      head.apply(
-          variables, stages, train=True, mutable=["batch_stats"],
-          rngs={"dropout": jax.random.key(key)},
-      )[0]
-      for key in (0, 1)
-  )  # fmt: skip
   assert np.abs(one - two).max() > 0

@@ -125,8 +125,6 @@ class SegmentationSet:
     self._table = np.full(256, -1, np.int16)
     self._table[list(coding.values)] = np.arange(len(coding.values))
     self._table[list(coding.void)] = VOID
-    if len(coding.values) != len(self.classes):
-      raise ValueError("a coding has a value for each class")
 
   def __len__(self) -> int:
     return len(self._images)
@@ -245,9 +243,9 @@ def _stems(folder: pathlib.Path, suffixes: Iterable[str]) -> dict[str, str]:
   }
 
 
-def _expect(missing: Iterable[str], folder: pathlib.Path, of: str) -> None:
+def _expect(missing: Iterable[str], folder: pathlib.Path, what: str) -> None:
   faults = [
-      f"{folder / name}: not found; expected the {of} of its other file"
+      f"{folder / name}: not found; expected {what}"
       for name in sorted(missing)[:_MAX_FAULTS]
   ]
   if faults:
@@ -268,9 +266,11 @@ def _folder_pairs(
   _expect(
       (f"{stem}{label_suffix}" for stem in found.keys() - maps.keys()),
       root / labels,
-      "label map",
+      "a label map for each image",
   )
-  _expect(maps.keys() - found.keys(), root / images, "image")
+  _expect(
+      maps.keys() - found.keys(), root / images, "an image for each label map"
+  )
   if not found:
     raise UserError(f"{root / images}: expected images, came none")
   return [
@@ -307,11 +307,11 @@ def voc_2012(root: image_io.Path, *, augmented: bool = False) -> Parts:
   def part(split, extra):
     names = _split(root / "ImageSets" / "Segmentation" / f"{split}.txt")
     jpegs = {f"{name}.jpg" for name in names}
-    _expect(jpegs - images, root / "JPEGImages", "image")
+    _expect(jpegs - images, root / "JPEGImages", f"an image of {split}.txt")
     needed = {f"{name}.png" for name in names} - own
     folder = "SegmentationClassAug" if extra else "SegmentationClass"
     present = set(_listing(root / folder)) if extra else own
-    _expect(needed - present, root / folder, "label map")
+    _expect(needed - present, root / folder, f"a label map of {split}.txt")
     pairs = [
         Pair(
             f"JPEGImages/{name}.jpg",

@@ -169,10 +169,8 @@ def poly_schedule(
   """
 
   def rate(count):
-    warm = jnp.minimum(1.0, count / max(warmup_steps, 1))
-    if not warmup_steps:
-      warm = 1.0
-    warm = _WARMUP_FRACTION + (1 - _WARMUP_FRACTION) * warm
+    part = jnp.minimum(1.0, count / warmup_steps) if warmup_steps else 1.0
+    warm = _WARMUP_FRACTION + (1 - _WARMUP_FRACTION) * part
     return learning_rate * warm * (1 - count / num_steps)
 
   return rate
@@ -399,11 +397,13 @@ def confusion_matrices(
     window: int,
     stride: int,
     batch_size: int,
+    max_pixels: int,
 ) -> dict[str, np.ndarray]:
   """The confusion matrix of each of the predictor's names over a set.
 
   Raises:
-    UserError: no pixel of the set is labelled.
+    UserError: no pixel of the set is labelled, or an image is too large: its
+      logits are held for every class.
   """
   classes = len(dataset.classes)
   matrices: dict[str, np.ndarray] = {}
@@ -417,8 +417,15 @@ def confusion_matrices(
             f"{name}: {dataset.record_id(i)} has no labelled pixel and counts"
             " in nothing"
         )
+      image = crops.fitted(example["image"], short_side)
+      height, width = image.shape[:2]
+      if height * width > max_pixels:
+        raise errors.UserError(
+            f"{name}: {dataset.record_id(i)}: expected an image of at most"
+            f" {max_pixels} pixels (eval_max_pixels), got {width}x{height}"
+        )
       truths.append(example["labels"])
-      yield crops.fitted(example["image"], short_side)
+      yield image
 
   scores = slide(
       images(), predict, window=window, stride=stride, batch_size=batch_size
