@@ -120,7 +120,7 @@ def run(kind: str, subject: Any, name: str) -> dict[str, float]:
     matrices |= {
         suffix or key: matrix
         for key, matrix in _measured(
-            label, network, parts, subject, options, name
+            f"{label} {suffix}".strip(), network, parts, subject, options, name
         ).items()
     }
   found = segmentation.results(label, parts.test.classes, matrices)
