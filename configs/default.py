@@ -91,12 +91,14 @@ def get_config() -> ConfigDict:
   config.best_metric = ""  # a key of the results, as flow/sintel_clean/epe
   config.best_is_larger = False
 
-  # flow/SET and knn/SET; the sets' names are listed by a wrong one.
+  # flow/, knn/, segmentation/ and upernet/SET; a wrong name lists the sets'.
   config.evals = ()
   config.eval_every = 0  # steps; 0 evaluates at the end only
   config.eval_batch_size = 8  # pairs, of one shape
-  config.eval_max_pixels = 2_097_152  # a larger pair is an error, not a crash
+  config.eval_max_pixels = 2_097_152  # a larger pair or image is an error
   config.knn_size = 64  # pixels a side, for sets of images of other sizes
+  config.segmentation = _segmentation()
+  config.upernet = _upernet()
 
   return config.lock()
 
@@ -208,3 +210,47 @@ def _content() -> ConfigDict:
       dict(invariance=25.0, variance=25.0, covariance=1.0)
   )
   return content
+
+
+def _segmentation() -> ConfigDict:
+  """A linear head on the frozen encoder: VICRegL's recipe."""
+  names = ("ade20k", "ade20k_sample", "camvid", "camvid_val", "cityscapes",
+           "voc2012", "voc2012_aug")  # fmt: skip
+  part = ConfigDict(
+      dict(
+          crop=512,  # pixels a side, of crops and windows; multiple of 32
+          stride=341,  # pixels between the windows of the test
+          batch_size=16,  # crops a step, and windows of the test
+          learning_rate=1e-4,  # peak; falls linearly to 0
+          weight_decay=0.05,  # none on 1-D parameters
+          warmup_steps=1_500,
+          scale=(0.5, 2.0),  # of the image in training, times its short side
+          max_share=0.75,  # of one class in a crop; 1 takes any
+          sets={
+              # num_steps: of the head's training. short_side: pixels to which
+              # images are resized for it and for the test; 0 is as they are.
+              name: dict(num_steps=40_000, short_side=512)
+              for name in names
+          },
+      )
+  )
+  part.sets.ade20k.num_steps = 160_000
+  part.sets.cityscapes.short_side = 1_024
+  return part
+
+
+def _upernet() -> ConfigDict:
+  """The encoder fine-tuned with UperNet: ConvNeXt's recipe, on ADE20k."""
+  part = _segmentation()
+  part.update(
+      channels=512,
+      pool_scales=(1, 2, 3, 6),
+      auxiliary_channels=256,  # of a second head, on the last stage but one
+      auxiliary_weight=0.4,  # of its loss
+      dropout=0.1,
+      drop_path=0.4,
+      layer_decay=0.9,  # of the learning rate, by stage, from the head down
+  )
+  for values in part.sets.values():
+    values.num_steps = 160_000
+  return part

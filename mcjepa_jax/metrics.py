@@ -1,4 +1,4 @@
-"""Metrics of flow and of representations: sums and counts, divided once.
+"""Metrics of flow, segmentation and representations: sums, divided once.
 
 Flow metrics are numpy in float64. `valid` is above 0 where a pixel counts; what
 the truth holds elsewhere, NaN included, is never read.
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Bool, Float, Int64, Integer
 import numpy as np
 
 
@@ -133,6 +133,31 @@ def correct(
   """
   own = np.take_along_axis(scores, labels[:, None], axis=1)
   return np.sum(~(scores < own), axis=1) <= top
+
+
+def confusion(
+    truth: Integer[np.ndarray, "*n"],
+    predicted: Integer[np.ndarray, "*n"],
+    classes: int,
+) -> Int64[np.ndarray, "k k"]:
+  """How many pixels of each true class (row) were given each class (column).
+
+  Only pixels whose truth is a class count. Matrices of parts add up.
+  """
+  counts = truth < classes
+  pairs = truth[counts].astype(np.int64) * classes + predicted[counts]
+  return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+
+
+def iou(matrix: Int64[np.ndarray, "k k"]) -> Float[np.ndarray, "k"]:
+  """Each class's intersection over union in percent; NaN without true pixels.
+
+  The mean leaves such a class out, whatever was predicted, so that it is over
+  the same classes for every prediction.
+  """
+  hits, true = np.diagonal(matrix), matrix.sum(axis=1)
+  union = matrix.sum(axis=0) + true - hits
+  return 100 * hits / np.where(true, union, np.nan)
 
 
 def feature_std(x: Float[Array, "*n d"]) -> Float[Array, ""]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mcjepa_jax import errors, inference
+from mcjepa_jax import dense_evals, errors, inference
 from mcjepa_jax.data import flow_faults, sources
 from mcjepa_jax.evals import flow, probe
 from mcjepa_jax.models import mcjepa
@@ -118,6 +118,13 @@ def _labelled(config, name):
 _EVALS = {
     "flow": Eval(_flow_pairs, _flow_eval),
     "knn": Eval(_labelled, _knn_eval),
+    **{
+        kind: Eval(
+            functools.partial(dense_evals.examples, kind),
+            functools.partial(dense_evals.run, kind),
+        )
+        for kind in dense_evals.KINDS
+    },
 }
 
 

@@ -39,6 +39,8 @@ OPERATIONAL = frozenset(
         "panel_every",
         "prefetch",
         "save_every",
+        "segmentation",
+        "upernet",
         "workers",
     }
 )

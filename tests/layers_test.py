@@ -18,25 +18,27 @@ _LAYERS = (
     "data.image_io data.handover",
     # 1: arrays in, arrays out; text in, plain values out.
     """flow_ops metrics vicreg visualize photometry data.flow_io data.transforms
-    data.synthetic data.catalog data.flow_faults models.convnext models.vit command
-    hlo""",
+    data.synthetic data.catalog data.crops data.flow_faults models.convnext models.vit
+    command hlo""",
     # 2: losses, models and sources made of these; the means of training.
-    """flow_losses models.flow_decoder data.flow_datasets data.image_datasets
-    data.array_records data.cutouts data.feed data.video optimizer sharding checkpoint
-    journal""",
+    """flow_losses models.flow_decoder models.segmentation_heads data.flow_datasets
+    data.image_datasets data.segmentation_datasets data.array_records data.cutouts
+    data.feed data.video optimizer sharding checkpoint journal""",
     # 3: everything of one kind together.
     "accumulation hosts objective models.mcjepa data.sources data.pipeline data.convert",
     # 4: what runs on the devices, and looks at the sources.
     "step evals.flow evals.probe evals.segmentation evals.davis",
     # 5: from a config to the parts of a run; arrays through a model.
     "assembly validation inference",
-    # 6: evals by name; pictures of what a model gives.
-    "suite panels",
-    # 7: what commands share.
+    # 6: evals that train, from a config; pictures of what a model gives.
+    "dense_evals panels",
+    # 7: evals by name.
+    "suite",
+    # 8: what commands share.
     "evaluate",
-    # 8: the commands.
+    # 9: the commands.
     "train predict preflight replay compare export report data.check",
-    # 9: the command that picks one.
+    # 10: the command that picks one.
     "main",
 )
 _LAYER = {

