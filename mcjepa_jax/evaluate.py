@@ -50,11 +50,11 @@ def commit() -> str:
 
 
 def table(results: Mapping[str, Any]) -> str:
-  """The results as aligned lines, pair by pair rows left out."""
+  """The results as aligned lines, those of single examples left out."""
   rows = [
       (key, f"{value:.3f}" if isinstance(value, float) else str(value))
       for key, value in results.items()
-      if not (key.startswith("flow/") and key.count("/") > 2)
+      if key.count("/") <= 2
   ]
   width = max(len(key) for key, _ in rows)
   return "\n".join(f"{key:<{width}}  {value}" for key, value in rows)

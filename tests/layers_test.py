@@ -18,10 +18,10 @@ _LAYERS = (
     # 1: arrays in, arrays out; text in, plain values out.
     """flow_ops metrics vicreg visualize photometry data.flow_io data.transforms
     data.synthetic data.catalog data.flow_faults models.convnext models.vit command
-    hlo""",
+    hlo evals.masks""",
     # 2: losses, models and sources made of these; the means of training.
     """flow_losses models.flow_decoder data.flow_datasets data.image_datasets
-    data.array_records data.cutouts data.feed data.video optimizer sharding checkpoint
+    data.array_records data.cutouts data.feed data.mask_datasets data.video optimizer sharding checkpoint
     journal""",
     # 3: everything of one kind together.
     "objective models.mcjepa data.sources data.pipeline data.convert",

@@ -6,7 +6,7 @@
 
 The first checks every source that the config's mode trains on and every eval;
 the second a set by its name in a config, as all that it is (motion, content,
-flow, knn), or as one: flow/sintel_clean. Of each
+flow, knn, davis), or as one: flow/sintel_clean. Of each
 
 - the layout is found, or the first path that is not as expected is named, with
   the page where the set is downloaded;
@@ -92,6 +92,7 @@ _OPEN: dict[str, Callable[[str, Settings], Any]] = {
     "knn": lambda name, s: sources.labelled(
         name, s.root, seed=_held_out(s), size=s.views["size"], count=_GENERATED
     ),
+    "davis": lambda name, s: sources.mask_sequences(name, s.root),
 }
 
 
@@ -164,6 +165,10 @@ class _Source:
     """Returns labels and pictures of an image: the square's, and its views."""
     image, views = example["image"], self._settings.views
     square = transforms.center_resize(image, views["size"])
+    if self.kind == "davis":
+      mask = np.where(example["mask"][..., None] > 0, image, image // 4)
+      masked = transforms.center_resize(mask, views["size"])
+      return [("first frame", square), ("its objects", masked)]
     if self.kind == "knn":
       label = int(example["label"])
       classes = getattr(self.dataset, "classes", None)
@@ -362,10 +367,12 @@ def of_config(config: Any) -> tuple[list[str], Settings]:
         )
   for entry in config.evals:
     kind, _, name = str(entry).partition("/")
-    if kind in ("flow", "knn") and name:
+    if kind in ("flow", "knn", "davis") and name:
       uses.append(entry)
     else:
-      faults.append(f"evals: expected flow/SET or knn/SET, got {entry!r}")
+      faults.append(
+          f"evals: expected flow/SET, knn/SET or davis/SET, got {entry!r}"
+      )
   if faults:
     raise errors.UserError(*faults)
   settings = Settings(

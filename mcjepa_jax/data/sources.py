@@ -1,7 +1,7 @@
 """The data sets by the names that a config uses, each under one data root.
 
 Procedural examples for training and for evaluation come from different seeds;
-`labelled` and `flow_pairs` are for evaluation only.
+`labelled`, `flow_pairs` and `mask_sequences` are for evaluation only.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +15,7 @@ from mcjepa_jax.data import (
     cutouts,
     flow_datasets,
     image_datasets,
+    mask_datasets,
     synthetic,
     video,
 )
@@ -316,6 +317,18 @@ def labelled(name: str, root: str, *, seed: int, size: int, count: int) -> Any:
         " images without"
     )
   return examples
+
+
+def mask_sequences(name: str, root: str) -> mask_datasets.MaskSequences:
+  """A set of sequences with masks of their objects."""
+  davis = mask_datasets.davis
+  table = {
+      "2016": functools.partial(davis, year="2016"),
+      "2017": functools.partial(davis, year="2017"),
+      "youtube_vos": mask_datasets.youtube_vos,
+  }
+  make = choice(table, name, "evals: davis")
+  return make(_root(root, name))
 
 
 def train_images(seed: int, size: int, count: int) -> Any:
