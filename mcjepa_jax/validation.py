@@ -74,7 +74,7 @@ def faults(config: Any, *, devices: int | None = None) -> list[str]:
   for key in ("num_steps", "accumulate", "motion.batch_size",
               "content.batch_size", "content.size", "log_every", "save_every",
               "keep_last", "prefetch", "eval_batch_size",
-              "eval_max_pixels", "knn_size", "davis.size", "davis.stride",
+              "eval_max_pixels", "knn_size", "davis.stride",
               "davis.temperature",
               "model.estimator.factor", "model.estimator.projection"):  # fmt: skip
     expect(key, positive, "a positive number")
@@ -184,7 +184,7 @@ def _expect_ranges(expect: Callable[..., None]) -> None:
   expect("content.scale", *interval(1))
   expect("content.ratio", *interval())
   # A tile of the affinity has 144 cells and their neighbourhoods.
-  for key, most in (("radius", 64), ("top", 100)):
+  for key, most in (("size", 4096), ("radius", 64), ("top", 100)):
     expect(f"davis.{key}", lambda x, most=most: 1 <= x <= most, f"1 to {most}")
   for key in ("content.gray", "motion.erase"):
     expect(key, *up_to(1))

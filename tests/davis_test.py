@@ -91,6 +91,20 @@ def test_masks_are_the_votes_of_the_whole_matrix_over_all_frames():
     )
 
 
+def test_each_channel_is_weighed_by_its_own_range():
+  # No object, the first, the second; in the middle the first is at its most.
+  masks = np.array([[[1, 0, 0], [0.3, 0.3, 0.4], [0, 0, 1]]], np.float32)
+  assert davis.hard(masks, (1, 3)).tolist() == [[0, 1, 2]]
+
+
+def test_soft_masks_are_enlarged_about_the_middle_of_their_cells():
+  masks = np.zeros((2, 2, 2), np.float32)
+  masks[:, 0, 0] = masks[:, 1, 1] = 1
+  assert davis.hard(masks, (4, 8)).tolist() == [[0] * 4 + [1] * 4] * 4
+  pixels = np.arange(32).reshape(4, 8)
+  assert davis.at_cells(pixels, (2, 2)).tolist() == [[10, 14], [26, 30]]
+
+
 def test_a_still_clip_keeps_its_first_mask():
   frames, labels = mask_clips.clip(shift=0, objects=2)
   result = _run(mask_clips.Sequence(frames, labels, (1, 2)))
