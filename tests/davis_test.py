@@ -189,6 +189,12 @@ def test_labels_need_not_be_consecutive():
   assert result["davis/set/j_and_f"] > 95
 
 
+def test_there_may_be_as_many_objects_as_labels():
+  masks = np.zeros((2, 3, 255), np.float32)
+  masks[1, 2, 254] = masks[0, 0, 1] = 1
+  assert davis.hard(masks, (2, 3)).tolist() == [[1, 0, 0], [0, 0, 254]]
+
+
 def test_a_set_in_which_nothing_counts_is_an_error():
   frames, labels = mask_clips.clip(length=2)
   with pytest.raises(errors.UserError, match="davis/set: expected an object"):

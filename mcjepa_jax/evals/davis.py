@@ -173,10 +173,16 @@ def hard(
     masks: Float[np.ndarray, "h w c"], size: tuple[int, int]
 ) -> Integer[np.ndarray, "_ _"]:
   """The channel of each pixel: bilinear, each channel from 0 to 1, the largest."""
-  masks = cv2.resize(masks, size[::-1], interpolation=cv2.INTER_LINEAR)
-  masks = masks - masks.min(axis=(0, 1))
-  most = masks.max(axis=(0, 1))
-  return np.argmax(masks / np.where(most > 0, most, 1), axis=-1)
+  best, channel = np.full(size, -1, np.float32), np.zeros(size, int)
+  # One after the other: OpenCV takes no 255 channels, and memory would hold them.
+  for i in range(masks.shape[-1]):
+    mask = np.ascontiguousarray(masks[..., i])
+    mask = cv2.resize(mask, size[::-1], interpolation=cv2.INTER_LINEAR)
+    mask -= mask.min()
+    mask /= mask.max() or 1
+    channel[mask > best] = i
+    np.maximum(best, mask, out=best)
+  return channel
 
 
 def at_cells(
