@@ -91,7 +91,8 @@ def get_config() -> ConfigDict:
   config.best_metric = ""  # a key of the results, as flow/sintel_clean/epe
   config.best_is_larger = False
 
-  # flow/, knn/, segmentation/ and upernet/SET; a wrong name lists the sets'.
+  # flow/, knn/, davis/, segmentation/ and upernet/SET; a wrong name lists the
+  # sets'.
   config.evals = ()
   config.eval_every = 0  # steps; 0 evaluates at the end only
   config.eval_batch_size = 8  # pairs, of one shape
@@ -99,6 +100,16 @@ def get_config() -> ConfigDict:
   config.knn_size = 64  # pixels a side, for sets of images of other sizes
   config.segmentation = _segmentation()
   config.upernet = _upernet()
+  config.davis = ConfigDict(
+      dict(
+          size=480,  # pixels of a frame's short side, rounded up to the strides
+          stride=8,  # the encoder's level whose cells are matched
+          context=7,  # frames before each, beside those where masks are given
+          radius=12,  # cells; what lies further off is not matched
+          top=5,  # cells that a cell takes its labels from
+          temperature=0.1,  # weights are exp(cosine / temperature)
+      )
+  )
 
   return config.lock()
 

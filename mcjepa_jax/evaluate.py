@@ -50,7 +50,7 @@ def commit() -> str:
 
 
 def table(results: Mapping[str, Any]) -> str:
-  """The results as aligned lines, those of single pairs and classes left out."""
+  """The results as aligned lines, those of single examples and classes left out."""
   rows = [
       (key, f"{value:.3f}" if isinstance(value, float) else str(value))
       for key, value in results.items()

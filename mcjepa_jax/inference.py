@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from mcjepa_jax import flow_ops, sharding
-from mcjepa_jax.evals import flow, probe
+from mcjepa_jax import errors, flow_ops, sharding
+from mcjepa_jax.evals import davis, flow, probe
 from mcjepa_jax.models import mcjepa
 
 _EMBEDDED = 128  # images of a forward pass
@@ -86,3 +86,56 @@ def embedder(
     return np.concatenate(parts)
 
   return embed
+
+
+@functools.cache
+def _dense_forward(model: mcjepa.MCJEPA, mesh: jax.sharding.Mesh):
+  """The jitted unit features of each cell; one for all parameters."""
+  level_of = {stride: i for i, stride in enumerate(model.encoder.strides)}
+  batch = sharding.batch_sharding(mesh)
+
+  @functools.partial(jax.jit, in_shardings=(None, batch), static_argnums=(2, 3))
+  def forward(params, frames, grid, stride):
+    frames = flow_ops.resize(frames.astype(jnp.float32) / 255, grid)
+    pyramid = model.apply(
+        {"params": params}, frames, method=lambda m, x: m.encoder(x)
+    )
+    x = pyramid[level_of[stride]].astype(jnp.float32)
+    # Each level passes a LayerNorm before any use: its mean goes here, its
+    # scale with the length.
+    return davis.unit(x - jnp.mean(x, axis=-1, keepdims=True))
+
+  return forward
+
+
+def dense_extractor(
+    model: mcjepa.MCJEPA,
+    params: Params,
+    mesh: jax.sharding.Mesh,
+    *,
+    size: int,
+    stride: int,
+) -> davis.Extractor:
+  """A function from as many u8 frames as devices to a level's unit features.
+
+  The short side of a frame becomes `size`, both a multiple of the coarsest
+  stride. The features lie on the first device. Compiles once per shape.
+
+  Raises:
+    UserError: the encoder has no such stride.
+  """
+  strides = model.encoder.strides
+  if stride not in strides:
+    raise errors.UserError(
+        f"davis.stride: expected one of {strides}, the encoder's, got {stride}"
+    )
+  forward = _dense_forward(model, mesh)
+
+  def extract(frames):
+    grid = davis.feature_grid(
+        frames.shape[1:3], size=size, multiple=strides[-1]
+    )
+    features = forward(params, frames, grid, stride)
+    return jax.device_put(features, mesh.devices.flat[0])
+
+  return extract

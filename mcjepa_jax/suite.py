@@ -10,7 +10,7 @@ import numpy as np
 
 from mcjepa_jax import dense_evals, errors, inference
 from mcjepa_jax.data import flow_faults, sources
-from mcjepa_jax.evals import flow, probe
+from mcjepa_jax.evals import davis, flow, probe
 from mcjepa_jax.models import mcjepa
 
 _SYNTHETIC_PAIRS = 256
@@ -115,7 +115,39 @@ def _labelled(config, name):
   )
 
 
+def _davis_eval(subject, name):
+  config, model = subject.config, subject.model
+  settings = config.davis.to_dict()
+  size, stride = settings.pop("size"), settings.pop("stride")
+  extractor = functools.partial(
+      inference.dense_extractor,
+      model,
+      mesh=subject.mesh,
+      size=size,
+      stride=stride,
+  )
+
+  def pixels(frames):
+    multiple = model.encoder.strides[-1]
+    grid = davis.feature_grid(frames.shape[1:3], size=size, multiple=multiple)
+    return davis.pixel_features(frames, grid=grid, stride=stride)
+
+  extractors = {
+      "": extractor(subject.params),
+      "random_init": extractor(subject.initial),
+      "pixels": pixels,
+  }
+  sequences = _mask_sequences(config, name)
+  batch = subject.mesh.devices.size
+  return davis.run(name, sequences, extractors, batch=batch, **settings)
+
+
+def _mask_sequences(config, name):
+  return sources.mask_sequences(name, config.data_root)
+
+
 _EVALS = {
+    "davis": Eval(_mask_sequences, _davis_eval),
     "flow": Eval(_flow_pairs, _flow_eval),
     "knn": Eval(_labelled, _knn_eval),
     **{

@@ -22,6 +22,7 @@ OPERATIONAL = frozenset(
         "checkpoint",
         "results",
         "compilation_cache",
+        "davis",
         "eval_seed",
         "eval_every",
         "eval_batch_size",
@@ -80,13 +81,14 @@ def faults(config: Any, *, devices: int | None = None) -> list[str]:
   for key in ("num_steps", "accumulate", "motion.batch_size",
               "content.batch_size", "content.size", "log_every", "save_every",
               "keep_last", "prefetch", "eval_batch_size",
-              "eval_max_pixels", "knn_size",
+              "eval_max_pixels", "knn_size", "davis.stride",
+              "davis.temperature",
               "model.estimator.factor", "model.estimator.projection"):  # fmt: skip
     expect(key, positive, "a positive number")
   for key in ("workers", "eval_every", "panel_every",
               "motion.start_step", "motion.ramp_steps", "motion.weight",
               "motion.occlusion_start", "optimizer.clip_norm", "keep_best",
-              "hang_seconds"):  # fmt: skip
+              "hang_seconds", "davis.context"):  # fmt: skip
     expect(key, not_negative, "0 or more")
   for key in ("encoder", "estimator"):
     expect(f"optimizer.{key}.weight_decay", not_negative, "0 or more")
@@ -191,6 +193,9 @@ def _expect_ranges(expect: Callable[..., None]) -> None:
   )
   expect("content.scale", *interval(1))
   expect("content.ratio", *interval())
+  # A tile of the affinity has 144 cells and their neighbourhoods.
+  for key, most in (("size", 4096), ("radius", 64), ("top", 100)):
+    expect(f"davis.{key}", lambda x, most=most: 1 <= x <= most, f"1 to {most}")
   for key in ("content.gray", "motion.erase"):
     expect(key, *up_to(1))
   for key in ("content.blur", "content.solarize"):
@@ -253,6 +258,12 @@ def _size_faults(config: Any, reads: tuple[str, ...]) -> list[str]:
     found.append(
         "model.estimator.finest_stride: expected one of"
         f" {strides}, got {finest}"
+    )
+  followed = any(name.startswith("davis/") for name in config.evals)
+  if followed and config.davis.stride not in strides:
+    found.append(
+        f"davis.stride: expected one of {strides}, the encoder's strides, got"
+        f" {config.davis.stride}"
     )
   return found
 

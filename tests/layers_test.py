@@ -19,11 +19,12 @@ _LAYERS = (
     # 1: arrays in, arrays out; text in, plain values out.
     """flow_ops metrics vicreg visualize photometry data.flow_io data.transforms
     data.synthetic data.catalog data.crops data.flow_faults models.convnext models.vit
-    command hlo""",
+    command hlo evals.masks""",
     # 2: losses, models and sources made of these; the means of training.
     """flow_losses models.flow_decoder models.segmentation_heads data.flow_datasets
-    data.image_datasets data.segmentation_datasets data.array_records data.cutouts
-    data.feed data.video optimizer sharding checkpoint journal""",
+    data.image_datasets data.segmentation_datasets data.mask_datasets
+    data.array_records data.cutouts data.feed data.video optimizer sharding checkpoint
+    journal""",
     # 3: everything of one kind together.
     "accumulation hosts objective models.mcjepa data.sources data.pipeline data.convert",
     # 4: what runs on the devices, and looks at the sources.

@@ -57,6 +57,37 @@ def _mutants(file: str, tests: str, *rows: tuple[str, ...]) -> list[Mutant]:
 
 MUTANTS = (
     *_mutants(
+        "evals/masks.py",
+        "masks_test.py",
+        ("tolerance_of_a_side", "math.hypot(*mask.shape)", "max(mask.shape)"),
+        ("square_tolerance", "<= radius**2", "<= 2 * radius**2"),
+        ("recall_of_half", "values > 0.5", "values >= 0.5"),
+    ),
+    *_mutants(
+        "evals/davis.py",
+        "davis_test.py::test_the_nearest_cells_are_those_of_the_whole_matrix",
+        ("near_is_shifted", "offset <= 2 * radius", "offset < 2 * radius"),
+        ("edges_wrap", "(y >= 0) & (y < h)", "(y >= -h) & (y < h)"),
+        (
+            "last_frame_counts",
+            "i < annotated[-1]",
+            "i <= annotated[-1]",
+            "davis_test.py::test_the_first_and_the_last_frame_do_not_count",
+        ),
+        (
+            "no_range_per_channel",
+            "mask /= mask.max() or 1",
+            "mask /= 1",
+            "davis_test.py::test_each_channel_is_weighed_by_its_own_range",
+        ),
+        (
+            "context_is_the_first",
+            "deque(maxlen=context)",
+            "deque(maxlen=0)",
+            "davis_test.py::test_masks_are_the_votes_of_the_whole_matrix_over_all_frames",
+        ),
+    ),
+    *_mutants(
         "flow_ops.py",
         "flow_ops_test.py",
         (

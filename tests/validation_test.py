@@ -54,6 +54,15 @@ def test_the_configs_as_they_are_have_no_fault(module):
         (dict(model__encoder__drop_path=1.5), "drop_path: expected 0 to"),
         (dict(seed=10**20), "seed: expected 0 to 2147483647, got 1000"),
         (dict(evals=(1,)), "evals: expected names"),
+        (dict(davis__size=0), "davis.size: expected 1 to 4096, got 0"),
+        (dict(davis__radius=65), "davis.radius: expected 1 to 64, got 65"),
+        (dict(davis__top=0), "davis.top: expected 1 to 100, got 0"),
+        (dict(davis__context=-1), "davis.context: expected 0 or more"),
+        (dict(davis__temperature=0.0), "temperature: expected a positive"),
+        (
+            dict(evals=("davis/2017",), davis__stride=64),
+            "davis.stride: expected one of .*, got 64",
+        ),
         (
             dict(optimizer__encoder__learning_rate=float("inf")),
             "learning_rate: expected a positive number, got inf",

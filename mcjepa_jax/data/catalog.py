@@ -26,6 +26,10 @@ _MMFLOW = (
     f"{_GITHUB}/open-mmlab/mmflow/blob/"
     "0143f624c6db9ecab1b5e1864f7f2811e24dd3ef/docs/en/data_prepare"
 )
+_YOUTUBE_VOS = (
+    f"{_GITHUB}/ychfan/youtube-vos.org/blob/"
+    "1d90666c229976286b34fcf5a70af8c77e1e56a7/_pages/dataset/vos.md"
+)
 _TFDS = f"{_GITHUB}/tensorflow/datasets/blob/master/tensorflow_datasets"
 _VOC_COUNTS = (
     f"{_GITHUB}/Tomoko-hjf/PaddleSeg/blob/release/2.9/docs/data/pre_data_cn.md"
@@ -66,9 +70,9 @@ class Dataset:
   title: str
   layout: tuple[str, ...]
   download: str  # the official page
-  # What reads it, as motion/NAME, flow/NAME, content/NAME, knn/NAME or (upernet/
-  # too) segmentation/NAME and segmentation_train/NAME, and the split of `counts`
-  # that this should be; None if no count says.
+  # What reads it, as motion/NAME, flow/NAME, content/NAME, knn/NAME, davis/NAME
+  # or (upernet/ too) segmentation/NAME and segmentation_train/NAME, and the split
+  # of `counts` that this should be; None if no count says.
   reads: dict[str, str | None]
   terms: Fact | None = None
   counts: dict[str, Fact] = dataclasses.field(default_factory=dict)
@@ -343,14 +347,18 @@ DATASETS = (
     Dataset(
         name="davis",
         title="DAVIS 2016, 2017",
-        layout=("DAVIS/JPEGImages/480p/SEQUENCE/NNNNN.jpg",),
+        layout=(
+            "DAVIS/JPEGImages/480p/SEQUENCE/NNNNN.jpg",
+            "DAVIS/Annotations/480p/SEQUENCE/NNNNN.png",
+            "DAVIS/ImageSets/{2016,2017}/val.txt",
+        ),
         download="https://davischallenge.org/",
         terms=Fact(
             "BSD",
             f"{_GITHUB}/fperazzi/davis/blob/"
             "09df0d9284497c9d87da7fe1ab537eb11e895f32/README.md",
         ),
-        reads={"motion/davis": None},
+        reads={"motion/davis": None, "davis/2016": None, "davis/2017": None},
         counts={
             "2016": Fact(
                 50,
@@ -359,6 +367,22 @@ DATASETS = (
             )
         },
         unit="sequences",
+    ),
+    Dataset(
+        name="youtube_vos",
+        title="YouTube-VOS",
+        layout=(
+            "youtube_vos/train/JPEGImages/VIDEO/NNNNN.jpg",
+            "youtube_vos/train/Annotations/VIDEO/NNNNN.png",
+            "youtube_vos/train/meta.json",
+        ),
+        download="https://youtube-vos.org/dataset/vos",
+        reads={"davis/youtube_vos": "training"},
+        # The same videos in 2018 and 2019. Of validation's 474 and 507 the
+        # masks that begin an object are published, the others are not.
+        counts={"training": Fact(3471, _YOUTUBE_VOS)},
+        unit="sequences",
+        checked=f"{_GITHUB}/gorkaydemir/SOLV/issues/1",
     ),
     Dataset(
         name="imagenet",
@@ -571,7 +595,7 @@ def markdown() -> str:
     cells = (
         f"[{dataset.title}]({dataset.download})",
         _names(dataset, "motion", "content"),
-        _names(dataset, "flow", "knn", "segmentation"),
+        _names(dataset, "flow", "knn", "segmentation", "davis"),
         "<br>".join(f"`{path}`" for path in dataset.layout),
         f"{counts} {dataset.unit}" if counts else "not found",
         f"[{terms.value}]({terms.source})" if terms else "not found",
@@ -584,7 +608,12 @@ def markdown() -> str:
 def _names(dataset: Dataset, *kinds: str) -> str:
   """Returns the names for one purpose; other cameras and directions go unsaid."""
   uses = (use.split("/") for use in dataset.reads)
-  names = [name for kind, name in uses if kind in kinds]
+  # Of the older kinds the README's text says which is which.
+  names = [
+      f"{kind}/{name}" if kind == "davis" else name
+      for kind, name in uses
+      if kind in kinds
+  ]
   return ", ".join(
       f"`{name}`" for name in names if not re.search("_(right|past)", name)
   )

@@ -6,7 +6,7 @@
 
 The first checks every source that the config's mode trains on and every eval;
 the second a set by its name in a config, as all that it is (motion, content,
-flow, knn, segmentation), or as one: flow/sintel_clean. Of each
+flow, knn, segmentation, davis), or as one: flow/sintel_clean. Of each
 
 - the layout is found, or the first path that is not as expected is named, with
   the page where the set is downloaded;
@@ -98,6 +98,7 @@ _OPEN: dict[str, Callable[[str, Settings], Any]] = {
     "segmentation_train": lambda name, s: (
         sources.segmentation(name, s.root).train
     ),
+    "davis": lambda name, s: sources.mask_sequences(name, s.root),
 }
 # Of label maps in a panel; void is black.
 _COLOURS = np.random.default_rng(0).integers(0, 256, (256, 3), np.uint8)
@@ -177,6 +178,10 @@ class _Source:
       labels = _COLOURS[example["labels"]]
       labels = transforms.center_resize(labels, views["size"])
       return [("image", square), ("classes", labels)]
+    if self.kind == "davis":
+      mask = np.where(example["mask"][..., None] > 0, image, image // 4)
+      masked = transforms.center_resize(mask, views["size"])
+      return [("first frame", square), ("its objects", masked)]
     if self.kind == "knn":
       label = int(example["label"])
       classes = getattr(self.dataset, "classes", None)
@@ -368,14 +373,14 @@ def of_config(config: Any) -> tuple[list[str], Settings]:
   ]
   for entry in config.evals:
     kind, _, name = entry.partition("/")
-    if kind in ("flow", "knn") and name:
+    if kind in ("flow", "knn", "davis") and name:
       uses.append(entry)
     elif kind in ("segmentation", "upernet") and name:
       uses += [f"segmentation_train/{name}", f"segmentation/{name}"]
     else:
       faults.append(
-          "evals: expected flow/SET, knn/SET, segmentation/SET or upernet/SET,"
-          f" got {entry!r}"
+          "evals: expected flow/SET, knn/SET, davis/SET, segmentation/SET or"
+          f" upernet/SET, got {entry!r}"
       )
   if faults:
     raise errors.UserError(*faults)

@@ -1,7 +1,7 @@
 """The data sets by the names that a config uses, each under one data root.
 
 Procedural examples for training and for evaluation come from different seeds;
-`labelled` and `flow_pairs` are for evaluation only.
+`labelled`, `flow_pairs` and `mask_sequences` are for evaluation only.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +16,7 @@ from mcjepa_jax.data import (
     files,
     flow_datasets,
     image_datasets,
+    mask_datasets,
     segmentation_datasets,
     synthetic,
     video,
@@ -347,6 +348,18 @@ def segmentation(name: str, root: str) -> segmentation_datasets.Parts:
       "voc2012_aug": only(sets.voc_2012, augmented=True),
   }
   make = choice(table, name, "evals: segmentation")
+  return make(_root(root, name))
+
+
+def mask_sequences(name: str, root: str) -> mask_datasets.MaskSequences:
+  """A set of sequences with masks of their objects."""
+  davis = mask_datasets.davis
+  table = {
+      "2016": functools.partial(davis, year="2016"),
+      "2017": functools.partial(davis, year="2017"),
+      "youtube_vos": mask_datasets.youtube_vos,
+  }
+  make = choice(table, name, "evals: davis")
   return make(_root(root, name))
 
 
