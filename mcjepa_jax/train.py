@@ -257,9 +257,13 @@ def save(
 
 
 def evaluations(
-    run: Run, state: steps.TrainState, *, eval_seed: int | None = None
-) -> dict[str, float]:
-  """The evals of the config for a state."""
+    run: Run,
+    state: steps.TrainState,
+    *,
+    eval_seed: int | None = None,
+    between_steps: bool = False,
+) -> tuple[dict[str, float], list[str]]:
+  """The evals of the config for a state, and why one did not end."""
   config = run.config
   if eval_seed is not None:
     config = config.copy_and_resolve_references()
@@ -268,23 +272,26 @@ def evaluations(
   initial = sharding.call_once(
       lambda: mcjepa.init_params(run.model, run.config.seed)
   )
-  return suite.run(
-      suite.Subject(config, run.model, state.params, initial, run.mesh)
+  subject = suite.Subject(
+      *(config, run.model, state.params, initial, run.mesh, run.workdir),
+      limit=config.eval_limit if between_steps else 0,
   )
+  return suite.run(subject, between_steps=between_steps)
 
 
 def evaluations_on_the_way(
     run: Run, state: steps.TrainState, eval_seed: int | None = None
 ) -> dict[str, float]:
-  """The evals between two steps; nothing, and a note, where they cannot run.
+  """The evals between two steps; a note of those that cannot run.
 
-  The training goes on: data that cannot be read end the evaluation alone.
+  The training goes on: data that cannot be read end that evaluation alone.
   """
-  try:
-    return evaluations(run, state, eval_seed=eval_seed)
-  except errors.UserError as error:
-    tqdm.tqdm.write(f"Not evaluated at step {int(state.step)}: {error}")
-    return {}
+  results, faults = evaluations(
+      run, state, eval_seed=eval_seed, between_steps=True
+  )
+  for fault in faults:
+    tqdm.tqdm.write(f"Not evaluated at step {int(state.step)}: {fault}")
+  return results
 
 
 class Progress:
@@ -400,7 +407,9 @@ def finish(run: Run, state: steps.TrainState, peak_gb: float) -> dict[str, Any]:
   `peak_gb` is the memory of training, its workers included.
   """
   with run.clock.span("evaluate"):
-    results = evaluations(run, state)
+    results, faults = evaluations(run, state)
+  if faults:  # started again, the run evaluates again
+    raise errors.UserError(*faults)
   curves = panels.of_logs(journal.read_lines(run.workdir / "metrics.jsonl"))
   for name, picture in curves.items():
     journal.save_picture(run.workdir, name, picture)

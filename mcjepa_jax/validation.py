@@ -22,14 +22,17 @@ OPERATIONAL = frozenset(
         "compilation_cache",
         "eval_seed",
         "eval_every",
+        "eval_limit",
         "eval_batch_size",
         "eval_max_pixels",
         "evals",
+        "finetune",
         "best_is_larger",
         "best_metric",
         "keep_best",
         "keep_last",
         "knn_size",
+        "linear",
         "log_every",
         "log_records",
         "mesh",
@@ -73,10 +76,12 @@ def faults(config: Any, *, devices: int | None = None) -> list[str]:
   for key in ("num_steps", "accumulate", "motion.batch_size",
               "content.batch_size", "content.size", "log_every", "save_every",
               "keep_last", "prefetch", "eval_batch_size",
-              "eval_max_pixels", "knn_size",
+              "eval_max_pixels", "knn_size", "linear.epochs",
+              "linear.batch_size", "finetune.epochs", "finetune.batch_size",
               "model.estimator.factor", "model.estimator.projection"):  # fmt: skip
     expect(key, positive, "a positive number")
-  for key in ("workers", "eval_every", "panel_every",
+  for key in ("workers", "eval_every", "eval_limit", "panel_every",
+              "linear.weight_decay", "finetune.weight_decay",
               "motion.start_step", "motion.ramp_steps", "motion.weight",
               "motion.occlusion_start", "optimizer.clip_norm", "keep_best"):  # fmt: skip
     expect(key, not_negative, "0 or more")
@@ -149,6 +154,12 @@ def _expect_ranges(expect: Callable[..., None]) -> None:
       lambda x: all(isinstance(name, str) for name in x),
       "names, as 'flow/synthetic'",
   )
+  expect(
+      "linear.learning_rates",
+      lambda x: len(x) > 0 and _numbers(x) and min(x) > 0,
+      "positive numbers",
+  )
+  expect("finetune.learning_rate", lambda x: 0 < x < math.inf, "positive")
   for key in ("encoder.depths", "encoder.dims", "expander.widths",
               "estimator.channels"):  # fmt: skip
     expect(f"model.{key}", _widths, "positive integers")

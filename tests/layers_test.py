@@ -17,8 +17,8 @@ _LAYERS = (
     "data.image_io",
     # 1: arrays in, arrays out; text in, plain values out.
     """flow_ops metrics vicreg visualize photometry data.flow_io data.transforms
-    data.synthetic data.catalog data.flow_faults models.convnext models.vit command
-    hlo""",
+    data.synthetic data.catalog data.flow_faults evals.tiling models.convnext
+    models.vit command hlo""",
     # 2: losses, models and sources made of these; the means of training.
     """flow_losses models.flow_decoder data.flow_datasets data.image_datasets
     data.array_records data.cutouts data.feed data.video optimizer sharding checkpoint
@@ -26,9 +26,10 @@ _LAYERS = (
     # 3: everything of one kind together.
     "objective models.mcjepa data.sources data.pipeline data.convert",
     # 4: what runs on the devices, and looks at the sources.
-    "step evals.flow evals.probe evals.segmentation evals.davis data.check",
+    """step evals.flow evals.probe evals.finetune evals.segmentation evals.davis
+    data.check""",
     # 5: from a config to the parts of a run; arrays through a model.
-    "assembly validation inference",
+    "assembly validation inference evals.linear evals.submit",
     # 6: evals by name; pictures of what a model gives.
     "suite panels",
     # 7: what commands share.

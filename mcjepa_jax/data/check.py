@@ -362,10 +362,13 @@ def of_config(config: Any) -> tuple[list[str], Settings]:
         )
   for entry in config.evals:
     kind, _, name = str(entry).partition("/")
-    if kind in ("flow", "knn") and name:
-      uses.append(entry)
-    else:
-      faults.append(f"evals: expected flow/SET or knn/SET, got {entry!r}")
+    read = _of_eval(kind, name) if name else ()
+    if not read:
+      faults.append(
+          "evals: expected flow/SET, knn/SET, linear/SET, finetune/SET,"
+          f" rankme/SET or submit/SET, got {entry!r}"
+      )
+    uses += read
   if faults:
     raise errors.UserError(*faults)
   settings = Settings(
@@ -379,7 +382,26 @@ def of_config(config: Any) -> tuple[list[str], Settings]:
           flip=content.flip,
       ),
   )
-  return uses, settings
+  return list(dict.fromkeys(uses)), settings
+
+
+def _of_eval(kind: str, name: str) -> tuple[str, ...]:
+  """Returns what an eval reads, nothing if there is none of that kind."""
+  if kind == "flow":
+    return (f"flow/{name}",)
+  if kind in ("knn", "linear", "finetune", "rankme"):
+    return tuple(f"knn/{part}" for part in sources.label_parts(name))
+  if kind == "submit":
+    tests = {
+        "sintel": ("sintel_test_clean", "sintel_test_final"),
+        "kitti": ("kitti_2015_test",),
+        "kitti_2012": ("kitti_2012_test",),
+    }
+    return tuple(
+        f"motion/{test}"
+        for test in sources.choice(tests, name, "evals: submit")
+    )
+  return ()
 
 
 def _names(kind: str) -> tuple[str, ...]:
