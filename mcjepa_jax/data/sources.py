@@ -37,9 +37,6 @@ _WITHOUT_SEQUENCES = frozenset(
         "flying_things_subset_final",
     )
 )
-# Frames 10 and 11 are what kitti_20.. evaluates: neither they nor their
-# neighbours are trained on, as in github.com/lliuz/ARFlow (KITTIFlowMV).
-_KITTI_EVALUATED = r".*_(09|10|11|12)"
 # Sets of labelled images that have a split.
 _LABEL_PARTS = {
     "cifar10_bin": ("cifar10_bin_train", "cifar10_bin_test"),
@@ -49,6 +46,9 @@ _LABEL_PARTS = {
     "stl10": ("stl10_train", "stl10_test"),
 }
 _TESTED_OF = 5  # of a set without a split every fifth image is tested
+# Frames 10 and 11 are what kitti_20.. evaluates: neither they nor their
+# neighbours are trained on, as in github.com/lliuz/ARFlow (KITTIFlowMV).
+_KITTI_EVALUATED = r".*_(09|10|11|12)"
 # The extension may be unpacked into the folder of the pairs.
 _KITTI_NO_PAIR = r".*_(?!10|11)[0-9]+"
 

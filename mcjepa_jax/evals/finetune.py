@@ -30,12 +30,16 @@ def view(
   )
 
 
-def _scores(model, params, images, **options):
-  images = images.astype(jnp.float32) / 255
+def _scores(model, state, images, key=None):
+  """The head's scores; with a key for drop path, as in training."""
   pooled = model.apply(
-      {"params": params["model"]}, images, method=model.pooled, **options
+      {"params": state["model"]},
+      images.astype(jnp.float32) / 255,
+      method=model.pooled,
+      deterministic=key is None,
+      rngs=None if key is None else {"drop_path": key},
   )
-  return pooled @ params["head"]["kernel"] + params["head"]["bias"]
+  return pooled @ state["head"]["kernel"] + state["head"]["bias"]
 
 
 def run(
@@ -87,9 +91,7 @@ def run(
   state, opt_state = jax.device_put((state, tx.init(state)), whole)
 
   def loss_fn(state, images, labels, key):
-    scores = _scores(
-        *(model, state, images), deterministic=False, rngs={"drop_path": key}
-    )
+    scores = _scores(model, state, images, key)
     return optax.softmax_cross_entropy_with_integer_labels(
         scores, labels
     ).mean()
