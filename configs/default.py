@@ -91,13 +91,34 @@ def get_config() -> ConfigDict:
   config.best_metric = ""  # a key of the results, as flow/sintel_clean/epe
   config.best_is_larger = False
 
-  # flow/, knn/, davis/, segmentation/ and upernet/SET; a wrong name lists the
-  # sets'.
+  # flow/, knn/, linear/, finetune/, rankme/, segmentation/, upernet/, davis/ or
+  # submit/SET; kinds and names are listed by a wrong one.
   config.evals = ()
   config.eval_every = 0  # steps; 0 evaluates at the end only
+  # Examples of an eval between steps, spread over its set; 0 is all. There run
+  # flow, knn and rankme alone.
+  config.eval_limit = 0
   config.eval_batch_size = 8  # pairs, of one shape
-  config.eval_max_pixels = 2_097_152  # a larger pair or image is an error
+  # Larger pairs are cut into tiles; a larger image is an error.
+  config.eval_max_pixels = 2_097_152
   config.knn_size = 64  # pixels a side, for sets of images of other sizes
+  config.linear = ConfigDict(
+      dict(
+          epochs=100,
+          batch_size=256,
+          # All are trained side by side; a tenth of the training part chooses.
+          learning_rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0),
+          weight_decay=0.0,
+      )
+  )
+  config.finetune = ConfigDict(
+      dict(
+          epochs=30,
+          batch_size=64,
+          learning_rate=5e-4,  # peak, after a tenth of the steps
+          weight_decay=0.05,
+      )
+  )
   config.segmentation = _segmentation()
   config.upernet = _upernet()
   config.davis = ConfigDict(

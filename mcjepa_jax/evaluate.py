@@ -63,15 +63,23 @@ def table(results: Mapping[str, Any]) -> str:
 def evaluate(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
   """Restores `config.checkpoint`, runs the evals, writes and returns them.
 
-  The model and the seed of the random-init rows are the checkpoint's own.
+  The model and the seed of the random-init rows are the checkpoint's own. Evals
+  whose data are not there, or not whole, are told first; the others run.
 
   Raises:
-    UserError: with all that is wrong with config, data, checkpoint and target.
+    UserError: with all that is wrong with config, checkpoint and target, before
+      anything is loaded; with why an eval did not run, once the others are
+      written.
   """
   started = time.perf_counter()
   path = pathlib.Path(config.checkpoint or workdir).expanduser()
   target = pathlib.Path(config.results or workdir / _RESULTS).expanduser()
-  faults = validation.faults(config) + suite.check(config)
+  found = suite.faults(config)
+  runnable = [entry for entry in config.evals if entry not in found.by_eval]
+  missing = [f for faults in found.by_eval.values() for f in faults]
+  faults = validation.faults(config) + found.mistakes
+  if not runnable:
+    faults += missing
   if not config.evals:
     faults.append("evals: expected at least one, got none")
   if target.is_dir():
@@ -81,13 +89,17 @@ def evaluate(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
       lambda: checkpoint.locate(path),
   )
   if faults:
-    raise errors.UserError(*faults)
+    raise errors.UserError(*dict.fromkeys(faults))
+  for entry, reasons in found.by_eval.items():
+    print("\n".join(f"{entry} cannot run: {reason}" for reason in reasons))
   mesh = sharding.make_mesh(config.mesh.devices)
   model, params, meta = restore_model(path, mesh=mesh)
   with config.unlocked():
     config.seed = meta["seed"]
   initial = sharding.call_once(lambda: mcjepa.init_params(model, config.seed))
-  results = suite.run(suite.Subject(config, model, params, initial, mesh))
+  results, faults = suite.run(
+      suite.Subject(config, model, params, initial, mesh, workdir), runnable
+  )
   results |= {
       "meta/config": meta.get("config", ""),
       "meta/checkpoint": str(path),
@@ -99,6 +111,8 @@ def evaluate(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
   }
   journal.write_json(target, results)
   print(table(results))
+  if missing or faults:
+    raise errors.UserError(*dict.fromkeys(missing + faults))
   return results
 
 

@@ -6,10 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from mcjepa_jax import errors, flow_ops, sharding
-from mcjepa_jax.evals import davis, flow, probe
+from mcjepa_jax.evals import davis, probe, tiling
 from mcjepa_jax.models import mcjepa
 
 _EMBEDDED = 128  # images of a forward pass
@@ -37,7 +36,7 @@ def _flow_forward(model: mcjepa.MCJEPA, mesh: jax.sharding.Mesh):
 
 def flow_predictor(
     model: mcjepa.MCJEPA, params: Params, mesh: jax.sharding.Mesh
-) -> flow.Predictor:
+) -> tiling.Predictor:
   """A function from interleaved u8 frames of any size to flow_12.
 
   Frames are resized to the next multiple of the coarsest stride, the flow back
@@ -78,8 +77,7 @@ def embedder(
 
   def embed(images):
     parts = []
-    starts = range(0, len(images), size)
-    for start in tqdm.tqdm(starts, desc="features", leave=False):
+    for start in range(0, len(images), size):
       part = images[start : start + size]
       rows = np.arange(size) % len(part)
       parts.append(np.asarray(forward(params, part[rows]))[: len(part)])

@@ -4,7 +4,7 @@ Flow metrics are numpy in float64. `valid` is above 0 where a pixel counts; what
 the truth holds elsewhere, NaN included, is never read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 
 import jax.numpy as jnp
@@ -30,13 +30,24 @@ class FlowTotals:
   mean_errors: float = 0.0  # Over pairs, of the pair's mean endpoint error.
   pixels: int = 0
   outliers: int = 0
+  above_1: int = 0  # pixels off by more than one pixel
+  # (sum of endpoint errors, pixels) of each class that has a pixel.
+  classes: Mapping[str, tuple[float, int]] = dataclasses.field(
+      default_factory=dict
+  )
 
   def __add__(self, other: "FlowTotals") -> "FlowTotals":
+    classes = dict(self.classes)
+    for name, (errors, pixels) in other.classes.items():
+      before = classes.get(name, (0.0, 0))
+      classes[name] = (before[0] + errors, before[1] + pixels)
     return FlowTotals(
         self.pairs + other.pairs,
         self.mean_errors + other.mean_errors,
         self.pixels + other.pixels,
         self.outliers + other.outliers,
+        self.above_1 + other.above_1,
+        classes,
     )
 
   @property
@@ -49,16 +60,30 @@ class FlowTotals:
     """Outliers among all valid pixels, in percent; NaN of an empty set."""
     return 100 * self.outliers / self.pixels if self.pixels else float("nan")
 
+  @property
+  def px1(self) -> float:
+    """Pixels off by more than 1 px, in percent; NaN of an empty set."""
+    return 100 * self.above_1 / self.pixels if self.pixels else float("nan")
+
+  def class_epes(self) -> dict[str, float]:
+    """The mean endpoint error over all pixels of each class that has one."""
+    return {
+        name: errors / pixels for name, (errors, pixels) in self.classes.items()
+    }
+
 
 def flow_totals(
     flow: Float[np.ndarray, "h w 2"],
     truth: Float[np.ndarray, "h w 2"],
     valid: Float[np.ndarray, "h w 1"],
+    seen: Bool[np.ndarray, "h w"] | None = None,
 ) -> FlowTotals:
-  """The totals of one pair.
+  """The totals of one pair; `seen` says which pixels both frames see.
 
   An outlier is off by more than 3 pixels and by more than 5 % of the true
-  length, as in KITTI 2015's development kit.
+  length, as in KITTI 2015's development kit. Classes are `noc` (seen in both
+  frames) and `occ`, and by the true speed `s0_10` (below 10 px), `s10_40` and
+  `s40` (above 40 px): the bounds of github.com/haofeixu/gmflow (evaluate.py).
   """
   counts = valid[..., 0] > 0
   flow, truth = flow[counts], truth[counts]
@@ -66,13 +91,27 @@ def flow_totals(
   if not pixels:
     return FlowTotals()
   error = endpoint_error(flow, truth)
+  speed = _length(truth.astype(np.float64))
   # By what is no outlier, so that a NaN is one.
-  inlier = (error <= 3) | (error <= 0.05 * _length(truth.astype(np.float64)))
+  inlier = (error <= 3) | (error <= 0.05 * speed)
+  masks = {
+      "s0_10": speed < 10,
+      "s10_40": (speed >= 10) & (speed <= 40),
+      "s40": speed > 40,
+  }
+  if seen is not None:
+    masks |= {"noc": seen[counts], "occ": ~seen[counts]}
   return FlowTotals(
       pairs=1,
       mean_errors=float(error.mean()),
       pixels=pixels,
       outliers=pixels - int(inlier.sum()),
+      above_1=pixels - int((error <= 1).sum()),
+      classes={
+          name: (float(error[mask].sum()), int(mask.sum()))
+          for name, mask in masks.items()
+          if mask.any()
+      },
   )
 
 

@@ -1,16 +1,18 @@
 """The evals by name: what each reads, how it is checked and run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+import pathlib
+import time
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+import tqdm
 
-from mcjepa_jax import dense_evals, errors, inference
+from mcjepa_jax import dense_evals, errors, inference, journal
 from mcjepa_jax.data import flow_faults, sources
-from mcjepa_jax.evals import davis, flow, probe
+from mcjepa_jax.evals import davis, finetune, flow, linear, probe, submit
 from mcjepa_jax.models import mcjepa
 
 _SYNTHETIC_PAIRS = 256
@@ -19,7 +21,6 @@ _KNN_BANK = 2000
 _KNN_QUERIES = 1000
 _DECODED_WHOLE = 100
 _JUDGED = 4  # pairs of a set whose true flow is held against the frames
-_CIFAR_STRIDE = 5  # every fifth image is a query: its labels are sorted
 
 Params = Any
 
@@ -33,6 +34,10 @@ class Subject:
   params: Params
   initial: Params
   mesh: jax.sharding.Mesh
+  workdir: pathlib.Path
+  limit: int = 0  # examples of an eval, spread over its set; 0 is all
+  # The features of the last labelled set: several evals read the same.
+  held: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Eval(NamedTuple):
@@ -40,30 +45,32 @@ class Eval(NamedTuple):
 
   examples: Callable[[Any, str], Any]  # what it reads; finds all that is wrong
   run: Callable[[Subject, str], dict[str, float]]
+  between_steps: bool = False  # cheap enough to run as a training goes on
 
 
 def _flow_eval(subject, name):
   config = subject.config
   synthetic = name == "synthetic"
   size = tuple(config.motion.size)
-  predictor = functools.partial(
-      inference.flow_predictor, subject.model, mesh=subject.mesh
-  )
-  predictors = {"": predictor(subject.params)}
+  predictors = {"": _predictor(subject, subject.params)}
   train_flows = []
   if synthetic:
-    predictors["random_init"] = predictor(subject.initial)
+    predictors["random_init"] = _predictor(subject, subject.initial)
     train = sources.train_pairs(config.seed, size, _TRAIN_PAIRS)
     train_flows = [train[i]["flow_12"] for i in range(len(train))]
   return flow.run(
       name,
-      _flow_pairs(config, name),
+      sources.spread(_flow_pairs(config, name), subject.limit),
       predictors,
       batch_size=config.eval_batch_size,
       max_pixels=config.eval_max_pixels,
       classical=not synthetic,
       train_flows=train_flows,
   )
+
+
+def _predictor(subject, params):
+  return inference.flow_predictor(subject.model, params, mesh=subject.mesh)
 
 
 def _flow_pairs(config, name):
@@ -76,42 +83,14 @@ def _flow_pairs(config, name):
   )
 
 
-def _knn_eval(subject, name):
-  config = subject.config
-  load = functools.partial(probe.load, name=f"knn/{name}", progress=True)
-  queries = _labelled(config, name)
-  if name == "synthetic":
-    size = config.content.size
-    bank = sources.train_images(config.seed, size, _KNN_BANK)
-    parts = (
-        load(bank, np.arange(len(bank)), size=size),
-        load(queries, np.arange(len(queries)), size=size),
-    )
-  else:
-    index = np.arange(len(queries))
-    query = index % _CIFAR_STRIDE == 0
-    size = config.knn_size
-    parts = (
-        load(queries, index[~query], size=size),
-        load(queries, index[query], size=size),
-    )
-  embedder = functools.partial(
-      inference.embedder, subject.model, mesh=subject.mesh
-  )
-  embedders = {
-      "": embedder(subject.params),
-      "random_init": embedder(subject.initial),
-  }
-  return probe.run(name, *parts, embedders)
-
-
 def _labelled(config, name):
-  return sources.labelled(
+  return sources.labelled_split(
       name,
       sources.data_root(config.data_root, config.data_cache),
-      seed=sources.held_out_seed(config.eval_seed),
+      seed=config.seed,
+      eval_seed=sources.held_out_seed(config.eval_seed),
       size=config.content.size,
-      count=_KNN_QUERIES,
+      counts=(_KNN_BANK, _KNN_QUERIES),
   )
 
 
@@ -146,10 +125,117 @@ def _mask_sequences(config, name):
   return sources.mask_sequences(name, config.data_root)
 
 
+def _tested(config, name):
+  return _labelled(config, name)[1]
+
+
+def _label_size(config, name):
+  return config.content.size if name == "synthetic" else config.knn_size
+
+
+def _features(subject, name):
+  """The training and the test part of a labelled set, as features."""
+  config = subject.config
+  if name not in subject.held:
+    subject.held.clear()
+    embedders = {
+        suffix: inference.embedder(subject.model, params, mesh=subject.mesh)
+        for suffix, params in (
+            ("", subject.params),
+            ("random_init", subject.initial),
+        )
+    }
+    subject.held[name] = [
+        probe.extract(
+            sources.spread(part, subject.limit),
+            embedders,
+            size=_label_size(config, name),
+            name=f"features/{name}",
+        )
+        for part in _labelled(config, name)
+    ]
+  return subject.held[name]
+
+
+def _linear_eval(subject, name):
+  return linear.run(
+      *(name, *_features(subject, name)),
+      **subject.config.linear.to_dict(),
+      seed=subject.config.seed,
+  )
+
+
+def _finetune_eval(subject, name):
+  config = subject.config
+  train, test = _labelled(config, name)
+  return finetune.run(
+      *(name, subject.model, subject.params, train, test),
+      **config.finetune.to_dict(),
+      num_classes=len(train.classes),
+      size=_label_size(config, name),
+      seed=config.seed,
+      mesh=subject.mesh,
+  )
+
+
+def _test_frames(config, name):
+  """The pairs of a benchmark's test set, by the archive's members."""
+
+  def part(source):
+    return sources.motion(
+        *(source, config.data_root), seed=0, size=tuple(config.motion.size)
+    )
+
+  # Pairs of a pass of MPI-Sintel, of KITTI 2012 and 2015: data.catalog.
+  if name == "sintel":
+    return submit.frames(
+        {r: part(f"sintel_test_{r}") for r in ("clean", "final")},
+        submit.sintel_member,
+        count=552,
+        scenes=submit.SINTEL_SCENES,
+    )
+  year, count = sources.choice(
+      {"kitti": ("2015", 200), "kitti_2012": ("2012", 195), "sintel": ()},
+      name,
+      "evals: submit",
+  )
+  return submit.frames(
+      {year: part(f"kitti_{year}_test")}, submit.kitti_member, count=count
+  )
+
+
+def _submit_eval(subject, name):
+  folder = subject.workdir / "submissions"
+  journal.check_writable(folder, f"submit/{name}")
+  config = subject.config
+  result = submit.run(
+      name,
+      _test_frames(config, name),
+      _predictor(subject, subject.params),
+      folder,
+      batch_size=config.eval_batch_size,
+      max_pixels=config.eval_max_pixels,
+  )
+  tqdm.tqdm.write(f"submit/{name}: {folder / f'{name}.zip'}")
+  return result
+
+
 _EVALS = {
+    "flow": Eval(_flow_pairs, _flow_eval, between_steps=True),
+    "knn": Eval(
+        _tested,
+        lambda subject, name: probe.run(name, *_features(subject, name)),
+        between_steps=True,
+    ),
+    "linear": Eval(_tested, _linear_eval),
+    "finetune": Eval(_tested, _finetune_eval),
+    "rankme": Eval(
+        _tested,
+        lambda subject, name: probe.rank(name, _features(subject, name)[0]),
+        between_steps=True,
+    ),
+    "submit": Eval(_test_frames, _submit_eval),
     "davis": Eval(_mask_sequences, _davis_eval),
-    "flow": Eval(_flow_pairs, _flow_eval),
-    "knn": Eval(_labelled, _knn_eval),
     **{
         kind: Eval(
             functools.partial(dense_evals.examples, kind),
@@ -160,19 +246,51 @@ _EVALS = {
 }
 
 
-def check(config: Any) -> list[str]:
+@dataclasses.dataclass
+class Faults:
+  """What is wrong with the evals of a config."""
+
+  mistakes: list[str]  # of the config: nothing should run
+  by_eval: dict[str, list[str]]  # why an eval cannot run; the others can
+
+
+def faults(config: Any) -> Faults:
   """What is wrong with the evals of a config and the data they need."""
-  faults = []
+  found, seen = Faults([], {}), {}
   for entry in config.evals:
     kind, _, name = str(entry).partition("/")
     if kind not in _EVALS or not name:
       known = " or ".join(f"{kind}/SET" for kind in _EVALS)
-      faults.append(f"evals: expected {known}, got {entry!r}")
+      found.mistakes.append(f"evals: expected {known}, got {entry!r}")
       continue
-    faults += errors.collect(
-        functools.partial(_check_examples, config, kind, name)
-    )
-  return faults
+    # Several kinds read the same: a large set is listed once.
+    reads = (_EVALS[kind].examples, name)
+    if reads not in seen:
+      seen[reads] = None
+      try:
+        _check_examples(config, kind, name)
+      except errors.UserError as error:
+        seen[reads] = error
+    error = seen[reads]
+    if isinstance(error, sources.UnknownName):
+      found.mistakes.extend(error.messages)
+    elif error:
+      found.by_eval[entry] = list(error.messages)
+  metric = config.best_metric.partition("/")[0]
+  if config.keep_best and metric in _EVALS:
+    if not _EVALS[metric].between_steps:
+      known = ", ".join(k for k, e in _EVALS.items() if e.between_steps)
+      found.mistakes.append(
+          f"best_metric: expected one of {known}, which run between steps, got"
+          f" {config.best_metric!r}"
+      )
+  return found
+
+
+def check(config: Any) -> list[str]:
+  """All that is wrong with the evals of a config and the data they need."""
+  found = faults(config)
+  return [*found.mistakes, *(f for v in found.by_eval.values() for f in v)]
 
 
 def _check_examples(config, kind, name):
@@ -191,16 +309,33 @@ def _check_examples(config, kind, name):
     if kind == "flow" and i < _JUDGED:
       judge.add(example)
 
-  faults = errors.collect(*(functools.partial(look, i) for i in range(count)))
-  faults += [f"flow/{name}: {f}" for f in judge.misreadings(certain=True)]
-  if faults:
-    raise errors.UserError(*faults)
+  found = errors.collect(*(functools.partial(look, i) for i in range(count)))
+  found += [f"flow/{name}: {f}" for f in judge.misreadings(certain=True)]
+  if found:
+    raise errors.UserError(*found)
 
 
-def run(subject: Subject) -> dict[str, float]:
-  """The results of the config's evals, keyed `EVAL/SET/METRIC`."""
-  results = {}
-  for entry in subject.config.evals:
+def run(
+    subject: Subject,
+    evals: Sequence[str] | None = None,
+    *,
+    between_steps: bool = False,
+) -> tuple[dict[str, float], list[str]]:
+  """Results, keyed `EVAL/SET/METRIC`, and why an eval did not end.
+
+  Of `evals`, or all of the config's; with `between_steps` of the cheap kinds
+  alone. `meta/seconds/EVAL` is the wall time of each.
+  """
+  results, found = {}, []
+  for entry in subject.config.evals if evals is None else evals:
     kind, _, name = entry.partition("/")
-    results |= _EVALS[kind].run(subject, name)
-  return results
+    if between_steps and not _EVALS[kind].between_steps:
+      continue
+    started = time.perf_counter()
+    try:
+      results |= _EVALS[kind].run(subject, name)
+    except errors.UserError as error:
+      found.extend(error.messages)
+      continue
+    results[f"meta/seconds/{entry}"] = time.perf_counter() - started
+  return results, found

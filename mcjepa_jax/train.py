@@ -261,9 +261,13 @@ def save(
 
 
 def evaluations(
-    run: Run, state: steps.TrainState, *, eval_seed: int | None = None
-) -> dict[str, float]:
-  """The evals of the config for a state."""
+    run: Run,
+    state: steps.TrainState,
+    *,
+    eval_seed: int | None = None,
+    between_steps: bool = False,
+) -> tuple[dict[str, float], list[str]]:
+  """The evals of the config for a state, and why one did not end."""
   config = run.config
   if eval_seed is not None:
     config = config.copy_and_resolve_references()
@@ -274,21 +278,26 @@ def evaluations(
   )
   # Each host evaluates the whole set: all know the metrics that a save keeps.
   params, mesh = hosts.local(state.params, run.mesh)
-  return suite.run(suite.Subject(config, run.model, params, initial, mesh))
+  subject = suite.Subject(
+      *(config, run.model, params, initial, mesh, run.workdir),
+      limit=config.eval_limit if between_steps else 0,
+  )
+  return suite.run(subject, between_steps=between_steps)
 
 
 def evaluations_on_the_way(
     run: Run, state: steps.TrainState, eval_seed: int | None = None
 ) -> dict[str, float]:
-  """The evals between two steps; nothing, and a note, where they cannot run.
+  """The evals between two steps; a note of those that cannot run.
 
-  The training goes on: data that cannot be read end the evaluation alone.
+  The training goes on: data that cannot be read end that evaluation alone.
   """
-  try:
-    return evaluations(run, state, eval_seed=eval_seed)
-  except errors.UserError as error:
-    tqdm.tqdm.write(f"Not evaluated at step {int(state.step)}: {error}")
-    return {}
+  results, faults = evaluations(
+      run, state, eval_seed=eval_seed, between_steps=True
+  )
+  for fault in faults:
+    tqdm.tqdm.write(f"Not evaluated at step {int(state.step)}: {fault}")
+  return results
 
 
 class Progress:
@@ -410,7 +419,9 @@ def finish(run: Run, state: steps.TrainState, peak_gb: float) -> dict[str, Any]:
   `peak_gb` is the memory of training, its workers included.
   """
   with run.clock.span("evaluate"):
-    results = evaluations(run, state)
+    results, faults = evaluations(run, state)
+  if faults:  # started again, the run evaluates again
+    raise errors.UserError(*faults)
   if hosts.first():
     lines = journal.read_lines(run.workdir / "metrics.jsonl")
     for name, picture in panels.of_logs(lines).items():

@@ -25,15 +25,18 @@ OPERATIONAL = frozenset(
         "davis",
         "eval_seed",
         "eval_every",
+        "eval_limit",
         "eval_batch_size",
         "eval_max_pixels",
         "evals",
+        "finetune",
         "best_is_larger",
         "best_metric",
         "keep_best",
         "hang_seconds",
         "keep_last",
         "knn_size",
+        "linear",
         "log_every",
         "log_records",
         "mesh",
@@ -82,10 +85,12 @@ def faults(config: Any, *, devices: int | None = None) -> list[str]:
               "content.batch_size", "content.size", "log_every", "save_every",
               "keep_last", "prefetch", "eval_batch_size",
               "eval_max_pixels", "knn_size", "davis.stride",
-              "davis.temperature",
+              "davis.temperature", "linear.epochs",
+              "linear.batch_size", "finetune.epochs", "finetune.batch_size",
               "model.estimator.factor", "model.estimator.projection"):  # fmt: skip
     expect(key, positive, "a positive number")
-  for key in ("workers", "eval_every", "panel_every",
+  for key in ("workers", "eval_every", "eval_limit", "panel_every",
+              "linear.weight_decay", "finetune.weight_decay",
               "motion.start_step", "motion.ramp_steps", "motion.weight",
               "motion.occlusion_start", "optimizer.clip_norm", "keep_best",
               "hang_seconds", "davis.context"):  # fmt: skip
@@ -162,6 +167,12 @@ def _expect_ranges(expect: Callable[..., None]) -> None:
       lambda x: all(isinstance(name, str) for name in x),
       "names, as 'flow/synthetic'",
   )
+  expect(
+      "linear.learning_rates",
+      lambda x: len(x) > 0 and _numbers(x) and min(x) > 0,
+      "positive numbers",
+  )
+  expect("finetune.learning_rate", lambda x: 0 < x < math.inf, "positive")
   for key in ("encoder.depths", "encoder.dims", "expander.widths",
               "estimator.channels"):  # fmt: skip
     expect(f"model.{key}", _widths, "positive integers")

@@ -372,3 +372,19 @@ def test_each_layout_is_found_and_counted(tmp_path):
   for source in report["sources"].values():
     assert source["decoded"] == source["count"] > 0
     assert pathlib.Path(source["panel"]).is_file()
+
+
+def test_evals_read_both_parts_of_a_labelled_set_and_the_test_frames():
+  cfg = tiny.config(
+      evals=("linear/stl10", "rankme/stl10", "knn/cifar10", "submit/sintel"),
+      mode="content",
+  )
+  uses, _ = check.of_config(cfg)
+  assert uses == [
+      "content/synthetic",
+      *("knn/stl10_train", "knn/stl10_test", "knn/cifar10"),
+      *("motion/sintel_test_clean", "motion/sintel_test_final"),
+  ]
+  cfg.evals = ("submit/nowhere",)
+  with pytest.raises(UserError, match="kitti, kitti_2012, sintel"):
+    check.of_config(cfg)

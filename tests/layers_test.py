@@ -19,7 +19,7 @@ _LAYERS = (
     # 1: arrays in, arrays out; text in, plain values out.
     """flow_ops metrics vicreg visualize photometry data.flow_io data.transforms
     data.synthetic data.catalog data.crops data.flow_faults models.convnext models.vit
-    command hlo evals.masks""",
+    command hlo evals.masks evals.tiling""",
     # 2: losses, models and sources made of these; the means of training.
     """flow_losses models.flow_decoder models.segmentation_heads data.flow_datasets
     data.image_datasets data.segmentation_datasets data.mask_datasets
@@ -28,9 +28,9 @@ _LAYERS = (
     # 3: everything of one kind together.
     "accumulation hosts objective models.mcjepa data.sources data.pipeline data.convert",
     # 4: what runs on the devices, and looks at the sources.
-    "step evals.flow evals.probe evals.segmentation evals.davis",
+    "step evals.flow evals.probe evals.finetune evals.segmentation evals.davis",
     # 5: from a config to the parts of a run; arrays through a model.
-    "assembly validation inference",
+    "assembly validation inference evals.linear evals.submit",
     # 6: evals that train, from a config; pictures of what a model gives.
     "dense_evals panels",
     # 7: evals by name.

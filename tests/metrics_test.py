@@ -56,13 +56,14 @@ def test_epe_weighs_pairs_equally_and_fl_all_weighs_pixels():
   # By hand: (10 + 0) / 2 = 5 and 1, their mean; one outlier of eight pixels.
   assert total.epe == 3
   assert total.fl_all == 12.5
+  assert total.px1 == 12.5
 
 
 def test_invalid_pixels_are_never_read():
   truth = _flow((1, 0), (np.nan, 1e10))
   valid = np.array([[[1.0], [0.0]]])
   totals = metrics.flow_totals(np.zeros_like(truth), truth, valid)
-  assert totals == metrics.FlowTotals(1, 1.0, 1, 0)
+  assert totals == metrics.FlowTotals(1, 1.0, 1, 0, classes={"s0_10": (1.0, 1)})
   np.testing.assert_allclose(
       metrics.best_constant_flow([truth], [valid]), (1, 0)
   )

@@ -290,6 +290,36 @@ MUTANTS = (
         ),
     ),
     *_mutants(
+        "evals/flow.py",
+        "flow_eval_test.py",
+        (
+            "what_leaves_the_frame_is_seen",
+            "return inside & (visible[..., 0] > 0)",
+            "return visible[..., 0] > 0",
+        ),
+        (
+            "compilation_is_timed",
+            "    if frames.shape in self._shapes:\n",
+            "    if True:\n",
+        ),
+    ),
+    *_mutants(
+        "evals/tiling.py",
+        "flow_eval_test.py",
+        ("tiles_add_up_to_more", "ramp / total[", "ramp + 0 * total["),
+    ),
+    *_mutants(
+        "evals/linear.py",
+        "linear_test.py",
+        ("worst_rate_chosen", "chosen.argmax()", "chosen.argmin()"),
+        ("decay_is_twice_l2", "0.5 * weight_decay", "weight_decay"),
+    ),
+    *_mutants(
+        "evals/submit.py",
+        "submit_test.py",
+        ("frames_named_as_the_data", "frame.replace('_', '')", "frame"),
+    ),
+    *_mutants(
         "evals/probe.py",
         "evals_test.py",
         ("votes_not_weighted", "1) / temperature)", "1) * 0)"),

@@ -129,7 +129,7 @@ def test_every_name_is_in_these_tables_and_in_the_catalog():
       ("motion", _motion, TRAINED_ON),
       ("flow", _flow_pairs, EVALUATED),
   ):
-    names = _names(make) - {"synthetic", "cutouts", "video", "frames"}
+    names = _names(make) - {"synthetic", "cutouts", "video", "frames", "pairs"}
     assert names == set(table)
     assert names == {u.split("/")[1] for u in uses if u.startswith(kind)}
 
@@ -228,3 +228,22 @@ def test_sets_of_real_samples_open_by_their_names(shared_data):
       *(("sintel_clean", 6), ("sintel_final", 6)),
   ):
     assert len(_motion(name, shared_data)) == count
+
+
+@pytest.mark.parametrize("suffix", [".flo", ".png", ".pfm", ".npy"])
+def test_own_pairs_are_read_from_folders_below_one(tmp_path, suffix):
+  for number, place in enumerate(("pairs/a", "pairs/deep/b")):
+    layouts.image(tmp_path / f"{place}_img1.jpg", number)
+    layouts.image(tmp_path / f"{place}_img2.png", number + 1)
+    layouts.flow(tmp_path / f"{place}_flow{suffix}", number + 1)
+  layouts.mask(tmp_path / "pairs/a_occ.png", 2)
+  pairs = _flow_pairs("pairs", tmp_path)
+  assert [pairs.record_id(i) for i in range(2)] == ["a", "deep_b"]
+  assert (pairs[1]["flow"] == (2, -2)).all()
+  assert pairs[0]["visible"][0, :, 0].tolist() == [1, 1, 0, 1, 1, 1]
+  assert "visible" not in pairs[1]
+  (tmp_path / "pairs/a_img1.jpg").unlink()
+  with pytest.raises(UserError, match="a_img1.png: not found; expected"):
+    _flow_pairs("pairs", tmp_path)
+  with pytest.raises(UserError, match="nowhere.*not found; expected .*_flow"):
+    _flow_pairs("pairs", tmp_path / "nowhere")

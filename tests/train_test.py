@@ -172,6 +172,29 @@ def test_the_logs_of_a_resumed_run_are_those_of_the_uninterrupted(
 
 
 @pytest.mark.slow
+def test_evals_between_steps_change_nothing_that_is_read_or_learned(
+    config_path, whole, tmp_path
+):
+  workdir = tmp_path / "evaluated"
+  _run(
+      config_path, workdir, "--config.eval_every=3", "--config.eval_limit=6",
+      "--config.evals=('flow/synthetic', 'knn/synthetic', 'linear/synthetic')",
+      "--config.linear.epochs=2",
+  )  # fmt: skip
+  assert _lines(workdir / "records.jsonl") == _lines(whole / "records.jsonl")
+  assert not _differences(_state(whole, _STEPS)[0], _state(workdir, _STEPS)[0])
+  lines = _lines(workdir / "metrics.jsonl")
+  evaluated = [line for line in lines if "knn/synthetic/top1" in line]
+  assert [line["step"] for line in evaluated] == [3, 6]
+  for line in evaluated:
+    assert line["knn/synthetic/count"] == line["flow/synthetic/count"] == 6
+    assert "linear/synthetic/top1" not in line
+  results = json.loads((workdir / "results.json").read_text())
+  assert results["knn/synthetic/count"] == 1000
+  assert "linear/synthetic/top1" in results
+
+
+@pytest.mark.slow
 def test_without_the_iterators_a_resumed_run_differs(
     config_path, whole, tmp_path
 ):

@@ -397,6 +397,9 @@ DATASETS = (
             "content/imagenet": "training",
             "content/imagenet_tfds": "training",
             "content/imagenet_records": "training",
+            "knn/imagenet_train": "training",
+            "knn/imagenet_train_tfds": "training",
+            "knn/imagenet_train_records": "training",
             "knn/imagenet_val": "validation",
             "knn/imagenet_val_tfds": "validation",
             "knn/imagenet_val_records": "validation",
@@ -606,14 +609,14 @@ def markdown() -> str:
 
 
 def _names(dataset: Dataset, *kinds: str) -> str:
-  """Returns the names for one purpose; other cameras and directions go unsaid."""
-  uses = (use.split("/") for use in dataset.reads)
-  # Of the older kinds the README's text says which is which.
-  names = [
-      f"{kind}/{name}" if kind == "davis" else name
-      for kind, name in uses
-      if kind in kinds
-  ]
-  return ", ".join(
-      f"`{name}`" for name in names if not re.search("_(right|past)", name)
-  )
+  """Returns the names for one purpose, without other cameras, ways and parts."""
+  names = []
+  for use in dataset.reads:
+    kind, name = use.split("/")
+    if kind == "knn":  # a set with labels, not its parts
+      name = re.sub("_(train|val|test)(?=_|$)", "", name)
+    if kind == "davis":  # of the other kinds the README's text says which
+      name = use
+    if kind in kinds and not re.search("_(right|past)", name):
+      names.append(f"`{name}`")
+  return ", ".join(dict.fromkeys(names))

@@ -373,15 +373,14 @@ def of_config(config: Any) -> tuple[list[str], Settings]:
   ]
   for entry in config.evals:
     kind, _, name = entry.partition("/")
-    if kind in ("flow", "knn", "davis") and name:
-      uses.append(entry)
-    elif kind in ("segmentation", "upernet") and name:
-      uses += [f"segmentation_train/{name}", f"segmentation/{name}"]
-    else:
+    read = _of_eval(kind, name) if name else ()
+    if not read:
       faults.append(
-          "evals: expected flow/SET, knn/SET, davis/SET, segmentation/SET or"
-          f" upernet/SET, got {entry!r}"
+          "evals: expected flow/SET, knn/SET, linear/SET, finetune/SET,"
+          " rankme/SET, segmentation/SET, upernet/SET, davis/SET or submit/SET,"
+          f" got {entry!r}"
       )
+    uses += read
   if faults:
     raise errors.UserError(*faults)
   settings = Settings(
@@ -395,7 +394,28 @@ def of_config(config: Any) -> tuple[list[str], Settings]:
           flip=content.flip,
       ),
   )
-  return uses, settings
+  return list(dict.fromkeys(uses)), settings
+
+
+def _of_eval(kind: str, name: str) -> tuple[str, ...]:
+  """Returns what an eval reads, nothing if there is none of that kind."""
+  if kind in ("flow", "davis"):
+    return (f"{kind}/{name}",)
+  if kind in ("segmentation", "upernet"):
+    return (f"segmentation_train/{name}", f"segmentation/{name}")
+  if kind in ("knn", "linear", "finetune", "rankme"):
+    return tuple(f"knn/{part}" for part in sources.label_parts(name))
+  if kind == "submit":
+    tests = {
+        "sintel": ("sintel_test_clean", "sintel_test_final"),
+        "kitti": ("kitti_2015_test",),
+        "kitti_2012": ("kitti_2012_test",),
+    }
+    return tuple(
+        f"motion/{test}"
+        for test in sources.choice(tests, name, "evals: submit")
+    )
+  return ()
 
 
 def _names(kind: str) -> tuple[str, ...]:

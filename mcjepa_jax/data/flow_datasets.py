@@ -41,6 +41,7 @@ _TARTAN = ("TartanAir", "tartanair", "")
 # ENV/Easy/P000 as documented, ENV/ENV/Easy/P000 as the archives unpack.
 _TRAJECTORIES = ("*/*/P*", "*/*/*/P*")
 _VIPER = ("VIPER", "viper", "")
+_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".webp", ".bmp")
 
 Frames = tuple[files.Location, list[files.Location]]
 
@@ -398,6 +399,36 @@ def middlebury_frames(root: image_io.Path) -> Frames:
   """Returns the scenes of Middlebury's other-data, as many frames as are there."""
   folder = _find(root, ("middlebury", ""), "other-data")
   return _subfolders(folder / "other-data", "*")
+
+
+def pairs(root: image_io.Path) -> FramePairs:
+  """Returns any pairs with flow: NAME_img1, NAME_img2 and NAME_flow below pairs.
+
+  Frames end as images do, flow as one of flow_io.FLOW_READERS; NAME_occ.png, if
+  it is there, is not black where frame 2 does not show the pixel. All four lie
+  in one folder, which may be below `pairs`.
+  """
+  folder = _find(root, ("pairs",), "**/*_flow.*")
+  found = []
+  for flow in sorted(folder.glob("**/*_flow.*")):
+    stem = flow.with_name(flow.stem.removesuffix("_flow"))
+    frames = [_image(f"{stem}_img{number}") for number in (1, 2)]
+    found.append(
+        FlowPair(
+            name=stem.relative_to(folder).as_posix().replace("/", "_"),
+            frame_1=frames[0],
+            frame_2=frames[1],
+            flow=str(flow),
+            occlusions=_if_file(pathlib.Path(f"{stem}_occ.png")),
+        )
+    )
+  return _set(found, folder)
+
+
+def _image(stem: str) -> str:
+  """Returns the image file of that stem; that of a .png if there is none."""
+  paths = [stem + suffix for suffix in _IMAGE_SUFFIXES]
+  return next((path for path in paths if os.path.isfile(path)), paths[0])
 
 
 def _kitti_images(folder: files.Location, year: str) -> files.Location:

@@ -9,6 +9,9 @@ import functools
 import pathlib
 from typing import Any
 
+from jaxtyping import Integer
+import numpy as np
+
 from mcjepa_jax import errors
 from mcjepa_jax.data import (
     array_records,
@@ -37,6 +40,15 @@ _WITHOUT_SEQUENCES = frozenset(
         "flying_things_subset_final",
     )
 )
+# Sets of labelled images that have a split.
+_LABEL_PARTS = {
+    "cifar10_bin": ("cifar10_bin_train", "cifar10_bin_test"),
+    "imagenet": ("imagenet_train", "imagenet_val"),
+    "imagenet_records": ("imagenet_train_records", "imagenet_val_records"),
+    "imagenet_tfds": ("imagenet_train_tfds", "imagenet_val_tfds"),
+    "stl10": ("stl10_train", "stl10_test"),
+}
+_TESTED_OF = 5  # of a set without a split every fifth image is tested
 # Frames 10 and 11 are what kitti_20.. evaluates: neither they nor their
 # neighbours are trained on, as in github.com/lliuz/ARFlow (KITTIFlowMV).
 _KITTI_EVALUATED = r".*_(09|10|11|12)"
@@ -269,6 +281,7 @@ def flow_pairs(
       "kitti_2015": only(flows.kitti, year="2015"),
       "kitti_2015_noc": only(flows.kitti, year="2015", truth="flow_noc"),
       "middlebury": flows.middlebury,
+      "pairs": flows.pairs,
       "sintel_clean": only(flows.sintel, render="clean"),
       "sintel_final": only(flows.sintel, render="final"),
       "spring": flows.spring,
@@ -302,6 +315,13 @@ def labelled(
       ),
       "cifar10": lambda root: image_datasets.NpzImages(
           root / "cifar10" / "train.npz"
+      ),
+      "imagenet_train": lambda root: image_datasets.ImageFolder(
+          root / "imagenet" / "train"
+      ),
+      "imagenet_train_tfds": lambda root: _tfds(root / "imagenet2012", "train"),
+      "imagenet_train_records": lambda root: array_records.ConvertedImages(
+          root / "imagenet_records" / "train"
       ),
       "imagenet_val": lambda root: image_datasets.ImageFolder(
           root / "imagenet" / "val"
@@ -361,6 +381,81 @@ def mask_sequences(name: str, root: str) -> mask_datasets.MaskSequences:
   }
   make = choice(table, name, "evals: davis")
   return make(_root(root, name))
+
+
+class Subset:
+  """The examples of a set at some indices."""
+
+  def __init__(self, dataset: Any, indices: Integer[np.ndarray, "n"]):
+    self._dataset, self._indices = dataset, indices
+
+  @property
+  def classes(self) -> list[str]:
+    """Returns the set's, where it has labels."""
+    return self._dataset.classes
+
+  def __len__(self) -> int:
+    return len(self._indices)
+
+  def record_id(self, index: int) -> str:
+    """Returns the example's name in the set."""
+    return self._dataset.record_id(int(self._indices[index]))
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    return self._dataset[int(self._indices[index])]
+
+
+def spread(dataset: Any, limit: int) -> Any:
+  """At most `limit` examples, spread over the set; all of them if it is 0."""
+  if not 0 < limit < len(dataset):
+    return dataset
+  return Subset(
+      dataset, np.linspace(0, len(dataset) - 1, limit).round().astype(int)
+  )
+
+
+def label_parts(name: str) -> tuple[str, ...]:
+  """The names, as `labelled` takes them, of a set's training and test part.
+
+  One name where the set has no split of its own.
+  """
+  return _LABEL_PARTS.get(name, (name,))
+
+
+def labelled_split(
+    name: str, root: str, *, seed: int, eval_seed: int, size: int,
+    counts: tuple[int, int],
+) -> tuple[Any, Any]:  # fmt: skip
+  """The training and the test part of a set of images with labels.
+
+  The set's own, or else four fifths and a fifth of it, taken turn by turn: such
+  sets are sorted by label. `counts` are of the procedural set alone.
+  """
+  if name == "synthetic":
+    options = dict(seed=eval_seed, size=size, count=counts[1])
+    test = labelled(name, root, **options)
+    return train_images(seed, size, counts[0]), test
+  try:
+    parts = [
+        labelled(part, root, seed=eval_seed, size=size, count=counts[1])
+        for part in label_parts(name)
+    ]
+  except UnknownName as error:
+    names = dict.fromkeys((*error.names, *_LABEL_PARTS))
+    choice(names, name, "evals: knn, linear, finetune, rankme")
+    raise
+  if len(parts) == 1:
+    index = np.arange(len(parts[0]))
+    tested = index % _TESTED_OF == 0
+    return tuple(Subset(parts[0], index[rows]) for rows in (~tested, tested))
+  train, test = parts
+  if train.classes != test.classes:
+    differ = sorted(set(train.classes) ^ set(test.classes))[:5]
+    raise errors.UserError(
+        f"{name}: expected the same classes in training and test, came"
+        f" {len(train.classes)} and {len(test.classes)}, not in both {differ}"
+    )
+  return train, test
 
 
 def train_images(seed: int, size: int, count: int) -> Any:

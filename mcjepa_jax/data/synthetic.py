@@ -482,6 +482,11 @@ class Images:
   seed: int
   num_examples: int
 
+  @property
+  def classes(self) -> list[str]:
+    """The classes' names, as sets of files have them."""
+    return [str(label) for label in range(NUM_CLASSES)]
+
   def __post_init__(self):
     check("synthetic", self.size, self.seed, self.num_examples)
 

@@ -1,21 +1,26 @@
 """Optical flow on a set with ground truth, beside what needs no learning.
 
 EPE is in pixels of the original image: the mean over pairs of a pair's mean
-over valid pixels. Fl-all is over all valid pixels of the set, in percent.
+over valid pixels, as both of KITTI's development kits average it. Over all
+valid pixels of the set are, in percent, Fl-all (KITTI 2015) and px1, the share
+off by more than one pixel (the outlier rate that Spring ranks by, arXiv
+2303.01943), and the EPE of the classes: `epe_noc` of what both frames see (not
+marked as occluded, and moving to a place inside frame 2), `epe_occ` of the rest,
+`epe_s0_10`, `epe_s10_40`, `epe_s40` by the true speed in pixels (MPI-Sintel's
+classes, averaged as in github.com/haofeixu/gmflow, evaluate.py).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+import time
 from typing import Any
 
 import cv2
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 import numpy as np
 import tqdm
 
 from mcjepa_jax import errors, metrics
-
-# (frames u8 [2b, h, w, 3], interleaved) -> flow_12 [b, h, w, 2]
-Predictor = Callable[[np.ndarray], np.ndarray]
+from mcjepa_jax.evals import tiling
 
 _PAIRWISE_LIMIT = 100  # sets up to here report every pair
 _HELD_PIXELS = 2**26  # of truths in memory, 0.8 GB: larger sets are thinned
@@ -46,20 +51,13 @@ def batches(
 ) -> Iterator[list[dict[str, Any]]]:
   """Runs of neighbouring examples of one shape, each example once.
 
-  At most `batch_size` examples and `max_pixels` pixels of frame 1 in each.
-
-  Raises:
-    UserError: a single pair has more pixels.
+  At most `batch_size` examples and `max_pixels` pixels of frame 1 in each; a
+  larger pair is alone.
   """
   held: list[dict[str, Any]] = []
   for i in range(len(dataset)):
     example = {"record": dataset.record_id(i), **dataset[i]}
     shape = example["frame_1"].shape
-    if shape[0] * shape[1] > max_pixels:
-      raise errors.UserError(
-          f"{example['record']}: expected a pair of at most {max_pixels} pixels"
-          f" (eval_max_pixels), got {shape[1]}x{shape[0]}"
-      )
     if held and (
         held[0]["frame_1"].shape != shape
         or len(held) == batch_size
@@ -72,10 +70,68 @@ def batches(
     yield held
 
 
+def seen_in_both(example: dict[str, Any]) -> Bool[np.ndarray, "h w"] | None:
+  """Where a pixel of frame 1 is in frame 2 too; None if no mask says so.
+
+  What leaves the frame is not: MPI-Sintel's occlusions do not mark it.
+  """
+  # The generated sets call it visible_1.
+  visible = example.get("visible", example.get("visible_1"))
+  if visible is None:
+    return None
+  height, width = visible.shape[:2]
+  x = np.arange(width) + example["flow"][..., 0]
+  y = np.arange(height)[:, None] + example["flow"][..., 1]
+  inside = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
+  return inside & (visible[..., 0] > 0)
+
+
+class _Timed:
+  """A predictor that checks what it gives and counts the seconds of a pair.
+
+  The first call of each shape compiles, and is not counted.
+  """
+
+  def __init__(self, predictor: tiling.Predictor, max_pixels: int):
+    self._predictor, self._max_pixels = predictor, max_pixels
+    self._shapes: set[tuple[int, ...]] = set()
+    self._seconds, self._pairs = 0.0, 0
+    self._frames = np.zeros(0)
+
+  def __call__(
+      self, frames: np.ndarray, records: Sequence[str]
+  ) -> Float[np.ndarray, "b _ _ 2"]:
+    started = time.perf_counter()
+    flows = tiling.predict(self._predictor, frames, self._max_pixels)
+    if frames.shape in self._shapes:
+      self._seconds += time.perf_counter() - started
+      self._pairs += len(records)
+    self._shapes.add(frames.shape)
+    self._frames = frames
+    wanted = (len(records), *frames.shape[1:3], 2)
+    if flows.shape != wanted:
+      raise errors.UserError(
+          f"{records[0]}: expected flow of its frames' size, {wanted}, came"
+          f" {flows.shape}"
+      )
+    for record, flow in zip(records, flows, strict=True):
+      if not np.isfinite(flow).all():
+        raise errors.UserError(
+            f"{record}: expected finite flow of the checkpoint, came NaN or inf"
+        )
+    return flows
+
+  def seconds_per_pair(self) -> float:
+    """Wall time of a pair; of the last batch, once more, if none was counted."""
+    if not self._pairs:
+      self(self._frames, [""] * (len(self._frames) // 2))
+    return self._seconds / self._pairs
+
+
 def run(
     name: str,
     dataset: Any,
-    predictors: dict[str, Predictor],
+    predictors: dict[str, tiling.Predictor],
     *,
     batch_size: int = 8,
     max_pixels: int = 2_097_152,
@@ -83,21 +139,25 @@ def run(
     train_flows: Sequence[Float[np.ndarray, "h w 2"]] = (),
     progress: bool = True,
 ) -> dict[str, float]:
-  """EPE, Fl-all and their references, keyed `flow/NAME/METRIC`.
+  """The module's metrics and their references, keyed `flow/NAME/METRIC`.
 
-  `epe_constant` of a set of more than 2^26 pixels is fitted to, and measured on,
-  every 16th row and column.
+  A class of pixels that the set does not have has no key. `epe_constant` of a
+  set of more than 2^26 pixels is fitted to, and measured on, every 16th row and
+  column.
 
   Args:
     name: of the set.
-    dataset: elements hold frame_1, frame_2, flow, valid.
-    predictors: suffix -> predictor: "" gives `epe` and `fl_all`,
-      "random_init" gives `epe_random_init`.
+    dataset: elements hold frame_1, frame_2, flow, valid and perhaps visible.
+    predictors: suffix -> predictor: "" gives `epe` and all else, "random_init"
+      gives `epe_random_init`.
     batch_size: pairs of one shape.
-    max_pixels: of frame 1 in a batch.
+    max_pixels: of frame 1 in a batch; larger frames are cut into tiles.
     classical: also Farneback and DIS.
     train_flows: their mean, one constant vector, gives `epe_train_mean`.
     progress: shows a bar.
+
+  Raises:
+    UserError: flow that is not finite or of another size, or no valid pixel.
   """
   totals: dict[str, metrics.FlowTotals] = {}
   rows: dict[str, float] = {}
@@ -105,28 +165,33 @@ def run(
   train_mean = thin = None
   if len(train_flows):
     train_mean = np.mean([f.mean(axis=(0, 1)) for f in train_flows], axis=0)
+  timed = {suffix: _Timed(p, max_pixels) for suffix, p in predictors.items()}
 
-  def add(record, metric, flow, truth, valid):
+  def add(record, metric, flow, truth, valid, seen=None):
     pair = metrics.flow_totals(
-        np.broadcast_to(np.asarray(flow, np.float32), truth.shape), truth, valid
+        np.broadcast_to(np.asarray(flow, np.float32), truth.shape),
+        *(truth, valid, seen),
     )
     totals[metric] = totals.get(metric, metrics.FlowTotals()) + pair
-    rows[f"flow/{name}/{record}/{metric}"] = pair.epe
+    if pair.pairs:
+      rows[f"flow/{name}/{record}/{metric}"] = pair.epe
 
   bar = tqdm.tqdm(
       total=len(dataset), desc=f"flow/{name}", disable=not progress, leave=False
   )
   for group in batches(dataset, batch_size=batch_size, max_pixels=max_pixels):
+    names = [example["record"] for example in group]
     frames = np.stack(
         [example[k] for example in group for k in ("frame_1", "frame_2")]
     )
     flows = {
-        f"epe_{suffix}" if suffix else "epe": predict(frames)
-        for suffix, predict in predictors.items()
+        f"epe_{suffix}" if suffix else "epe": predict(frames, names)
+        for suffix, predict in timed.items()
     }
     for i, example in enumerate(group):
       record, truth = example["record"], example["flow"]
-      valid = example["valid"]
+      valid, seen = example["valid"], seen_in_both(example)
+      _expect_size(record, truth, example["frame_1"])
       if thin is None:
         large = truth[..., 0].size * len(dataset) > _HELD_PIXELS
         thin = slice(None, None, _THINNED if large else None)
@@ -134,7 +199,7 @@ def run(
       valids.append(np.ascontiguousarray(valid[thin, thin]))
       records.append(record)
       for metric, flow in flows.items():
-        add(record, metric, flow[i], truth, valid)
+        add(record, metric, flow[i], truth, valid, seen)
       add(record, "epe_zero", np.zeros(2), truth, valid)
       constant = metrics.best_constant_flow([truth], [valid])
       add(record, "epe_pair_constant", constant, truth, valid)
@@ -146,12 +211,33 @@ def run(
           add(record, metric, flow, truth, valid)
     bar.update(len(group))
   bar.close()
+  total = totals["epe"]
+  if not total.pairs:
+    raise errors.UserError(
+        f"flow/{name}: expected a valid pixel in one of {len(dataset)} pairs at"
+        " least, came none"
+    )
   constant = metrics.best_constant_flow(truths, valids)
   for record, truth, valid in zip(records, truths, valids, strict=True):
     add(record, "epe_constant", constant, truth, valid)
-  result = {f"flow/{name}/{m}": t.epe for m, t in totals.items()}
-  result[f"flow/{name}/fl_all"] = totals["epe"].fl_all
-  result[f"flow/{name}/count"] = len(dataset)
+  result = {f"flow/{name}/{m}": t.epe for m, t in totals.items() if t.pairs}
+  result |= {f"flow/{name}/epe_{k}": v for k, v in total.class_epes().items()}
+  result |= {
+      f"flow/{name}/fl_all": total.fl_all,
+      f"flow/{name}/px1": total.px1,
+      f"flow/{name}/seconds_per_pair": timed[""].seconds_per_pair(),
+      f"flow/{name}/count": len(dataset),
+  }
+  if total.pairs < len(dataset):
+    result[f"flow/{name}/count_all_invalid"] = len(dataset) - total.pairs
   if len(dataset) <= _PAIRWISE_LIMIT:
     result |= rows
   return result
+
+
+def _expect_size(record, truth, frame):
+  if truth.shape[:2] != frame.shape[:2]:
+    raise errors.UserError(
+        f"{record}: expected true flow of {frame.shape[1]}x{frame.shape[0]}, as"
+        f" its frames, came {truth.shape[1]}x{truth.shape[0]}"
+    )

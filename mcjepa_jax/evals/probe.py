@@ -1,16 +1,99 @@
-"""kNN on frozen features, beside random-init features and raw pixels."""
+"""kNN and effective rank of frozen features, beside random-init and pixels.
+
+A `Part` of a set holds what describes each image, by suffix: "" the encoder's
+features, "random_init" those of the same encoder untrained, "pixels", and where
+the set knows them the mean "color" and the "position".
+"""
 
 from collections.abc import Callable
+import dataclasses
 from typing import Any
 
-from jaxtyping import Float, Integer, UInt8
+import cv2
+from jaxtyping import Float, Integer
 import numpy as np
 import tqdm
 
+from mcjepa_jax import metrics
 from mcjepa_jax.data import transforms
 
 # images u8 [n, h, w, 3] -> features [n, d]
 Embedder = Callable[[np.ndarray], np.ndarray]
+
+# Every content number is told of these.
+TWINS = ("", "random_init", "pixels")
+_CHUNK = 1024  # images held at once
+_PIXEL_VALUES = 2**30  # of a part, 4 GB: larger sets have smaller pictures
+_SIMILARITIES = 2**27  # held at once, 0.5 GB
+_MANY = 200  # neighbours of top1_k200
+_RANKED = 25_600  # images, as in arXiv 2210.02885
+_RANKED_SIDE = 16  # of the pixels' twin: a rank of up to 768
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """The training or the test part of a set, as features."""
+
+  features: dict[str, Float[np.ndarray, "n _"]]
+  labels: Integer[np.ndarray, "n"]
+
+
+def metric(name: str, suffix: str) -> str:
+  """The key of a metric for the features of a suffix."""
+  return f"{name}_{suffix}" if suffix else name
+
+
+def extract(
+    dataset: Any,
+    embedders: dict[str, Embedder],
+    *,
+    size: int,
+    name: str,
+    progress: bool = True,
+) -> Part:
+  """The features of all images, at `size`; a few images are held at a time.
+
+  Raw pixels are in [0, 1]; their mean is the caller's to remove. Sets of so
+  many images that their pixels take more than 4 GB are described by smaller
+  pictures.
+  """
+  count, side = len(dataset), size
+  while count * side * side * 3 > _PIXEL_VALUES and side > 1:
+    side //= 2
+  found = {"pixels": np.empty((count, side * side * 3), np.float32)}
+  labels = np.empty(count, np.int32)
+  bar = tqdm.tqdm(total=count, desc=name, disable=not progress, leave=False)
+  for start in range(0, count, _CHUNK):
+    images = []
+    rows = slice(start, min(start + _CHUNK, count))
+    for i in range(rows.start, rows.stop):
+      example = dataset[i]
+      image = _sized(example["image"], size)
+      labels[i] = example["label"]
+      found["pixels"][i] = _sized(image, side).ravel() / np.float32(255)
+      if "center" in example:
+        place = np.append(example["center"], example["extent"])
+        color = image.mean(axis=(0, 1)) / 255
+        for key, value in (("color", color), ("position", place)):
+          _put(found, key, count, i, value)
+      images.append(image)
+      bar.update()
+    for suffix, embed in embedders.items():
+      _put(found, suffix, count, rows, embed(np.stack(images)))
+  bar.close()
+  return Part(found, labels)
+
+
+def _sized(image, size):
+  if image.shape[:2] == (size, size):
+    return image
+  return transforms.center_resize(image, size)
+
+
+def _put(found, key, count, rows, values):
+  if key not in found:
+    found[key] = np.empty((count, values.shape[-1]), values.dtype)
+  found[key][rows] = values
 
 
 def knn_accuracy(
@@ -19,30 +102,36 @@ def knn_accuracy(
     queries: Float[np.ndarray, "m d"],
     query_labels: Integer[np.ndarray, "m"],
     *,
-    k: int = 20,
+    ks: tuple[int, ...] = (20,),
     temperature: float = 0.07,
     chunk: int = 1024,
-) -> float:
-  """Top-1 of the weighted vote of the k nearest, in percent.
+    name: str = "",
+    progress: bool = False,
+) -> list[float]:
+  """Top-1 of the weighted vote of the k nearest, in percent, for each k.
 
   Neighbours by cosine, each with the weight exp(cosine / temperature), as in
   DINO's evaluation (arXiv 2104.14294).
   """
-  k = min(k, len(bank))
   classes = int(max(bank_labels.max(), query_labels.max())) + 1
   bank, queries = _unit(bank), _unit(queries)
-  correct = 0
-  for start in range(0, len(queries), chunk):
+  chunk = max(1, min(chunk, _SIMILARITIES // len(bank)))
+  correct = np.zeros(len(ks), int)
+  starts = tqdm.tqdm(
+      range(0, len(queries), chunk), name, disable=not progress, leave=False
+  )
+  for start in starts:
     similarity = queries[start : start + chunk] @ bank.T
-    nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
-    weight = np.exp(np.take_along_axis(similarity, nearest, 1) / temperature)
-    votes = np.zeros((len(similarity), classes))
+    labels = query_labels[start : start + chunk]
     rows = np.arange(len(similarity))[:, None]
-    np.add.at(votes, (rows, bank_labels[nearest]), weight)
-    correct += int(
-        (votes.argmax(1) == query_labels[start : start + chunk]).sum()
-    )
-  return 100 * correct / len(queries)
+    for i, k in enumerate(ks):
+      k = min(k, len(bank))
+      nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
+      weight = np.exp(np.take_along_axis(similarity, nearest, 1) / temperature)
+      votes = np.zeros((len(similarity), classes))
+      np.add.at(votes, (rows, bank_labels[nearest]), weight)
+      correct[i] += (votes.argmax(1) == labels).sum()
+  return (100 * correct / len(queries)).tolist()
 
 
 def _unit(x):
@@ -50,76 +139,71 @@ def _unit(x):
   return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
-def load(
-    dataset: Any, indices: np.ndarray, *, size: int, name: str, progress: bool
-) -> tuple[UInt8[np.ndarray, "n s s 3"], dict[str, np.ndarray]]:
-  """The images at `indices`, resized to `size`, and all that describes them."""
-  images, extras = [], {}
-  indices = tqdm.tqdm(indices, desc=name, disable=not progress, leave=False)
-  for i in indices:
-    example = dataset[int(i)]
-    image = example.pop("image")
-    if image.shape[:2] != (size, size):
-      image = transforms.center_resize(image, size)
-    images.append(image)
-    for key, value in example.items():
-      extras.setdefault(key, []).append(value)
-  return np.stack(images), {k: np.array(v) for k, v in extras.items()}
-
-
-def pixels(images: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n d"]:
-  """Raw pixels as features, in [0, 1]; their mean is the caller's to remove."""
-  return images.reshape(len(images), -1).astype(np.float32) / 255
+def chance(test: Part) -> float:
+  """The accuracy of a guess among the classes that come, in percent."""
+  return 100 / int(np.count_nonzero(np.bincount(test.labels)))
 
 
 def run(
     name: str,
-    bank: tuple[UInt8[np.ndarray, "n h w 3"], dict[str, np.ndarray]],
-    queries: tuple[UInt8[np.ndarray, "m h w 3"], dict[str, np.ndarray]],
-    embedders: dict[str, Embedder],
+    bank: Part,
+    queries: Part,
     *,
     k: int = 20,
+    progress: bool = True,
 ) -> dict[str, float]:
   """Top-1 in percent for each feature, keyed `knn/NAME/METRIC`.
 
-  Args:
-    name: of the set.
-    bank: images and, as `label` and perhaps `center` and `extent`, what
-      describes them.
-    queries: likewise.
-    embedders: suffix -> embedder: "" gives `top1`, "random_init" gives
-      `top1_random_init`.
-    k: neighbours.
+  `top1` is of `k` neighbours, `top1_k200` of 200, where the bank has more.
   """
-  (bank_images, bank_extras), (query_images, query_extras) = bank, queries
-  labels = bank_extras["label"], query_extras["label"]
-
-  features = {
-      f"top1_{suffix}" if suffix else "top1": (embed(bank_images),
-                                               embed(query_images))
-      for suffix, embed in embedders.items()
-  }  # fmt: skip
-  features["top1_pixels"] = _centred(pixels(bank_images), pixels(query_images))
-  if "center" in bank_extras:
-    features["top1_color"] = _centred(
-        *(x.mean(axis=(1, 2)) / 255 for x in (bank_images, query_images))
+  result = {}
+  many = (_MANY,) if len(bank.labels) > _MANY else ()
+  for suffix in sorted(queries.features, key=_order):
+    pair = bank.features[suffix], queries.features[suffix]
+    if suffix not in ("", "random_init"):
+      mean = pair[0].mean(axis=0)
+      pair = pair[0] - mean, pair[1] - mean
+    accuracies = knn_accuracy(
+        *(pair[0], bank.labels, pair[1], queries.labels),
+        ks=(k, *many) if suffix in TWINS else (k,),
+        name=f"knn/{name}",
+        progress=progress,
     )
-    features["top1_position"] = _centred(
-        *(
-            np.concatenate([x["center"], x["extent"][:, None]], axis=1)
-            for x in (bank_extras, query_extras)
-        )
-    )
-  result = {
-      f"knn/{name}/{metric}": knn_accuracy(a, labels[0], b, labels[1], k=k)
-      for metric, (a, b) in features.items()
-  }
-  counts = np.bincount(labels[1])
-  result[f"knn/{name}/chance"] = 100 / int(np.count_nonzero(counts))
-  result[f"knn/{name}/count"] = len(query_images)
+    keys = ("top1", f"top1_k{_MANY}")
+    for key, accuracy in zip(keys, accuracies, strict=False):
+      result[f"knn/{name}/{metric(key, suffix)}"] = accuracy
+  result[f"knn/{name}/chance"] = chance(queries)
+  result[f"knn/{name}/count"] = len(queries.labels)
   return result
 
 
-def _centred(bank, queries):
-  mean = bank.mean(axis=0)
-  return bank - mean, queries - mean
+def _order(suffix):
+  return (*TWINS, "color", "position").index(suffix)
+
+
+def rank(name: str, part: Part) -> dict[str, float]:
+  """RankMe of each feature, keyed `rankme/NAME/METRIC` (metrics.rank_me).
+
+  Of up to 25,600 images, spread over the part; the pixels' is of pictures of
+  16 x 16. A rank compares runs of one method, with as many features.
+  """
+  count = len(part.labels)
+  rows = np.linspace(0, count - 1, min(count, _RANKED)).round().astype(int)
+  result = {}
+  for suffix in TWINS:
+    if suffix in part.features:
+      z = part.features[suffix][rows]
+      z = _small(z) if suffix == "pixels" else z
+      result[f"rankme/{name}/{metric('rank', suffix)}"] = metrics.rank_me(z)
+  result[f"rankme/{name}/count"] = len(rows)
+  return result
+
+
+def _small(pixels: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n _"]:
+  side = round((pixels.shape[1] / 3) ** 0.5)
+  if side <= _RANKED_SIDE:
+    return pixels
+  images = pixels.reshape(-1, side, side, 3)
+  size = (_RANKED_SIDE, _RANKED_SIDE)
+  small = [cv2.resize(x, size, interpolation=cv2.INTER_AREA) for x in images]
+  return np.stack(small).reshape(len(pixels), -1)

@@ -1,0 +1,159 @@
+"""The whole encoder, trained on with a linear head, and its accuracy."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import UInt8
+import numpy as np
+import optax
+import tqdm
+
+from mcjepa_jax import optimizer, sharding
+from mcjepa_jax.data import transforms
+from mcjepa_jax.models import mcjepa
+
+_WARM = 0.1  # of the steps
+_CLIP = 1.0  # of the gradient's norm
+
+Params = Any
+
+
+def view(
+    image: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator, size: int
+) -> UInt8[np.ndarray, "s s 3"]:
+  """A random box of the image at `size`, mirrored or not (torchvision's rule)."""
+  box = transforms.random_box(*image.shape[:2], rng)
+  return transforms.resample(
+      image, box, (size, size), flip=bool(rng.random() < 0.5)
+  )
+
+
+def _scores(model, state, images, key=None):
+  """The head's scores; with a key for drop path, as in training."""
+  pooled = model.apply(
+      {"params": state["model"]},
+      images.astype(jnp.float32) / 255,
+      method=model.pooled,
+      deterministic=key is None,
+      rngs=None if key is None else {"drop_path": key},
+  )
+  return pooled @ state["head"]["kernel"] + state["head"]["bias"]
+
+
+def run(
+    name: str,
+    model: mcjepa.MCJEPA,
+    params: Params,
+    train: Any,
+    test: Any,
+    *,
+    num_classes: int,
+    size: int,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    weight_decay: float,
+    seed: int,
+    mesh: jax.sharding.Mesh,
+    progress: bool = True,
+) -> dict[str, float]:
+  """Top-1 in percent after training on, keyed `finetune/NAME/METRIC`.
+
+  AdamW, cosine after a tenth of warm-up, drop path as in pre-training. Training
+  images are random boxes, mirrored or not, test images central squares. The
+  devices used are as many as divide the batch.
+  """
+  batch_size = min(batch_size, len(train))
+  mesh = sharding.make_mesh(math.gcd(batch_size, mesh.size))
+  steps = len(train) // batch_size
+  tx = optimizer.make_optimizer(
+      learning_rate=learning_rate,
+      num_steps=epochs * steps,
+      warmup_steps=int(_WARM * epochs * steps),
+      weight_decay=weight_decay,
+      clip_norm=_CLIP,
+  )
+  width = jax.eval_shape(
+      lambda p: model.apply(
+          {"params": p}, jnp.zeros((1, size, size, 3)), method=model.pooled
+      ),
+      params,
+  ).shape[-1]
+  head = {
+      "kernel": jnp.zeros((width, num_classes)),
+      "bias": jnp.zeros(num_classes),
+  }
+  # The expander and the estimator are no part of what is trained on.
+  state = {"model": {"encoder": params["encoder"]}, "head": head}
+  whole, batch = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+  state, opt_state = jax.device_put((state, tx.init(state)), whole)
+
+  def loss_fn(state, images, labels, key):
+    scores = _scores(model, state, images, key)
+    return optax.softmax_cross_entropy_with_integer_labels(
+        scores, labels
+    ).mean()
+
+  def step(state, opt_state, images, labels, number):
+    key = jax.random.fold_in(jax.random.key(seed), number)
+    gradient = jax.grad(loss_fn)(state, images, labels, key)
+    updates, opt_state = tx.update(gradient, opt_state, state)
+    return optax.apply_updates(state, updates), opt_state
+
+  step = jax.jit(
+      step, in_shardings=(whole, whole, batch, batch, None), out_shardings=whole
+  )
+  predict = jax.jit(
+      lambda state, images: _scores(model, state, images).argmax(-1),
+      in_shardings=(None, batch),
+  )
+  bar = tqdm.tqdm(
+      total=epochs * steps,
+      desc=f"finetune/{name}",
+      disable=not progress,
+      leave=False,
+  )
+  for number in range(epochs * steps):
+    images, labels = _batch(
+        train, size, batch_size, seed, *divmod(number, steps)
+    )
+    state, opt_state = step(state, opt_state, images, labels, np.int32(number))
+    bar.update()
+  bar.close()
+  starts = tqdm.tqdm(
+      range(0, len(test), batch_size),
+      desc=f"finetune/{name}",
+      disable=not progress,
+      leave=False,
+  )
+  correct, seen = 0, np.zeros(num_classes, bool)
+  for start in starts:
+    part = [test[i] for i in range(start, min(start + batch_size, len(test)))]
+    images = np.stack(
+        [transforms.center_resize(x["image"], size) for x in part]
+    )
+    labels = np.array([x["label"] for x in part])
+    # Padded with repeats to one shape; the rest is dropped.
+    rows = np.arange(batch_size) % len(part)
+    guesses = np.asarray(predict(state, images[rows]))[: len(part)]
+    correct += int((guesses == labels).sum())
+    seen[labels] = True
+  return {
+      f"finetune/{name}/top1": 100 * correct / len(test),
+      f"finetune/{name}/chance": 100 / int(seen.sum()),
+      f"finetune/{name}/count": len(test),
+  }
+
+
+def _batch(train, size, batch_size, seed, epoch, place):
+  """Views and labels of one step; an epoch's last rows fill no batch."""
+  order = np.random.default_rng((seed, epoch)).permutation(len(train))
+  images, labels = [], []
+  for i in order[place * batch_size : (place + 1) * batch_size].tolist():
+    example = train[i]
+    rng = np.random.default_rng((seed, epoch, i))
+    images.append(view(example["image"], rng, size))
+    labels.append(example["label"])
+  return np.stack(images), np.array(labels, np.int32)

@@ -1,0 +1,215 @@
+"""The evals by name: which run, which are told, and on how many devices."""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+from mcjepa_jax import assembly, errors, evaluate, sharding, suite
+from mcjepa_jax.data import sources
+from mcjepa_jax.models import mcjepa
+from tests import tiny
+
+
+@pytest.fixture
+def small(monkeypatch):
+  """Procedural sets of a few examples."""
+  for name, count in (
+      ("_SYNTHETIC_PAIRS", 7),
+      ("_TRAIN_PAIRS", 4),
+      ("_KNN_BANK", 60),
+      ("_KNN_QUERIES", 30),
+  ):
+    monkeypatch.setattr(suite, name, count)
+
+
+def _no_load(monkeypatch):
+  """What `evaluate` asks to load, which ends it."""
+  asked = []
+
+  def stop(path, **_):
+    asked.append(path)
+    raise errors.UserError("loaded")
+
+  monkeypatch.setattr(evaluate, "restore_model", stop)
+  return asked
+
+
+def test_evals_that_cannot_run_are_told_before_anything_is_loaded(
+    monkeypatch, capsys, small, tmp_path, untrained
+):
+  asked = _no_load(monkeypatch)
+  cfg = tiny.config(
+      checkpoint=str(untrained),
+      data_root=str(tmp_path),
+      evals=("flow/middlebury", "knn/synthetic", "linear/stl10"),
+  )
+  with pytest.raises(errors.UserError, match="loaded"):
+    evaluate.evaluate(cfg, tmp_path / "w")
+  out = capsys.readouterr().out.splitlines()
+  assert [line.split(":")[0] for line in out] == [
+      "flow/middlebury cannot run",
+      "linear/stl10 cannot run",
+  ]
+  assert len(asked) == 1
+  # With nothing left to run, or with a mistake, all is an error at once.
+  for evals, words in (
+      (("flow/middlebury", "linear/stl10"), ("other-gt-flow", "stl10_binary")),
+      (("flow/middlebury", "knn/synthetic", "speed/x"), ("speed/x",)),
+      (("flow/nowhere", "knn/synthetic"), ("'nowhere'",)),
+      (("knn/nowhere", "knn/synthetic"), ("'nowhere'", "imagenet_tfds")),
+  ):
+    cfg.evals = evals
+    with pytest.raises(errors.UserError) as caught:
+      evaluate.evaluate(cfg, tmp_path / "w")
+    for word in words:
+      assert word in str(caught.value)
+  assert len(asked) == 1
+
+
+@pytest.mark.slow
+def test_what_can_run_is_written_and_the_rest_is_an_error_at_the_end(
+    capsys, small, tmp_path, untrained
+):
+  cfg = tiny.config(
+      checkpoint=str(untrained),
+      data_root=str(tmp_path),
+      evals=("flow/middlebury", "rankme/synthetic"),
+  )
+  with pytest.raises(errors.UserError, match="middlebury") as caught:
+    evaluate.evaluate(cfg, tmp_path)
+  assert len(caught.value.messages) == 1
+  results = json.loads((tmp_path / "evaluation.json").read_text())
+  assert results["rankme/synthetic/rank"] > 1
+  assert results["meta/seconds/rankme/synthetic"] > 0
+  assert not [key for key in results if "middlebury" in key]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_does_not_describe_its_model_is_refused(
+    tmp_path, untrained
+):
+  shutil.copytree(untrained, tmp_path / "w")
+  (path,) = (tmp_path / "w").glob("checkpoints/3/meta/*")
+  meta = json.loads(path.read_text())
+  del meta["model"]["encoder"]
+  path.write_text(json.dumps(meta))
+  cfg = tiny.config(checkpoint=str(tmp_path / "w"), evals=("rankme/synthetic",))
+  with pytest.raises(errors.UserError, match="expected the model and the seed"):
+    evaluate.evaluate(cfg, tmp_path)
+
+
+def _subject(cfg, *, devices=1):
+  model = assembly.model(cfg)
+  params, initial = (
+      sharding.call_once(lambda seed=seed: mcjepa.init_params(model, seed))
+      for seed in (1, 0)
+  )
+  return suite.Subject(
+      *(cfg, model, params, initial, sharding.make_mesh(devices)),
+      workdir=pathlib.Path("unused"),
+  )
+
+
+def test_an_eval_that_ends_in_a_fault_leaves_the_others_their_results(
+    monkeypatch,
+):
+  def broken(subject, name):
+    raise errors.UserError(f"{name}/frame_7.png: damaged", "and more")
+
+  def fine(subject, name):
+    return {f"fine/{name}/metric": 1.0}
+
+  monkeypatch.setattr(
+      suite,
+      "_EVALS",
+      {
+          "broken": suite.Eval(None, broken, between_steps=True),
+          "fine": suite.Eval(None, fine, between_steps=True),
+          "slow": suite.Eval(None, fine),
+      },
+  )
+  cfg = tiny.config(evals=("broken/a", "fine/b", "slow/c"))
+  mesh = sharding.make_mesh(1)
+  subject = suite.Subject(
+      cfg, assembly.model(cfg), None, None, mesh, pathlib.Path("unused")
+  )
+  results, faults = suite.run(subject)
+  assert faults == ["a/frame_7.png: damaged", "and more"]
+  assert set(results) == {
+      "fine/b/metric", "meta/seconds/fine/b",
+      "fine/c/metric", "meta/seconds/slow/c",
+  }  # fmt: skip
+  results, _ = suite.run(subject, between_steps=True)
+  assert set(results) == {"fine/b/metric", "meta/seconds/fine/b"}
+  results, faults = suite.run(subject, ("fine/x",))
+  assert "fine/x/metric" in results and not faults
+
+
+def test_the_best_metric_must_be_of_an_eval_between_steps(small):
+  cfg = tiny.config(
+      evals=("linear/synthetic",), keep_best=1,
+      best_metric="linear/synthetic/top1",
+  )  # fmt: skip
+  assert any("best_metric" in fault for fault in suite.check(cfg))
+  cfg.update(evals=("knn/synthetic",), best_metric="knn/synthetic/top1")
+  assert not suite.check(cfg)
+
+
+def test_a_limit_spreads_over_the_set():
+  few = sources.spread([{"label": 10 * i} for i in range(10)], 4)
+  assert [few[i]["label"] for i in range(len(few))] == [0, 30, 60, 90]
+  every = list(range(5))
+  for limit in (0, 5, 9):
+    assert sources.spread(every, limit) is every
+
+
+@pytest.mark.slow
+def test_numbers_are_equal_on_1_and_on_4_devices(small):
+  cfg = tiny.config(
+      evals=(
+          *("flow/synthetic", "knn/synthetic"),
+          *("linear/synthetic", "rankme/synthetic"),
+      )
+  )
+  cfg.linear.epochs = 3
+  cfg.eval_batch_size = 4
+  one, four = (
+      suite.run(_subject(cfg, devices=devices))[0] for devices in (1, 4)
+  )
+  assert one.keys() == four.keys()
+  assert one["flow/synthetic/count"] == 7  # batches of 4 and 3
+  assert one["knn/synthetic/top1"] != one["knn/synthetic/top1_random_init"]
+  for key, value in one.items():
+    if "seconds" not in key:
+      # Noise through norms over few channels magnifies rounding.
+      np.testing.assert_allclose(four[key], value, rtol=5e-3, err_msg=key)
+
+
+def test_labelled_sets_are_split_as_they_are_published_or_by_fifths(tmp_path):
+  folder = tmp_path / "imagenet"
+  for split, count in (("train", 3), ("val", 1)):
+    for name in ("n01", "n02"):
+      for i in range(count):
+        tiny.save_image(folder / split / name / f"{i}.jpeg", (8, 8), i)
+  options = dict(seed=0, eval_seed=1, size=8, counts=(4, 2))
+  train, test = sources.labelled_split("imagenet", str(tmp_path), **options)
+  assert (len(train), len(test)) == (6, 2)
+  assert test.record_id(0) == "n01/0.jpeg"
+  train, test = sources.labelled_split(
+      "imagenet_train", str(tmp_path), **options
+  )
+  assert [test.record_id(i) for i in range(2)] == ["n01/0.jpeg", "n02/2.jpeg"]
+  assert len(train) == 4 and train.classes == ["n01", "n02"]
+  tiny.save_image(folder / "val" / "n03" / "0.jpeg", (8, 8))
+  with pytest.raises(errors.UserError, match="same classes.*n03"):
+    sources.labelled_split("imagenet", str(tmp_path), **options)
+  train, test = sources.labelled_split(
+      "synthetic", "", **options | dict(size=16)
+  )
+  assert (len(train), len(test)) == (4, 2)
+  assert set(map(train.record_id, range(4))).isdisjoint(
+      map(test.record_id, range(2))
+  )
