@@ -225,6 +225,17 @@ def test_a_meta_of_another_form_is_told(tmp_path, text):
   assert "meta.json: expected" in fault
 
 
+def test_a_video_of_the_meta_that_is_missing_is_told_at_once(tmp_path):
+  train = tmp_path / "youtube_vos" / "train"
+  mask_clips.youtube_vos(train)
+  meta = json.loads((train / "meta.json").read_text())
+  meta["videos"]["lost"] = {"objects": {"1": {}}}
+  (train / "meta.json").write_text(json.dumps(meta))
+  (fault,) = _faults(tmp_path, "davis/youtube_vos")
+  assert "JPEGImages/lost: not found" in fault
+  assert "2 videos, of which 1 are missing" in fault
+
+
 def test_masks_of_the_first_frames_alone_measure_nothing(tmp_path):
   # As the validation part is published.
   train = tmp_path / "youtube_vos" / "train"

@@ -25,7 +25,7 @@ from mcjepa_jax.errors import UserError
 _VOID = 255
 _MAX_FAULTS = 10  # of one sequence that are told
 _MAX_LIST = 2**22  # bytes of a split's list, or 40,000 lines of DAVIS 2016's
-_MAX_META = 2**26  # bytes of meta.json; 3,471 videos take some 2 MB
+_MAX_META = 2**26  # bytes of meta.json, 19,000 for each of 3,471 videos
 # What a 2016 archive's list holds in place of a name; the mask's path follows.
 _LISTED_FRAME = re.compile(r"/?JPEGImages/480p/([^/\s]+)/[^/\s]+\s+\S+")
 _DAVIS_LISTS = {
@@ -204,7 +204,16 @@ def youtube_vos(root: image_io.Path) -> MaskSequences:
   its sequence (github.com/ychfan/youtube-vos.org, _pages/dataset/vos.md).
   """
   folder = _find(root, ("youtube_vos/train", "train", ""), "meta.json")
-  return MaskSequences(folder, "", _meta(folder / "meta.json"))
+  objects = _meta(folder / "meta.json")
+  # One listing tells now what else the last of thousands would tell.
+  there = {entry.name for entry in _scan(folder / "JPEGImages", "videos")}
+  missing = [name for name in objects if name not in there]
+  if missing:
+    raise UserError(
+        f"{folder / 'JPEGImages' / missing[0]}: not found; meta.json names"
+        f" {len(objects)} videos, of which {len(missing)} are missing"
+    )
+  return MaskSequences(folder, "", objects)
 
 
 def read_labels(path: image_io.Path) -> UInt8[np.ndarray, "h w"]:
