@@ -48,7 +48,7 @@ _STEPS = 48
 _TIMED = re.compile(r"seconds/|feed/|step/|examples_per_second|goodput/")
 _PHASE = "phase.txt"
 _DIGEST = "digest.txt"
-_MAX_SECONDS = 300.0  # a training that takes longer hangs
+_MAX_SECONDS = 900.0  # a training that takes longer hangs
 _WRITES = 0.25  # of the kills
 _OFTEN = 0.5  # of the kills are aimed at a write
 
@@ -110,6 +110,7 @@ class _Life:
     self.workdir = workdir
     self.kills: list[dict[str, Any]] = []
     workdir.mkdir()
+    (workdir / _PHASE).touch()  # a process killed at once wrote none
 
   def start(self) -> subprocess.Popen:
     log = (self.workdir / "log.txt").open("w")
@@ -151,10 +152,20 @@ class _Life:
     records = journal.read_lines(self.workdir / "records.jsonl")
     return logs, records, (self.workdir / _DIGEST).read_text()
 
-  def check(self, code: int) -> None:
-    """Raises for a process that ended by itself, and not at its end."""
+  def end(self, process: subprocess.Popen) -> None:
+    """Waits for the end of the training; raises if it was another one."""
+    try:
+      code = process.wait(_MAX_SECONDS)
+    finally:
+      _kill_group(process)
     if code:
       raise RuntimeError(f"exit code {code}:\n{self._log()[-4000:]}")
+
+
+def _kill_group(process: subprocess.Popen) -> None:
+  with contextlib.suppress(ProcessLookupError):
+    os.killpg(process.pid, signal.SIGKILL)
+  process.wait()
 
 
 def _wait_for_write(life: _Life, process: subprocess.Popen, until: float):
@@ -185,15 +196,15 @@ def _kill(
   if process.poll() is not None:
     return None
   # Stopped first, so that what is read is what is killed.
-  os.killpg(process.pid, signal.SIGSTOP)
-  kill = {
-      "seconds": round(time.monotonic() - start, 2),
-      "phase": life.phase(),
-      "complete": life.complete(),
-  }
-  os.killpg(process.pid, signal.SIGKILL)
-  process.wait()
-  return kill
+  try:
+    os.killpg(process.pid, signal.SIGSTOP)
+    return {
+        "seconds": round(time.monotonic() - start, 2),
+        "phase": life.phase(),
+        "complete": life.complete(),
+    }
+  finally:
+    _kill_group(process)
 
 
 def _lives(
@@ -209,7 +220,7 @@ def _lives(
       process = life.start()
       kill = _kill(life, process, rng, whole) if done < kills else None
       if kill is None:
-        life.check(process.wait(_MAX_SECONDS))
+        life.end(process)
       if life.kills:
         last = life.kills[-1]
         # A process killed before it said so chose nothing yet.
@@ -242,12 +253,10 @@ def main(argv: list[str]) -> None:
   rows = []
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
-    alone = _Life(folder / "alone")
-    for _ in range(2):  # the second one finds the first one's programs
-      shutil.rmtree(alone.workdir)
-      alone.workdir.mkdir()
+    for number in range(2):  # the second one finds the first one's programs
+      alone = _Life(folder / f"alone_{number}")
       start = time.monotonic()
-      alone.check(alone.start().wait(_MAX_SECONDS))
+      alone.end(alone.start())
       whole = time.monotonic() - start
     expected = alone.outcome()
     size = sum(

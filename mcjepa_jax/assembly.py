@@ -95,6 +95,8 @@ def streams(config: Any) -> dict[str, pipeline.Stream]:
     geometry = dict(
         mode=motion.geometry,
         scale=tuple(motion.downscale),
+        flip=True,
+        swap=True,
         rotation=tuple(motion.rotation),
         relative_rotation=motion.relative_rotation,
         relative_scale=motion.relative_scale,

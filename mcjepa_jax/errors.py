@@ -11,17 +11,25 @@ class UserError(ValueError):
   The commands print each as one line `error: ...` and exit with code 2.
   """
 
+  # Whether more of the same kind are certain to fail in the same way.
+  final = False
+
   def __init__(self, *messages: str):
     super().__init__("\n".join(messages))
     self.messages = messages
 
 
 def collect(*checks: Callable[[], Any]) -> list[str]:
-  """The messages of all the UserErrors of the checks, called in their order."""
+  """The messages of all the UserErrors of the checks, called in their order.
+
+  After one that is final no more are called.
+  """
   messages = []
   for check in checks:
     try:
       check()
     except UserError as error:
       messages.extend(error.messages)
+      if error.final:
+        break
   return messages

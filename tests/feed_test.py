@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
-from mcjepa_jax.data import pipeline
+from mcjepa_jax.data import handover, pipeline
 from mcjepa_jax.errors import UserError
 
 
@@ -53,6 +53,7 @@ def test_a_worker_starts_no_threads_of_opencv():
   with content(num_workers=1) as stream:
     arrays = next(stream).arrays
     assert (arrays["views"] == 1).all()
+    assert len(stream._borrower._opened) == handover.can_lend()
     assert stream.rate() > 0
 
 

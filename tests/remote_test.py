@@ -1,5 +1,6 @@
 """Data in buckets: read as on a disk, copied once, and what goes wrong."""
 
+from concurrent import futures
 import datetime
 import json
 import os
@@ -15,6 +16,7 @@ from gcp_storage_emulator import server as emulator
 import numpy as np
 import pytest
 
+from mcjepa_jax import errors
 from mcjepa_jax.data import (
     array_records,
     check,
@@ -149,6 +151,66 @@ def test_the_cache_serves_what_was_read_before(gs, images, tmp_path):
   assert not gs.requests
   kept = [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
   assert len(kept) == 6 and not any(p.suffix == ".part" for p in kept)
+
+
+def test_readers_that_want_one_file_at_once_copy_it_once(gs, images, tmp_path):
+  _, address = images
+  path = files.path(f"{address}/a/0.png", str(tmp_path / "cache"))
+  path.stat()
+  gs.requests.clear()
+  with futures.ThreadPoolExecutor(4) as pool:
+    places = set(pool.map(files.local, [path] * 4))
+  assert places == {path.copy} and len(gs.requests) == 1
+  assert [p for p in (tmp_path / "cache").rglob("*") if p.is_file()] == [
+      path.copy
+  ]
+
+
+def test_a_copy_that_is_shorter_than_listed_is_not_kept(
+    gs, images, tmp_path, monkeypatch
+):
+  _, address = images
+  path = files.path(f"{address}/a/0.png", str(tmp_path / "cache"))
+  path.stat()
+  store = files._store("gs")
+  monkeypatch.setattr(
+      store,
+      "get_file",
+      lambda source, target, **_: pathlib.Path(target).write_bytes(b"x"),
+  )
+  with pytest.raises(files.Unreachable, match="0.png: .* bytes, came 1"):
+    files.local(path)
+  assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+
+
+def test_a_store_that_does_not_answer_costs_no_converted_shard(
+    images, tmp_path, monkeypatch, capsys
+):
+  _, address = images
+  flags = f"--input={address}", f"--output={tmp_path / 'out'}", "--workers=1"
+  assert convert.main([*flags, "--shards=2"]) == 0
+  shards = sorted((tmp_path / "out").glob("*.array_record"))
+  _no_waiting(monkeypatch)
+
+  def down(*_, **__):
+    raise OSError("down")
+
+  monkeypatch.setattr(files._store("gs"), "get_file", down)
+  for more in ([], ["--skip-bad"]):
+    assert convert.main([*flags, "--shards=2", *more]) == 2
+    assert "cannot be read (OSError: down)" in capsys.readouterr().err
+    assert sorted((tmp_path / "out").glob("*.array_record")) == shards
+
+
+def test_a_store_that_does_not_answer_is_asked_once_by_a_check():
+  asked = []
+
+  def unreachable():
+    asked.append(1)
+    raise files.Unreachable("gs://b/x: cannot be read")
+
+  assert errors.collect(*[unreachable] * 3) == ["gs://b/x: cannot be read"]
+  assert len(asked) == 1
 
 
 def test_without_a_cache_no_image_is_kept(images):

@@ -46,7 +46,7 @@ import cv2
 import numpy as np
 import tqdm
 
-from mcjepa_jax import command, errors, step, validation, visualize
+from mcjepa_jax import command, errors, visualize
 from mcjepa_jax.data import (
     array_records,
     catalog,
@@ -119,6 +119,7 @@ class _Source:
     self.warnings: list[str] = []
     self.judge = flow_faults.Judge()
     self.decoded = 0
+    self._unreachable = False
     self._settings = settings
     # Of the panel: the pair, the error left in it, and columns of images.
     self._pair: dict[str, Any] | None = None
@@ -153,10 +154,13 @@ class _Source:
 
   def decode(self, index: int) -> None:
     """Decodes an example and looks at it."""
+    if self._unreachable:
+      return
     try:
       example = self.dataset[index]
     except errors.UserError as error:
       self.faults += error.messages
+      self._unreachable = error.final
       return
     self.decoded += 1
     if self.kind == "flow":
@@ -211,7 +215,7 @@ class _Source:
     with tqdm.tqdm(desc=label, total=total, unit="B", unit_scale=True) as bar:
       for shard in shards:
         path, digest = folder / shard["name"], hashlib.sha256()
-        with image_io.opened(path, "a shard") as (file, _):
+        with image_io.opened(path, "a shard", again=True) as (file, _):
           while chunk := file.read(_CHUNK):
             digest.update(chunk)
             bar.update(len(chunk))
@@ -362,6 +366,9 @@ def of_config(config: Any) -> tuple[list[str], Settings]:
   Raises:
     UserError: all that `train` would find wrong with the config itself.
   """
+  # Imported here: they load JAX, for which a check of one set has no use.
+  from mcjepa_jax import step, validation
+
   faults = validation.faults(config)
   if faults:
     raise errors.UserError(*faults)

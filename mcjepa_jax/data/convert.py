@@ -95,6 +95,8 @@ def _read(shard: _Shard, name: str) -> bytes | Fault:
   path = shard.root / name
   try:
     return image_io.read_encoded(path)
+  except files.Unreachable:
+    raise  # no fault of the image
   except errors.UserError as error:
     return name, str(error).removeprefix(f"{path}: ")
 
@@ -170,6 +172,8 @@ def _verify(shard: _Shard) -> tuple[dict[str, Any], list[Fault]] | None:
     with open(shard.path, "rb") as file:
       digest = hashlib.file_digest(file, "sha256").hexdigest()
       size = os.fstat(file.fileno()).st_size
+  except files.Unreachable:
+    raise  # nothing is known of the shard
   except (errors.UserError, OSError):
     return None
   entry = {"name": shard.path.name, "records": count, "bytes": size}

@@ -200,7 +200,7 @@ class Stream(Iterator):
     threading.Thread(target=get, daemon=True).start()
     while not futures.wait([batch], _PATIENCE).done and not self._died():
       pass
-    if batch.done() and isinstance(batch.exception(), OSError):
+    if batch.done() and isinstance(batch.exception(), handover.Gone):
       # A process that is being killed loses its files first.
       connection.wait([w.sentinel for w in self._workers], _PATIENCE)
     if batch.done() and not (batch.exception() and self._died()):
@@ -244,6 +244,11 @@ class Stream(Iterator):
         )
     )
     if self._num_workers:
+      if handover.can_lend():
+        # What is not lent goes through pipes: /dev/shm may be small.
+        dataset = grain.experimental.WithOptionsIterDataset(
+            dataset, grain.experimental.DatasetOptions(min_shm_size=2**62)
+        )
       dataset = dataset.mp_prefetch(
           grain.MultiprocessingOptions(
               num_workers=self._num_workers,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import fnmatch
 import functools
 import hashlib
@@ -24,7 +25,7 @@ import pathlib
 import shutil
 import tempfile
 import time
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from mcjepa_jax.errors import UserError
 
@@ -46,6 +47,8 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 class Unreachable(UserError):
   """A store does not answer, or not to us: no fault of a file."""
+
+  final = True
 
 
 class Stat(NamedTuple):
@@ -83,7 +86,7 @@ class Remote:
     return _received, (self.scheme, key, self.folder, self.keeps)
 
   def __truediv__(self, other: str | os.PathLike) -> "Remote":
-    return self._at(self.key / other)
+    return self.joinpath(os.fspath(other))
 
   def joinpath(self, *others: str) -> "Remote":
     """Returns the path below this one."""
@@ -205,10 +208,12 @@ def _received(scheme: str, key: str, folder: str, keeps: bool) -> Remote:
 def path(text: str | os.PathLike, cache: str = "") -> Location:
   """Returns a user's path; `cache` is the folder for copies of remote files.
 
+  What is a path already stays what it is: a name found may begin with "~".
+
   Raises:
     UserError: the address of no store that can be read, or of no bucket.
   """
-  if isinstance(text, Remote):
+  if isinstance(text, Location):
     return text
   text = os.fspath(text)
   scheme, separator, rest = text.partition("://")
@@ -245,10 +250,12 @@ def names(folder: str | os.PathLike) -> list[str]:
 def walk(
     top: str | os.PathLike, on_error: Callable[[OSError], Any]
 ) -> Iterator[tuple[Any, list[str], list[str]]]:
-  """Yields as os.walk does."""
+  """Yields as os.walk does, folders as paths."""
   if isinstance(top, Remote):
-    return top.walk()
-  return os.walk(top, onerror=on_error)
+    yield from top.walk()
+    return
+  for folder, below, names in os.walk(top, onerror=on_error):
+    yield pathlib.Path(folder), below, names
 
 
 def split(path: str | os.PathLike) -> tuple[str | Remote, str]:
@@ -270,9 +277,30 @@ def local(path: str | os.PathLike) -> str | os.PathLike:
     return path
   if path.keeps and not path.sent:
     path.stat()  # its folder is listed now, and no copy in it an old one
-  if not path.copy.exists():
-    os.replace(_download(path), path.copy)
+  part = f"{path.copy}.part"
+  # Several processes want it at once: the others wait for the one that copies.
+  while not path.copy.exists():
+    with _asking(path):
+      path.copy.parent.mkdir(parents=True, exist_ok=True)
+      file = open(part, "ab")
+      fcntl.flock(file, fcntl.LOCK_EX)
+    with file:
+      if not _is_open(file, part):
+        continue
+      if path.copy.exists():  # since it was looked for
+        os.unlink(part)
+      else:
+        _download(path, part)
+        os.replace(part, path.copy)
   return path.copy
+
+
+def _is_open(file: IO, name: str) -> bool:
+  """Returns whether the file still has this name."""
+  try:
+    return os.path.samestat(os.stat(name), os.fstat(file.fileno()))
+  except FileNotFoundError:
+    return False
 
 
 def copied(
@@ -285,7 +313,12 @@ def copied(
   path = _remote(path)
   if again or not isinstance(path, Remote) or path.keeps or path.copy.exists():
     return local(path), False
-  return _download(path), True
+  with _asking(path):
+    path.copy.parent.mkdir(parents=True, exist_ok=True)
+    handle, spare = tempfile.mkstemp(dir=path.copy.parent)
+    os.close(handle)
+  _download(path, spare)
+  return spare, True
 
 
 def _remote(text: str | os.PathLike) -> str | os.PathLike:
@@ -293,25 +326,24 @@ def _remote(text: str | os.PathLike) -> str | os.PathLike:
   return path(text) if is_address else text
 
 
-def _download(path: Remote) -> str:
-  """Returns the name of a new file beside the copy's place."""
-  started, folder, part = time.time(), path.copy.parent, ""
+def _download(path: Remote, part: str) -> None:
+  """Copies into a file that is there, and deletes it where that fails."""
+  started = time.time()
   try:
     with _asking(path):
-      folder.mkdir(parents=True, exist_ok=True)
-      handle, part = tempfile.mkstemp(dir=folder, suffix=".part")
-      os.close(handle)
       store, options = _store(path.scheme), _ONE_REQUEST[path.scheme]
       store.get_file(str(path), part, **options)
+      listed = _listings.get(path.parent, {}).get(path.name)
+      came = os.stat(part).st_size
+      if listed and came != listed.st_size:
+        raise EOFError(f"expected {listed.st_size} bytes, came {came}")
       # What changed while it was copied is newer than the copy.
       os.utime(part, (started, started))
   except BaseException as error:
-    if part:
-      pathlib.Path(part).unlink(missing_ok=True)
+    pathlib.Path(part).unlink(missing_ok=True)
     if isinstance(error, FileNotFoundError):
       raise FileNotFoundError(errno.ENOENT, _GONE, str(path)) from error
     raise
-  return part
 
 
 @functools.cache
@@ -406,7 +438,8 @@ def _drop_if_old(path: Remote, stat: Stat) -> None:
     return
   newest = stat.st_mtime_ns + int(_CLOCKS * 1e9)
   if copy.st_size != stat.st_size or copy.st_mtime_ns < newest:
-    path.copy.unlink(missing_ok=True)
+    with _asking(path):
+      path.copy.unlink(missing_ok=True)
 
 
 def require(folder: Location, key: str) -> Location:

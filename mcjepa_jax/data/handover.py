@@ -16,6 +16,10 @@ from jaxtyping import UInt8
 import numpy as np
 
 
+class Gone(Exception):
+  """The worker that lent an array has ended."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Lent:
   """An array in a worker's segment, to be taken once."""
@@ -34,14 +38,14 @@ class _Lender:
 
   def empty(self, shape: tuple[int, ...]) -> UInt8[np.ndarray, "..."]:
     size = math.prod(shape)
-    file, capacity, memory = self._free(size) or self._new(size)
-    os.pwrite(file, b"\1", capacity)
+    _, capacity, memory = self._free(size) or self._new(size)
+    memory[capacity] = 1
     return np.frombuffer(memory, np.uint8, size).reshape(shape)
 
   def _free(self, size: int) -> tuple[int, int, mmap.mmap] | None:
     for segment in self._segments.values():
-      file, capacity, _ = segment
-      if capacity >= size and os.pread(file, 1, capacity) == b"\0":
+      _, capacity, memory = segment
+      if capacity >= size and not memory[capacity]:
         return segment
     return None
 
@@ -65,18 +69,22 @@ class _Lender:
 _lender = None
 
 
+def can_lend() -> bool:
+  """Returns whether the system has what is lent; Linux alone."""
+  return hasattr(os, "memfd_create")
+
+
 def start_lending() -> None:
   """Lets `empty` give the memory of segments; for a worker, at its start.
 
-  Nothing changes where there are none (Linux alone has them) or where the
-  parent could not open them.
+  Nothing changes where there are none, or where the parent could not open them.
   """
   global _lender
   try:
     os.listdir(f"/proc/{parent_process().pid}/fd")
   except OSError:
     return
-  if hasattr(os, "memfd_create"):
+  if can_lend():
     _lender = _Lender()
 
 
@@ -94,29 +102,38 @@ class Borrower:
   """The parent's side."""
 
   def __init__(self):
-    self._opened: dict[tuple[int, int], tuple[int, mmap.mmap]] = {}
+    self._opened: dict[tuple[int, int], mmap.mmap] = {}
 
   def take(self, lent: Lent | np.ndarray) -> UInt8[np.ndarray, "..."]:
     """Returns a copy of the array, whose memory the worker may then use again.
 
     Raises:
-      OSError: the worker is gone.
+      Gone: the worker has ended.
     """
     if not isinstance(lent, Lent):
       return np.array(lent, subok=False)
     key = lent.process, lent.file
     if key not in self._opened:
-      file = os.open(f"/proc/{lent.process}/fd/{lent.file}", os.O_RDWR)
-      self._opened[key] = file, mmap.mmap(file, lent.capacity + 1)
-    file, memory = self._opened[key]
+      self._opened[key] = _open(lent)
+    memory = self._opened[key]
     array = np.frombuffer(memory, np.uint8, math.prod(lent.shape))
     array = array.reshape(lent.shape).copy()
-    os.pwrite(file, b"\0", lent.capacity)
+    memory[lent.capacity] = 0
     return array
 
   def close(self) -> None:
     """Lets go of the segments, whose workers have ended."""
-    for file, memory in self._opened.values():
-      memory.close()
-      os.close(file)
-    self._opened.clear()
+    # Unmapped when nobody reads them any more.
+    self._opened = {}
+
+
+def _open(lent: Lent) -> mmap.mmap:
+  path = f"/proc/{lent.process}/fd/{lent.file}"
+  try:
+    file = os.open(path, os.O_RDWR)
+  except FileNotFoundError as error:
+    raise Gone(path) from error
+  try:
+    return mmap.mmap(file, lent.capacity + 1)
+  finally:
+    os.close(file)

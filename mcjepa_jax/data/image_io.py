@@ -63,9 +63,11 @@ def opened(path: Path, wanted: str, *, again: bool = False):
     # A pipe would block at open, so the kind is looked at first.
     if not stat.S_ISREG(os.stat(place).st_mode):
       raise UserError(f"{path}: expected {wanted}, came no regular file")
-    file = open(place, "rb")
-    if is_spare:
-      os.unlink(place)
+    try:
+      file = open(place, "rb")
+    finally:
+      if is_spare:
+        os.unlink(place)
   except (OSError, ValueError) as error:
     if isinstance(error, UserError):
       raise

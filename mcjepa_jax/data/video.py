@@ -508,7 +508,7 @@ def frame_folders(
   for top in (files.listed(root),) if folders is None else folders:
     for folder, below, names in files.walk(top, _cannot_list):
       below[:] = sorted((f for f in below if f[0] != "."), key=_natural)
-      place = files.path(folder).relative_to(root).as_posix()
+      place = folder.relative_to(root).as_posix()
       for run in _runs(names, leave_out):
         name = "" if place == "." else place
         sequences.append(FolderFrames(folder, run, name))
