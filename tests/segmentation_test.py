@@ -463,7 +463,7 @@ def _ade20k_sample(shared_data, short_side, *, rare=0.0):
   for row, image, labels in zip(batch, images, small, strict=True):
     row[..., :3] = crops.padded(image, side)
     row[: image.shape[0], : image.shape[1], 3] = table[labels]
-  names = [sample.classes[i] for i in kept]
+  names = tuple(sample.classes[i] for i in kept)
   return _Set([(image, table[x]) for image, x in pairs], names), batch
 
 
