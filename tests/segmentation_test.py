@@ -230,6 +230,7 @@ def _fit(network, *, devices=1, num_steps=8, **options):
   )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_frozen_encoder_stays_and_each_head_is_its_own():
   encoders = {"": _params(0), "random_init": _params(1)}
   before = jax.tree.map(np.array, encoders)
@@ -252,6 +253,7 @@ def test_a_frozen_encoder_stays_and_each_head_is_its_own():
   jax.tree.map(np.testing.assert_array_equal, encoders, before)
 
 
+@pytest.mark.slow
 def test_fine_tuning_moves_the_encoder_more_slowly_by_stage():
   network = _tuned()
   encoder = network.rates["encoder"]
@@ -274,6 +276,7 @@ def test_fine_tuning_moves_the_encoder_more_slowly_by_stage():
     np.testing.assert_allclose(np.median(moved), rate * 0.9**power, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_drop_path_is_of_the_training_alone():
   network = _tuned(drop_path=0.5)
   images = jnp.asarray(next(_batches())[..., :3], jnp.float32) / 255
@@ -288,6 +291,7 @@ def test_drop_path_is_of_the_training_alone():
   assert np.abs(one - two).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_eval():
   network = _linear(encoder=_params())
   broken = network._replace(
@@ -297,6 +301,7 @@ def test_a_loss_that_is_not_finite_ends_the_eval():
     _fit(broken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [_tuned, lambda: _linear(x=_params())])
 def test_numbers_are_those_of_one_device(make):
   rng = np.random.default_rng(7)
