@@ -81,6 +81,7 @@ def test_uperhead_has_the_published_parts():
   assert len(params) == 4 + 1 + 3 + 3 + 1 + 1 + 2 + 4  # and stage_norm_0 to 3
 
 
+@pytest.mark.slow
 def test_uperhead_sees_far_and_near():
   head = heads.UperHead(
       3, channels=8, pool_scales=(2,), auxiliary_channels=4, dropout=0.5
