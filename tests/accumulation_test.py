@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
 
 import flax.linen as nn
 import jax
@@ -16,7 +15,6 @@ from mcjepa_jax import (
     errors,
     flow_losses,
     photometry,
-    preflight,
     sharding,
     step as steps,
     vicreg,
@@ -111,27 +109,6 @@ def test_the_gradient_does_not_depend_on_the_devices():
   _, grads = _gradient("exact", 2, devices=8)
   _, whole = _gradient("plain")
   assert _distance(grads, whole) < 1e-5
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
-)
-def test_four_micro_batches_need_far_less_memory_than_the_whole():
-  # For a TPU: on the CPU the loop is unrolled, and buffers are not shared.
-  size = {}
-  for count in (1, 4):
-    cfg = tiny.config(
-        motion__batch_size=32,
-        motion__size=(64, 64),
-        motion__start_step=0,
-        content__batch_size=64,
-        content__size=64,
-        accumulate=count,
-        accumulation="exact",
-    )
-    size[count] = preflight.preflight(cfg, "v6e:1x1")["gib_per_device"]
-  assert size[4] < 0.5 * size[1]
 
 
 @pytest.mark.slow
