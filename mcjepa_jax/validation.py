@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from mcjepa_jax import command, errors, objective, step
+from mcjepa_jax import alarms, command, errors, objective, step
 from mcjepa_jax.data import sources
 from mcjepa_jax.models import convnext
 
@@ -15,6 +15,7 @@ OPERATIONAL = frozenset(
     {
         "task",
         "name",
+        "alarms",
         "bad_records",
         "data_root",
         "checkpoint",
@@ -61,6 +62,7 @@ def faults(config: Any, *, devices: int | None = None) -> list[str]:
 
   expect("mode", *one_of(*step.MODES))
   expect("task", *one_of("train", "evaluate"))
+  expect("alarms.action", *one_of(*alarms.ACTIONS))
   expect("model.encoder.stem", *one_of("split", "patch"))
   expect("model.encoder.kernel_init", *one_of("normal", "fan_in"))
   expect("model.dtype", *one_of("float32", "bfloat16"))
@@ -73,10 +75,12 @@ def faults(config: Any, *, devices: int | None = None) -> list[str]:
   for key in ("num_steps", "accumulate", "motion.batch_size",
               "content.batch_size", "content.size", "log_every", "save_every",
               "keep_last", "prefetch", "eval_batch_size",
-              "eval_max_pixels", "knn_size",
+              "eval_max_pixels", "knn_size", "alarms.skips_in_a_row",
+              "alarms.skips", "alarms.window", "alarms.diagnoses",
               "model.estimator.factor", "model.estimator.projection"):  # fmt: skip
     expect(key, positive, "a positive number")
-  for key in ("workers", "eval_every", "panel_every",
+  for key in ("workers", "eval_every", "panel_every", "alarms.rollbacks",
+              "alarms.dumps", "alarms.warm_up", "alarms.diagnose_every",
               "motion.start_step", "motion.ramp_steps", "motion.weight",
               "motion.occlusion_start", "optimizer.clip_norm", "keep_best"):  # fmt: skip
     expect(key, not_negative, "0 or more")
@@ -164,6 +168,11 @@ def _expect_ranges(expect: Callable[..., None]) -> None:
   )
   expect("content.sources", _weighted, "(name, positive number) pairs")
   expect("bad_records", *up_to(1))
+  expect(
+      "alarms.occluded",
+      lambda x: len(x) == 2 and _numbers(x) and x[0] <= x[1],
+      "(least, most)",
+  )
   expect("motion.downscale", *interval())
   expect(
       "motion.rotation",

@@ -18,7 +18,7 @@ _LAYERS = (
     # 1: arrays in, arrays out; text in, plain values out.
     """flow_ops metrics vicreg visualize photometry data.flow_io data.transforms
     data.synthetic data.catalog data.flow_faults models.convnext models.vit command
-    hlo""",
+    goodput hlo""",
     # 2: losses, models and sources made of these; the means of training.
     """flow_losses models.flow_decoder data.flow_datasets data.image_datasets
     data.array_records data.cutouts data.feed data.video optimizer sharding checkpoint
@@ -28,11 +28,11 @@ _LAYERS = (
     # 4: what runs on the devices, and looks at the sources.
     "step evals.flow evals.probe evals.segmentation evals.davis data.check",
     # 5: from a config to the parts of a run; arrays through a model.
-    "assembly validation inference",
-    # 6: evals by name; pictures of what a model gives.
-    "suite panels",
-    # 7: what commands share.
-    "evaluate",
+    "assembly inference alarms diagnostics dumps programs",
+    # 6: evals by name; pictures of what a model gives; a run's parts and logs.
+    "validation suite panels progress",
+    # 7: what commands share; what is done about what a run logs.
+    "evaluate noticing",
     # 8: the commands.
     "train predict preflight replay compare export report",
     # 9: the command that picks one.
