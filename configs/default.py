@@ -79,6 +79,8 @@ def get_config() -> ConfigDict:
   # quarantine.jsonl; more than this share of those drawn ends the run.
   config.bad_records = 0.01
 
+  config.alarms = _alarms()
+
   config.log_every = 50  # steps between lines of the logs
   config.log_records = False  # also each step's record ids, records.jsonl
   config.panel_every = 5_000  # steps between pictures; 0 is never
@@ -133,6 +135,34 @@ def get_config() -> ConfigDict:
   )
 
   return config.lock()
+
+
+def _alarms() -> ConfigDict:
+  """When a run says that something is wrong, and what it does then."""
+  alarms = ConfigDict()
+  # An update whose loss or gradient is not finite is skipped, its batch kept
+  # in WORKDIR/dumps.
+  alarms.skips_in_a_row = 3  # then back to the last checkpoint, past the batch
+  alarms.skips = 30  # in all; then the run ends with 76
+  alarms.rollbacks = 3  # one more, of whatever cause, ends the run with 76
+  alarms.dumps = 4  # at most; each as large as the parameters
+  # The quiet ones: "log", "stop" (76) or "rollback".
+  alarms.action = "log"
+  alarms.warm_up = 2_000  # steps of a task before it is judged
+  alarms.window = 100  # steps; the median over them is judged
+  alarms.diagnose_every = 1_000  # steps; of the rank, correlation and gradients
+  alarms.diagnoses = 3  # values; the median of them is judged
+  alarms.least_embedding_std = 0.05  # 1 is VICReg's aim, 0 a collapse
+  alarms.least_rank_me = 1.5  # of the embeddings; 1 is a collapse
+  alarms.most_correlation = 0.9  # of the embeddings' dimensions, off-diagonal
+  alarms.least_feature_std = 0.1  # at each stride; about 1, 0 is a collapse
+  alarms.least_flow = 0.05  # pixels, mean magnitude
+  alarms.least_flow_std = 0.02  # pixels, over an image
+  alarms.occluded = (1e-4, 0.95)  # share of what is inside: least, most
+  alarms.most_zero_ratio = 0.995  # photometric error by that of zero flow
+  alarms.least_gradient_share = 1e-4  # of the smaller task's, on the encoder
+  alarms.least_gradient_cosine = -0.9  # between the tasks', on the encoder
+  return alarms
 
 
 def _model() -> ConfigDict:

@@ -55,6 +55,9 @@ def get_config() -> default.ConfigDict:
   config.optimizer.encoder.update(learning_rate=2e-3, warmup_steps=20)
   config.optimizer.estimator.update(learning_rate=3e-3, warmup_steps=20)
 
+  config.alarms.update(warm_up=150, window=50)
+  config.alarms.diagnose_every = 0  # another program: 30 s to compile
+
   config.workers = 1
   config.log_every = 20
   config.panel_every = 0

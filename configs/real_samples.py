@@ -48,6 +48,9 @@ def get_config() -> default.ConfigDict:
   config.optimizer.encoder.update(learning_rate=1.5e-3, warmup_steps=100)
   config.optimizer.estimator.update(learning_rate=3e-3, warmup_steps=100)
 
+  # Flow that beats no flow on videos takes its time.
+  config.alarms.update(warm_up=1_000, diagnose_every=500)
+
   config.save_every = 250
   config.panel_every = 500
   config.evals = (

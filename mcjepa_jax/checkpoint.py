@@ -5,7 +5,9 @@ chosen or restored. A PATH is a workdir, its checkpoints folder, or one step in
 it; the first two mean the newest complete step.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
+import errno
 import math
 import os
 import tempfile
@@ -22,6 +24,8 @@ _FOLDER = "checkpoints"
 _SHOWN = 4
 # What damaged or missing files raise: tensorstore has no error class.
 _STORAGE_ERRORS = (OSError, ValueError, KeyError)
+# Of these a background write that fails tells the text alone.
+_FULL_DISK = tuple(os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT))
 _policies = ocp.checkpoint_managers
 
 
@@ -233,6 +237,21 @@ class Checkpoints:
         ),
     )
 
+  @contextlib.contextmanager
+  def _written(self) -> Iterator[None]:
+    """Raises UserError for what a full disk raises inside."""
+    try:
+      yield
+    except (OSError, ValueError) as error:
+      reason = next((x for x in _FULL_DISK if x in str(error)), None)
+      if reason is None:
+        raise
+      steps = _steps(self._folder)
+      left = f"step {steps[-1]} stays" if steps else "there is none before it"
+      raise UserError(
+          f"a checkpoint in {self._folder} cannot be written: {reason}; {left}"
+      ) from error
+
   def latest_step(self) -> int | None:
     """Returns the newest complete step, if there is one."""
     return self._manager.latest_step()
@@ -240,6 +259,17 @@ class Checkpoints:
   def all_steps(self) -> list[int]:
     """Returns the complete steps in order."""
     return sorted(self._manager.all_steps())
+
+  def go_back(self, step: int) -> int | None:
+    """Deletes what is newer than a step; returns the newest that is left.
+
+    The oldest one stays, however new it is.
+    """
+    steps = self.all_steps()
+    for newer in steps[1:]:
+      if newer > step:
+        self._manager.delete(newer)
+    return self.latest_step()
 
   def save(
       self,
@@ -257,17 +287,18 @@ class Checkpoints:
     """
     if step in self._manager.all_steps():
       return False
-    return self._manager.save(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            streams=ocp.args.JsonSave(dict(streams)),
-            meta=ocp.args.JsonSave({**meta, "step": step}),
-        ),
-        metrics=dict(metrics or {}),
-        # The caller decides when; Orbax would refuse a step below its newest.
-        force=True,
-    )
+    with self._written():
+      return self._manager.save(
+          step,
+          args=ocp.args.Composite(
+              state=ocp.args.StandardSave(state),
+              streams=ocp.args.JsonSave(dict(streams)),
+              meta=ocp.args.JsonSave({**meta, "step": step}),
+          ),
+          metrics=dict(metrics or {}),
+          # The caller decides when; Orbax would refuse a step below its newest.
+          force=True,
+      )
 
   def restore(
       self, step: int, abstract_state: Any
@@ -296,8 +327,14 @@ class Checkpoints:
 
   def wait_until_finished(self) -> None:
     """Waits for the save under way; raises what it failed with."""
-    self._manager.wait_until_finished()
-    self._manager.check_for_errors()
+    with self._written():
+      self._manager.wait_until_finished()
+      self._manager.check_for_errors()
+
+  def check_errors(self) -> None:
+    """Raises what the save under way has failed with so far."""
+    with self._written():
+      self._manager.check_for_errors()
 
   def close(self) -> None:
     """Waits as above, and ends the background threads."""

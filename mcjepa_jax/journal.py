@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
+import errno
 import json
+import math
 import os
 import pathlib
 import socket
@@ -57,6 +59,14 @@ class Clock:
     self._earlier += parts.pop("total", 0.0)
     for name, value in parts.items():
       self._seconds[name] = self._seconds.get(name, 0.0) + value
+
+  def lose(self, since: Mapping[str, float]) -> None:
+    """Counts the steps and the input after `since` as lost."""
+    self._turn()
+    for name in ("step", "input"):
+      spent = self._seconds.get(name, 0.0) - since.get(name, 0.0)
+      self._seconds[name] = since.get(name, 0.0)
+      self._seconds["lost"] = self._seconds.get("lost", 0.0) + spent
 
   def seconds(self) -> dict[str, float]:
     """Seconds so far by name, `other` and their sum `total` included."""
@@ -117,11 +127,31 @@ def check_writable(folder: pathlib.Path, key: str) -> None:
     ) from error
 
 
+@contextlib.contextmanager
+def full_disk_told(folder: pathlib.Path) -> Iterator[None]:
+  """Raises UserError for what writing to a full disk raises inside."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+      raise
+    raise errors.UserError(
+        f"workdir: cannot write {error.filename or folder}: {error.strerror};"
+        " what was saved stays, and a run started again goes on from there"
+    ) from error
+
+
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes JSON in one move: a reader sees the old file or the new one."""
   partial = path.with_name(f".{path.name}.{os.getpid()}")
   partial.write_text(json.dumps(value, indent=2, allow_nan=True) + "\n")
   partial.replace(path)
+
+
+def append(path: pathlib.Path, line: Mapping[str, Any]) -> None:
+  """Adds a line to a JSON-lines file that no resumed run shortens."""
+  with path.open("a") as file:
+    file.write(json.dumps(dict(line)) + "\n")
 
 
 class Journal:
@@ -151,7 +181,8 @@ class Journal:
     self._metrics.write(json.dumps({"step": step} | dict(values)) + "\n")
     self._metrics.flush()
     for name, value in values.items():
-      self._board.add_scalar(name, value, step)
+      if math.isfinite(value):  # what is not has no place on a curve
+        self._board.add_scalar(name, value, step)
 
   def records(self, step: int, records: Mapping[str, list[str]]) -> None:
     """Logs which examples a step consumes, where the config asks for it."""

@@ -45,6 +45,7 @@ class TrainState(struct.PyTreeNode):
   params: Any  # group -> parameters
   opt_state: Any  # group -> state, each with its own count
   key: Any  # uint32 data of the root key; step keys are folded from it
+  skipped: Any  # whether the update before was: then the next one waits
 
 
 def kind_at(mode: str, step: int, start_step: int) -> str:
@@ -111,6 +112,7 @@ def init_state(
       params=params,
       opt_state={g: optimizers[g].init(params[g]) for g in mcjepa.GROUPS},
       key=jax.random.key_data(jax.random.fold_in(root, 1)),
+      skipped=jnp.zeros((), bool),
   )
 
 
@@ -178,7 +180,14 @@ def motion_forward(
       for stride, x in features.items()
   }
   monitors["flow/mean_magnitude"] = jnp.mean(jnp.linalg.norm(flow, axis=-1))
+  # A constant flow has none of it.
+  monitors["flow/std"] = jnp.mean(jnp.std(flow, axis=(1, 2)))
   monitors["flow/counted"] = jnp.mean(mask)
+  if recipe.occlusion != "none":
+    inside = objective.motion_mask(
+        flow, occlusion="none", out_of_frame=recipe.out_of_frame
+    )
+    monitors["flow/occluded"] = 1 - jnp.mean(mask) / jnp.mean(inside)
   if "motion/reconstruction/stride_1" in terms:
     # Below 1 the flow explains the frames better than no flow does.
     still = flow_losses.photometric_loss(
@@ -377,13 +386,10 @@ def exact_value_and_grad(
   )
 
 
-def make_train_step(
-    model: mcjepa.MCJEPA,
-    optimizers: Mapping[str, optax.GradientTransformation],
-    recipe: Recipe,
-    kind: str,
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-  """The pure step of one kind: (state, batch) -> (state, what is logged).
+def make_gradient(
+    model: mcjepa.MCJEPA, recipe: Recipe, kind: str
+) -> Callable[..., tuple[dict[str, jax.Array], Any]]:
+  """The gradient of one kind of step: (state, batch) -> (logs, gradient).
 
   The batch holds `frames` u8[2b, h, w, 3], `views` u8[2n, k, k, 3], or both,
   as the kind trains, and nothing else.
@@ -392,7 +398,7 @@ def make_train_step(
   arrays = {"content": "views", "motion": "frames"}
   expected = {arrays[task] for task in tasks(kind)}
 
-  def train_step(state: TrainState, batch: Mapping[str, jax.Array]):
+  def gradient(state: TrainState, batch: Mapping[str, jax.Array]):
     if set(batch) != expected:
       raise ValueError(
           f"a {kind} step reads {sorted(expected)}, got {sorted(batch)}"
@@ -406,22 +412,62 @@ def make_train_step(
 
     moving = {g: state.params[g] for g in trained}
     if recipe.accumulation == "exact" and recipe.accumulate > 1:
-      logs, grads = exact_value_and_grad(
+      return exact_value_and_grad(
           moving, fixed, model, batch, key, state.step, recipe
       )
-    else:
-      logs, grads = _value_and_grad(
-          function, moving, batch, key, recipe.accumulate
-      )
-    params, opt_state = dict(state.params), dict(state.opt_state)
+    return _value_and_grad(function, moving, batch, key, recipe.accumulate)
+
+  return gradient
+
+
+def make_train_step(
+    model: mcjepa.MCJEPA,
+    optimizers: Mapping[str, optax.GradientTransformation],
+    recipe: Recipe,
+    kind: str,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+  """The pure step of one kind: (state, batch) -> (state, what is logged).
+
+  An update whose loss or gradient is not finite is skipped, counts included,
+  and so logged. The step after it changes nothing at all: the host, which
+  notices a step late, finds the parameters as they were, and clears `skipped`.
+  """
+  trained = _KINDS[kind][1]
+  gradient = make_gradient(model, recipe, kind)
+
+  def train_step(state: TrainState, batch: Mapping[str, jax.Array]):
+    logs, grads = gradient(state, batch)
+    finite = jnp.isfinite(logs["loss"])
     for group in trained:
       logs[f"gradient_norm/{group}"] = optax.tree.norm(grads[group])
-      updates, opt_state[group] = optimizers[group].update(
-          grads[group], state.opt_state[group], state.params[group]
+      finite &= jnp.isfinite(logs[f"gradient_norm/{group}"])
+    logs["skipped"] = 1.0 - finite
+
+    def kept():
+      return dict(state.params), dict(state.opt_state)
+
+    def updated():
+      params, opt_state = kept()
+      for group in trained:
+        updates, opt_state[group] = optimizers[group].update(
+            grads[group], state.opt_state[group], state.params[group]
+        )
+        params[group] = optax.apply_updates(state.params[group], updates)
+      return params, opt_state
+
+    go = finite & ~state.skipped
+    if jax.default_backend() == "cpu":
+      # The selects of all leaves would take 4 s more to compile (quickstart).
+      params, opt_state = jax.lax.cond(go, updated, kept)
+    else:  # a branch would make the host of a GPU wait
+      params, opt_state = jax.tree.map(
+          lambda new, old: jnp.where(go, new, old), updated(), kept()
       )
-      params[group] = optax.apply_updates(state.params[group], updates)
     state = state.replace(
-        step=state.step + 1, params=params, opt_state=opt_state
+        step=state.step + ~state.skipped,
+        params=params,
+        opt_state=opt_state,
+        skipped=state.skipped | ~finite,
     )
     return state, logs
 

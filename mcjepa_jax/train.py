@@ -1,68 +1,43 @@
 """Training: set-up, then the loop, which is the last function."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 import contextlib
-import dataclasses
 import errno
 import fcntl
 import json
 import os
 import pathlib
-import threading
-import time
 from typing import Any
 
 from clu import parameter_overview
 import jax
-import numpy as np
 import tqdm
 
 from mcjepa_jax import (
+    alarms,
     assembly,
     checkpoint,
     command,
     errors,
     evaluate,
+    goodput,
     hosts,
     journal,
+    noticing,
     panels,
     sharding,
     step as steps,
     suite,
     validation,
 )
+from mcjepa_jax.data import sources
 from mcjepa_jax.models import mcjepa
+from mcjepa_jax.programs import Programs
+from mcjepa_jax.progress import Batch, Progress, Run
 
-_RATED_STEPS = 20  # after which the input's rate is told
 # What a file system without locks answers: then nothing keeps two runs apart.
 _NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
-
-
-@dataclasses.dataclass
-class Run:
-  """What the loop needs and does not change."""
-
-  config: Any
-  workdir: pathlib.Path
-  model: mcjepa.MCJEPA
-  optimizers: dict[str, Any]
-  abstract: steps.TrainState
-  mesh: jax.sharding.Mesh
-  streams: dict[str, Any]
-  checkpoints: checkpoint.Checkpoints
-  clock: journal.Clock
-
-
-@dataclasses.dataclass
-class Batch:
-  """One step's input on the devices, and the streams' states from before it."""
-
-  kind: str
-  arrays: dict[str, jax.Array]
-  records: dict[str, list[str]]
-  faults: dict[str, list[tuple[str, str]]]
-  streams: dict[str, Any]
 
 
 def set_up_input(
@@ -194,36 +169,40 @@ def batches(run: Run, start: int) -> Iterator[Batch]:
     yield Batch(kind, arrays, records, faults, before)
 
 
-def compiled_steps(run: Run) -> dict[str, Callable[..., Any]]:
-  """The jitted step of each kind that this run has."""
-  config = run.config
+def step_programs(
+    config: Any,
+    model: mcjepa.MCJEPA,
+    optimizers: dict[str, Any],
+    abstract: steps.TrainState,
+    mesh: jax.sharding.Mesh,
+) -> Programs:
+  """The steps of each kind that a run has; none is compiled yet."""
+  recipe = assembly.recipe(config)
   start = config.motion.start_step
   kinds = {
       steps.kind_at(config.mode, number, start)
       for number in (0, start, start + 1)
       if number < config.num_steps
   }
-  recipe = assembly.recipe(config)
-  return {
+  functions = {
       kind: steps.jit_train_step(
-          steps.make_train_step(run.model, run.optimizers, recipe, kind),
-          run.abstract,
-          run.mesh,
+          steps.make_train_step(model, optimizers, recipe, kind),
+          abstract,
+          mesh,
       )
       for kind in kinds
   }
-
-
-def check_finite(number: int, logs: dict[str, float]) -> None:
-  """Stops with all that is not finite.
-
-  Called for a step before its state is saved: the newest checkpoint is finite.
-  """
-  bad = sorted(name for name, x in logs.items() if not np.isfinite(x))
-  if bad:
-    raise command.Stop(
-        command.EXIT_ALARM, f"step {number}: not finite: {', '.join(bad)}"
-    )
+  # A batch of motion is of one source, and each has its size.
+  sized = sources.sized(config.motion.sources, config.motion.size)
+  sizes = len({tuple(size) for *_, size in sized})
+  return Programs(
+      functions,
+      expected=sum(
+          sizes if "motion" in steps.tasks(kind) else 1 for kind in kinds
+      ),
+      # On CPU the micro-batches are no loop.
+      loops=1 if jax.default_backend() == "cpu" else config.accumulate,
+  )
 
 
 def save(
@@ -255,6 +234,7 @@ def save(
           "seed": config.seed,
           "versions": evaluate.versions(),
           "seconds": run.clock.seconds(),
+          "watch": run.watch.state(),
       },
       metrics,
   )
@@ -300,105 +280,6 @@ def evaluations_on_the_way(
   return results
 
 
-class Progress:
-  """The bar and the logs; numbers are those of the step before."""
-
-  def __init__(self, run: Run, start: int):
-    config = run.config
-    self._run = run
-    self._bar = tqdm.tqdm(
-        total=config.num_steps, initial=start, unit="step", smoothing=0.1
-    )
-    self._examples = sum(
-        config[task].batch_size for task in steps.tasks_of_mode(config.mode)
-    )
-    self.log = journal.Journal(
-        run.workdir,
-        step=start,
-        records=config.log_records,
-        board=hosts.first(),
-    )
-    self._quarantine = journal.Quarantine(
-        run.workdir, step=start, limit=config.bad_records
-    )
-    self._steps = 0
-    self._reports = {"content": 0, "motion": 0}  # steps that trained each
-    self._before: dict[str, float] = {}  # seconds of steps before the first
-
-  def report(self, number: int, logs: dict[str, jax.Array]) -> None:
-    """Fetches what a step logged, checks and shows it."""
-    values = {k: float(v) for k, v in jax.device_get(logs).items()}
-    check_finite(number, values)
-    config = self._run.config
-    self._bar.update()
-    rate = (self._bar.format_dict["rate"] or 0.0) * self._examples
-    losses = [f"loss {values['loss']:.3f}"]
-    for task in steps.tasks_of_mode(config.mode):
-      if f"loss/{task}" in values:
-        self._reports[task] += 1
-        self._before.setdefault(task, self._run.clock.seconds()["step"])
-        losses.append(f"{task} {values[f'loss/{task}']:.3f}")
-    self._bar.set_postfix_str(f"{', '.join(losses)}, {rate:.0f} examples/s")
-    if number % config.log_every == 0 or number + 1 == config.num_steps:
-      seconds = {
-          f"seconds/{name}": value
-          for name, value in self._run.clock.seconds().items()
-      }
-      rate = {"examples_per_second": rate}
-      replaced = self._quarantine.counts()
-      feeds = {
-          f"{kind}/{unit}": value
-          for unit, rates in self._feeds().items()
-          for kind, value in zip(("feed", "step"), rates, strict=True)
-      }
-      self.log.scalars(number, values | rate | seconds | replaced | feeds)
-    self._steps += 1
-    if self._steps == _RATED_STEPS:
-      self._note_feeds()
-
-  def _feeds(self) -> dict[str, tuple[float, float]]:
-    """By unit: what this host's workers make a second, what its steps take."""
-    spent, feeds = self._run.clock.seconds().get("step", 0.0), {}
-    for task, stream in self._run.streams.items():
-      rows = self._run.config[task].batch_size / jax.process_count()
-      unit = {"content": "images", "motion": "pairs"}[task]
-      if self._reports[task] > 1:
-        seconds = max(spent - self._before[task], 1e-9)
-        taken = (self._reports[task] - 1) / seconds
-        feeds[unit] = (rows * stream.rate(), rows * taken)
-    return feeds
-
-  def _note_feeds(self) -> None:
-    feeds = self._feeds()
-    made, taken = (
-        ", ".join(f"{rates[i]:.0f} {unit}/s" for unit, rates in feeds.items())
-        for i in range(2)
-    )
-    limits = any(made < taken for made, taken in feeds.values())
-    self.note(
-        f"This host feeds {made}; the steps take {taken}: the input is"
-        f"{'' if limits else ' not'} the limit."
-    )
-
-  def quarantine(self, number: int, batch: Batch) -> None:
-    """Shows the records of a batch that were replaced."""
-    for task, faults in batch.faults.items():
-      for record, fault in self._quarantine.add(
-          number, task, len(batch.records[task]), faults
-      ):
-        self.note(f"Replaced {record}: {fault}")
-
-  def note(self, text: str) -> None:
-    """Prints a line above the bar."""
-    self._bar.write(text)
-
-  def close(self) -> None:
-    """Ends the bar and the logs."""
-    self._bar.close()
-    self._quarantine.close()
-    self.log.close()
-
-
 def draw(run: Run, state: steps.TrainState, log: journal.Journal) -> None:
   """Logs the pictures of a state, on the first batch of each stream."""
   with run.clock.span("pictures"):
@@ -427,6 +308,10 @@ def finish(run: Run, state: steps.TrainState, peak_gb: float) -> dict[str, Any]:
     for name, picture in panels.of_logs(lines).items():
       journal.save_picture(run.workdir, name, picture)
   spent = run.clock.seconds()
+  looped = sum(
+      spent.get(part, 0.0) - run.began.get(part, 0.0)
+      for part in ("step", "input", "lost")
+  )
   install = float(os.environ.get("MCJEPA_INSTALL_SECONDS", 0.0))
   results |= {
       "seconds/install": install,
@@ -437,6 +322,16 @@ def finish(run: Run, state: steps.TrainState, peak_gb: float) -> dict[str, Any]:
       "seconds/evaluate": spent.get("evaluate", 0.0)
       + spent.get("pictures", 0.0),
       "seconds/total": spent["total"] + install,
+      **goodput.shares(spent),
+      **goodput.rates(
+          seconds=looped,
+          images=run.programs.images,
+          pairs=run.programs.pairs,
+          flops=run.programs.flops,
+          device_kind=jax.devices()[0].device_kind,
+      ),
+      "compiles": run.programs.compiles,
+      **run.watch.counts(),
       "peak_rss_gb": max(peak_gb, journal.peak_rss_gb()),
       "meta/config": run.config.name,
       "meta/step": int(state.step),
@@ -464,8 +359,7 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
 
   Raises:
     UserError: the config, the data or the workdir cannot be used.
-    Stop: something is not finite (76), or SIGTERM came and the state is saved
-      (75).
+    Stop: an alarm ends it (76), or SIGTERM came and the state is saved (75).
   """
   clock = journal.Clock(journal.process_start())
   streams, mesh = set_up_input(config, workdir)
@@ -479,6 +373,7 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
   )
   with (
       sole_owner(workdir) if hosts.first() else contextlib.nullcontext(),
+      journal.full_disk_told(workdir),
       checkpoint.Checkpoints(
           workdir,
           keep_last=config.keep_last,
@@ -500,17 +395,22 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
             abstract.params, include_stats=False
         )
     )
-    run = Run(config, workdir, model, optimizers, abstract, mesh, streams,
-              checkpoints, clock)  # fmt: skip
+    run = Run(
+        config, workdir, model, optimizers, abstract, mesh, streams,
+        checkpoints, clock, alarms.Watch(config),
+        step_programs(config, model, optimizers, abstract, mesh),
+    )  # fmt: skip
     with clock.span("initialise"):
       if newest is None:
         state = first_state(run)
       else:
         state, saved, meta = checkpoints.restore(newest, abstract)
-        clock.add(meta.get("seconds", {}))
+        count_earlier(run, meta["seconds"])
+        run.watch.restore(meta["watch"])
         for task, stream in streams.items():
           stream.restore(saved[task])
         print(f"Resumed at step {newest} of {config.num_steps}.")
+    run.began = clock.seconds()
     try:
       state = run_loop(run, state)
       peak_gb = journal.peak_rss_gb()  # while the workers live
@@ -523,41 +423,100 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
   return results
 
 
-def run_loop(run: Run, state: steps.TrainState) -> steps.TrainState:
-  """The trained state: evaluate, save, next batch, dispatch, report.
+def count_earlier(run: Run, seconds: dict[str, float]) -> None:
+  """Counts the time up to a checkpoint, and what was lost after it."""
+  lines = journal.read_lines(run.workdir / "metrics.jsonl")
+  totals = [line["seconds/total"] for line in lines if "seconds/total" in line]
+  lost = max([0.0, *(total - seconds["total"] for total in totals)])
+  run.clock.add(seconds)
+  run.clock.add({"lost": lost, "total": lost})
 
-  A report is of the step BEFORE the one dispatched, so that the host never
+
+def roll_back(run: Run, back: alarms.RollBack) -> steps.TrainState:
+  """A state of `back.step` or before; the streams go on where they are.
+
+  Raises:
+    Stop: this run was rolled back too often.
+  """
+  count = run.watch.count("rollback")
+  if count > run.config.alarms.rollbacks:
+    raise command.Stop(
+        command.EXIT_ALARM, f"rolled back {count - 1} times before: {back}"
+    )
+  with run.clock.span("initialise"):
+    run.checkpoints.wait_until_finished()
+    step = run.checkpoints.go_back(back.step)
+    if step is None:
+      state, seconds = first_state(run), run.began
+    else:
+      state, _, meta = run.checkpoints.restore(step, run.abstract)
+      seconds = meta["seconds"]
+    for task, stream in run.streams.items():
+      stream.restore(back.streams[task])
+  run.clock.lose(seconds)
+  run.watch.forget()
+  text = f"Rolled back to step {step or 0}, and past the batch: {back}"
+  tqdm.tqdm.write(text)
+  journal.append(
+      run.workdir / "alarms.jsonl",
+      {"step": step or 0, "alarm": "rollback", "text": text},
+  )
+  return state
+
+
+def run_loop(run: Run, state: steps.TrainState) -> steps.TrainState:
+  """The trained state, by as many ways back as the alarms allow."""
+  handler = hosts.on_sigterm(lambda *_: run.stop.set())
+  rolled_back = False
+  try:
+    while True:
+      try:
+        return run_steps(run, state, rolled_back)
+      except alarms.RollBack as back:
+        state, rolled_back = roll_back(run, back), True
+  finally:
+    hosts.on_sigterm(handler)
+
+
+def run_steps(
+    run: Run, state: steps.TrainState, rolled_back: bool
+) -> steps.TrainState:
+  """The trained state: evaluate, save, next batch, dispatch, settle.
+
+  What is settled is the step BEFORE the one dispatched, so that the host never
   waits. A checkpoint holds the streams as of the next batch to be consumed:
   the queue runs ahead, so each queued batch carries its streams' states.
+
+  Raises:
+    RollBack: to an earlier state. The first step from there is saved, so that
+      no resumed run meets the batches that were passed over.
   """
   config, clock = run.config, run.clock
   start = int(state.step)
   for stream in run.streams.values():
     stream.start()  # the workers fill their queues while the step compiles
-  compiled, source = compiled_steps(run), batches(run, start)
+  source = batches(run, start)
   queue: deque[Batch] = deque()
   progress = Progress(run, start)
-  stop = threading.Event()
-  handler = hosts.on_sigterm(lambda *_: stop.set())
-  pending, warm = None, set()
+  watcher = noticing.Watcher(run, progress)
   watch = hosts.Watch(config.hang_seconds)
   try:
     for number in range(start, config.num_steps):
       watch.step()
       if number > start:
-        stopping = hosts.stopping(stop, number)
+        stopping = hosts.stopping(run.stop, number)
         if config.eval_every and number % config.eval_every == 0:
           with clock.span("evaluate"):
             progress.log.scalars(number, evaluations_on_the_way(run, state))
         if config.panel_every and number % config.panel_every == 0:
           draw(run, state, progress.log)
-        if stopping or number % config.save_every == 0:
-          if pending:
-            with clock.span("step"):
-              progress.report(*pending)
-            pending = None
-          with clock.span("checkpoint"):
-            save(run, state, queue[0].streams, hurry=stopping)
+        first = rolled_back and number == start + 1
+        if stopping or first or number % config.save_every == 0:
+          state, _ = watcher.settle(state, queue[0].streams)
+          # In a row of skipped updates what was saved before it stays newest.
+          if stopping or not run.watch.row:
+            with clock.span("checkpoint"):
+              save(run, state, queue[0].streams, hurry=stopping)
         if stopping:
           run.checkpoints.wait_until_finished()
           raise command.Stop(
@@ -569,31 +528,20 @@ def run_loop(run: Run, state: steps.TrainState) -> steps.TrainState:
         batch = queue.popleft()
         progress.log.records(number, batch.records)
         progress.quarantine(number, batch)
-      # Each kind of step is compiled for each size of its sources.
-      program = (batch.kind, *(x.shape for x in batch.arrays.values()))
-      with clock.span("step" if program in warm else "compile"):
-        state, logs = compiled[batch.kind](state, batch.arrays)
-        if program not in warm:
-          jax.block_until_ready(logs)
-      if not warm:
-        since = time.perf_counter() - clock.started
-        progress.note(f"First step finished {since:.0f} s after the start.")
-      warm.add(program)
-      with clock.span("step"):
-        if pending:
-          progress.report(*pending)
-      pending = (number, logs)
-    if pending:
-      with clock.span("step"):
-        progress.report(*pending)
+      watcher.before(number, state, batch)
+      state, logs = run.programs.run(batch.kind, state, batch.arrays)
+      state, skipped = watcher.settle(state, batch.streams)
+      if skipped:  # then the step just dispatched has changed nothing
+        state, logs = run.programs.run(batch.kind, state, batch.arrays)
+      watcher.dispatched(number, batch, logs)
+    streams = {task: stream.state() for task, stream in run.streams.items()}
+    state, _ = watcher.settle(state, streams)
     if start < config.num_steps:
       with clock.span("checkpoint"):
-        states = {task: stream.state() for task, stream in run.streams.items()}
-        save(run, state, states)
+        save(run, state, streams)
         run.checkpoints.wait_until_finished()
     draw(run, state, progress.log)
   finally:
     watch.close()
     progress.close()
-    hosts.on_sigterm(handler)
   return state

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from mcjepa_jax import command, errors, journal, objective, step
+from mcjepa_jax import alarms, command, errors, journal, objective, step
 from mcjepa_jax.data import sources
 from mcjepa_jax.models import convnext
 
@@ -16,6 +16,7 @@ OPERATIONAL = frozenset(
     {
         "task",
         "name",
+        "alarms",
         "bad_records",
         "data_cache",
         "data_root",
@@ -71,6 +72,7 @@ def faults(config: Any, *, devices: int | None = None) -> list[str]:
   expect("data_cache", lambda x: "://" not in x, "a local folder")
   expect("mode", *one_of(*step.MODES))
   expect("task", *one_of("train", "evaluate"))
+  expect("alarms.action", *one_of(*alarms.ACTIONS))
   expect("model.encoder.stem", *one_of("split", "patch"))
   expect("model.encoder.kernel_init", *one_of("normal", "fan_in"))
   expect("model.dtype", *one_of("float32", "bfloat16"))
@@ -87,10 +89,14 @@ def faults(config: Any, *, devices: int | None = None) -> list[str]:
               "eval_max_pixels", "knn_size", "davis.stride",
               "davis.temperature", "linear.epochs",
               "linear.batch_size", "finetune.epochs", "finetune.batch_size",
+              "alarms.skips_in_a_row", "alarms.skips", "alarms.window",
+              "alarms.diagnoses",
               "model.estimator.factor", "model.estimator.projection"):  # fmt: skip
     expect(key, positive, "a positive number")
   for key in ("workers", "eval_every", "eval_limit", "panel_every",
               "linear.weight_decay", "finetune.weight_decay",
+              "alarms.rollbacks", "alarms.dumps", "alarms.warm_up",
+              "alarms.diagnose_every",
               "motion.start_step", "motion.ramp_steps", "motion.weight",
               "motion.occlusion_start", "optimizer.clip_norm", "keep_best",
               "hang_seconds", "davis.context"):  # fmt: skip
@@ -188,6 +194,11 @@ def _expect_ranges(expect: Callable[..., None]) -> None:
   )
   expect("content.sources", _weighted, "(name, positive number) pairs")
   expect("bad_records", *up_to(1))
+  expect(
+      "alarms.occluded",
+      lambda x: len(x) == 2 and _numbers(x) and x[0] <= x[1],
+      "(least, most)",
+  )
   expect("motion.downscale", *interval())
   expect(
       "motion.rotation",

@@ -288,6 +288,40 @@ def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
     checkpoint.Checkpoints(workdir)
 
 
+def test_going_back_deletes_what_is_newer_but_never_the_oldest(tmp_path):
+  with checkpoint.Checkpoints(tmp_path, keep_last=9) as checkpoints:
+    assert checkpoints.go_back(5) is None
+    for step in (2, 4, 6):
+      checkpoints.save(step, make_state(), {}, {})
+    checkpoints.wait_until_finished()
+    assert checkpoints.go_back(5) == 4
+    assert checkpoints.all_steps() == [2, 4]
+    assert checkpoints.go_back(1) == 2
+    assert checkpoints.all_steps() == [2]
+
+
+def test_a_full_disk_is_named_and_what_was_saved_stays(tmp_path):
+  if subprocess.run(
+      ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", tmp_path],
+      capture_output=True,
+  ).returncode:
+    pytest.skip("no right to mount a file system of 3 MiB")
+  try:
+    large = {"params": {"a": jnp.asarray(np.random.rand(256, 1024))}}  # 1 MiB
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep_last=9)
+    with pytest.raises(
+        UserError, match="No space left on device; step . stays"
+    ):
+      for step in range(4):
+        checkpoints.save(step, large, {}, {})
+        checkpoints.wait_until_finished()
+    checkpoints.close()
+    kept = checkpoint.restore_params(tmp_path, shapes(large["params"]))
+    np.testing.assert_array_equal(kept["a"], large["params"]["a"])
+  finally:
+    subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
 def test_a_save_that_fails_in_the_background_surfaces(tmp_path):
   checkpoints = checkpoint.Checkpoints(tmp_path)
   checkpoints.save(1, make_state(), {"motion": {1, 2}}, {})

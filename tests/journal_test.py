@@ -4,13 +4,12 @@ import json
 import time
 import types
 
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
 from tensorboardX.proto import event_pb2
 
-from mcjepa_jax import assembly, errors, journal, panels, train
+from mcjepa_jax import alarms, assembly, errors, journal, panels, progress
 from tests import tiny
 
 
@@ -39,6 +38,21 @@ def test_a_clock_counts_an_earlier_session_too(monkeypatch):
   with clock.span("step"):
     pass
   assert clock.seconds() == {"other": 4.0, "step": 23.0, "total": 27.0}
+
+
+def test_what_is_lost_leaves_the_steps_and_the_total_stays(monkeypatch):
+  now = iter([0.0, 1.0, 4.0, 4.0, 5.0, 9.0, 9.0, 9.0])
+  monkeypatch.setattr(journal.time, "perf_counter", lambda: next(now))
+  clock = journal.Clock()
+  with clock.span("step"):  # from 1 to 4
+    pass
+  saved = clock.seconds()
+  with clock.span("step"):  # from 5 to 9
+    pass
+  clock.lose(saved)
+  assert clock.seconds() == {
+      "other": 2.0, "step": 3.0, "input": 0.0, "lost": 4.0, "total": 9.0
+  }  # fmt: skip
 
 
 def test_a_log_opened_at_a_step_drops_what_follows_and_a_torn_line(tmp_path):
@@ -99,21 +113,21 @@ def test_a_line_says_whether_the_input_is_the_limit(
     tmp_path, capsys, made, words
 ):
   stream = types.SimpleNamespace(rate=lambda: made)
-  run = object.__new__(train.Run)  # no model, no checkpoints
+  config = tiny.config(mode="motion")
+  run = object.__new__(progress.Run)  # no model, no checkpoints
   vars(run).update(
-      config=tiny.config(mode="motion"),
+      config=config,
       workdir=tmp_path,
+      watch=alarms.Watch(config),
       clock=journal.Clock(),
       streams={"motion": stream},
   )
-  progress = train.Progress(run, 0)
+  shown = progress.Progress(run, 0)
   for number in range(20):
     with run.clock.span("step"):
       time.sleep(0.02)
-      progress.report(
-          number, dict.fromkeys(("loss", "loss/motion"), jnp.ones(()))
-      )
-  progress.close()
+      shown.report(number, dict.fromkeys(("loss", "loss/motion"), 1.0))
+  shown.close()
   (line,) = [x for x in capsys.readouterr().out.splitlines() if "feeds" in x]
   assert f"feeds {4 * made:.0f} pairs/s; the steps take" in line
   assert f"the input {words} the limit" in line

@@ -19,7 +19,7 @@ _LAYERS = (
     # 1: arrays in, arrays out; text in, plain values out.
     """flow_ops metrics vicreg visualize photometry data.flow_io data.transforms
     data.synthetic data.catalog data.crops data.flow_faults models.convnext models.vit
-    command hlo evals.masks evals.tiling""",
+    command goodput hlo evals.masks evals.tiling""",
     # 2: losses, models and sources made of these; the means of training.
     """flow_losses models.flow_decoder models.segmentation_heads data.flow_datasets
     data.image_datasets data.segmentation_datasets data.mask_datasets
@@ -30,16 +30,19 @@ _LAYERS = (
     # 4: what runs on the devices, and looks at the sources.
     "step evals.flow evals.probe evals.finetune evals.segmentation evals.davis",
     # 5: from a config to the parts of a run; arrays through a model.
-    "assembly validation inference evals.linear evals.submit",
-    # 6: evals that train, from a config; pictures of what a model gives.
-    "dense_evals panels",
-    # 7: evals by name.
+    """assembly inference evals.linear evals.submit alarms diagnostics dumps
+    programs""",
+    # 6: what a config has wrong; pictures of what a model gives; a run's parts.
+    "validation panels progress",
+    # 7: evals that train, from a config.
+    "dense_evals",
+    # 8: evals by name.
     "suite",
-    # 8: what commands share.
-    "evaluate",
-    # 9: the commands.
+    # 9: what commands share; what is done about what a run logs.
+    "evaluate noticing",
+    # 10: the commands.
     "train predict preflight replay compare export report data.check",
-    # 10: the command that picks one.
+    # 11: the command that picks one.
     "main",
 )
 _LAYER = {

@@ -232,6 +232,20 @@ MUTANTS = (
             "bit_equal[estimator-moved3]",
         ),
         (
+            "update_not_skipped",
+            "go = finite & ~state.skipped",
+            "go = ~state.skipped",
+            "noticing_test.py::test_an_update_that_is_not_finite_changes_"
+            "nothing_but_the_step",
+        ),
+        (
+            "update_after_a_skipped_one",
+            "go = finite & ~state.skipped",
+            "go = finite",
+            "noticing_test.py::test_an_update_that_is_not_finite_changes_"
+            "nothing_but_the_step",
+        ),
+        (
             "micro_batches_summed",
             "lambda x: x / count",
             "lambda x: x",
@@ -398,6 +412,13 @@ MUTANTS = (
             "          pass\n",
             "train_test.py::test_a_killed_and_resumed_run_equals_the_"
             "uninterrupted_bit_for_bit",
+        ),
+        (
+            "batch_met_again_after_a_rollback",
+            "      stream.restore(back.streams[task])\n",
+            "      pass\n",
+            "noticing_test.py::test_after_a_row_of_skips_it_goes_back_and_past_"
+            "them_also_when_resumed",
         ),
         (
             "streams_saved_as_of_the_queue",

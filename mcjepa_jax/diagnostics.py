@@ -1,0 +1,99 @@
+"""What a run asks of a batch now and then: spread of embeddings, gradients."""
+
+from collections.abc import Callable, Mapping
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mcjepa_jax import metrics, photometry, sharding, step as steps
+from mcjepa_jax.models import mcjepa
+
+_TINY = 1e-12
+
+
+def correlation(z: Float[Array, "n d"]) -> Float[Array, ""]:
+  """Mean |correlation| of two dimensions of embeddings; 1 is a collapse.
+
+  A dimension that does not vary correlates with none.
+  """
+  centred = z - jnp.mean(z, axis=0)
+  unit = centred / (jnp.linalg.norm(centred, axis=0) + _TINY)
+  matrix = jnp.abs(unit.T @ unit)
+  d = z.shape[1]
+  return (jnp.sum(matrix) - jnp.trace(matrix)) / max(d * (d - 1), 1)
+
+
+def _dot(a: Any, b: Any) -> jax.Array:
+  return sum(
+      jnp.sum(x * y)
+      for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  )
+
+
+def _compare(grads: Mapping[str, Any]) -> dict[str, jax.Array]:
+  """Norms of the tasks' gradients; their cosine, and the smaller's share."""
+  norms = {task: jnp.sqrt(_dot(g, g)) for task, g in grads.items()}
+  found = {f"gradient_norm_{task}": norm for task, norm in norms.items()}
+  if len(grads) == 2:
+    one, other = grads.values()
+    a, b = norms.values()
+    found["gradient_cosine"] = _dot(one, other) / (a * b + _TINY)
+    found["gradient_share"] = jnp.minimum(a, b) / (a + b + _TINY)
+  return found
+
+
+class Diagnosis:
+  """Quantities by name, `diagnosis/...`, of a state and a batch.
+
+  Compiled when first asked for: a run that asks for none pays nothing.
+  """
+
+  def __init__(
+      self,
+      model: mcjepa.MCJEPA,
+      recipe: steps.Recipe,
+      mesh: jax.sharding.Mesh,
+  ):
+    self._function: Callable[..., Any] = jax.jit(
+        functools.partial(_diagnose, model, recipe),
+        out_shardings=sharding.replicated(mesh),
+    )
+
+  def __call__(
+      self, state: steps.TrainState, arrays: Mapping[str, jax.Array]
+  ) -> dict[str, float]:
+    found, z = jax.device_get(
+        self._function(state.params, arrays, state.key, state.step)
+    )
+    found = {name: float(value) for name, value in found.items()}
+    if z is not None:
+      found["rank_me"] = metrics.rank_me(z)
+    return {f"diagnosis/{name}": value for name, value in found.items()}
+
+
+def _diagnose(model, recipe, params, arrays, key_data, step):
+  key = jax.random.fold_in(jax.random.wrap_key_data(key_data), step)
+  tasks = {"content": "views", "motion": "frames"}
+  tasks = {task: name for task, name in tasks.items() if name in arrays}
+
+  def loss(encoder, name):
+    batch = {name: arrays[name]}
+    return steps.loss_fn(
+        params | {"encoder": encoder}, model, batch, key, step, recipe
+    )[0]
+
+  grads = {
+      task: jax.grad(loss)(params["encoder"], name)
+      for task, name in tasks.items()
+  }
+  found, z = _compare(grads), None
+  if "views" in arrays:
+    images = photometry.content_views(
+        arrays["views"], key, **recipe.content_augmentation
+    )
+    _, z = model.apply({"params": params}, images, method=model.content)
+    found["correlation"] = correlation(z)
+  return found, z

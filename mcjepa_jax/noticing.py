@@ -1,0 +1,168 @@
+"""What the loop does about a step that has run: shows it, judges it, acts."""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from mcjepa_jax import (
+    alarms,
+    assembly,
+    command,
+    diagnostics,
+    dumps,
+    step as steps,
+)
+from mcjepa_jax.progress import Batch, Progress, Run
+
+Streams = dict[str, Any]
+
+
+@dataclasses.dataclass
+class _Pending:
+  """A step that was dispatched."""
+
+  number: int
+  batch: Batch
+  logs: dict[str, jax.Array]
+
+
+class Watcher:
+  """Fetches the logs of a step once the next one is dispatched, and acts."""
+
+  def __init__(self, run: Run, progress: Progress):
+    self._run = run
+    self._progress = progress
+    self._pending: _Pending | None = None
+    self._first = False  # whether no step of this process has run
+    self._diagnosis = diagnostics.Diagnosis(
+        run.model, assembly.recipe(run.config), run.mesh
+    )
+
+  def before(self, number: int, state: steps.TrainState, batch: Batch) -> None:
+    """Compiles the step of a batch where it is new; diagnoses now and then."""
+    run = self._run
+    if not run.programs.is_compiled(batch.kind, batch.arrays):
+      self._first = not run.programs.compiles
+      with run.clock.span("compile"):
+        run.programs.compile(batch.kind, state, batch.arrays)
+      if run.programs.compiles > run.programs.expected:
+        run.watch.count("recompilation")
+        shapes = {name: x.shape for name, x in batch.arrays.items()}
+        self._progress.alarm(
+            number,
+            "recompilation",
+            f"compiled {run.programs.compiles} steps, where the config needs"
+            f" {run.programs.expected}; the last for {shapes}",
+        )
+    every = run.config.alarms.diagnose_every
+    if every and number and number % every == 0:
+      with run.clock.span("evaluate"):
+        values = self._diagnosis(state, batch.arrays)
+      self._progress.log.scalars(number, values)
+      self._act(number, run.watch.judge(number, values), batch.streams)
+
+  def dispatched(
+      self, number: int, batch: Batch, logs: dict[str, jax.Array]
+  ) -> None:
+    """Keeps what a step will have logged; waits for the very first."""
+    if self._first:
+      self._first = False
+      with self._run.clock.span("step"):
+        jax.block_until_ready(logs)
+      since = time.perf_counter() - self._run.clock.started
+      self._progress.note(f"First step finished {since:.0f} s after the start.")
+    self._pending = _Pending(number, batch, logs)
+
+  def settle(
+      self, state: steps.TrainState, following: Streams
+  ) -> tuple[steps.TrainState, bool]:
+    """The state to go on with, and whether the pending update was skipped.
+
+    Args:
+      state: after the pending step, or after the one that follows it.
+      following: the streams' states from before the batch that follows.
+
+    Raises:
+      RollBack, Stop: as the config says of what was noticed.
+    """
+    pending, self._pending = self._pending, None
+    if pending is None:
+      return state, False
+    with self._run.clock.span("step"):
+      logs = jax.device_get(pending.logs)
+      values = {name: float(value) for name, value in logs.items()}
+      watch, fired, total = self._run.watch, [], 0
+      if values["skipped"]:
+        total = watch.skip()
+      else:
+        watch.row = 0
+        fired = watch.judge(pending.number, values)
+      self._progress.report(pending.number, values)
+      self._run.checkpoints.check_errors()
+    if values["skipped"]:
+      self._skipped(pending, values, total, state, following)
+      where = self._run.abstract.skipped.sharding
+      cleared = jax.device_put(np.zeros((), bool), where)
+      return state.replace(skipped=cleared), True
+    self._act(pending.number, fired, following)
+    return state, False
+
+  def _skipped(
+      self,
+      pending: _Pending,
+      values: dict[str, float],
+      total: int,
+      state: steps.TrainState,
+      following: Streams,
+  ) -> None:
+    """Dumps what was skipped; rolls back after a row, stops after too many."""
+    run, limits = self._run, self._run.config.alarms
+    bad = sorted(name for name, x in values.items() if not np.isfinite(x))
+    text = f"update skipped, not finite: {', '.join(bad)}"
+    folder = dumps.save(
+        run.workdir,
+        state,
+        step=pending.number,
+        kind=pending.batch.kind,
+        arrays=pending.batch.arrays,
+        records=pending.batch.records,
+        logs=values,
+        config=run.config,
+        limit=limits.dumps,
+    )
+    if folder:
+      text += f"; python -m mcjepa_jax.replay --dump={folder}"
+    self._progress.alarm(
+        pending.number, "not_finite", text, records=pending.batch.records
+    )
+    if total >= limits.skips:
+      raise command.Stop(
+          command.EXIT_ALARM,
+          f"step {pending.number}: {total} updates were skipped: {text}",
+      )
+    if run.watch.row >= limits.skips_in_a_row:
+      reason = f"{run.watch.row} updates in a row were skipped"
+      raise alarms.RollBack(
+          pending.number - run.watch.row + 1, following, reason
+      )
+
+  def _act(
+      self, number: int, fired: list[alarms.Alarm], following: Streams
+  ) -> None:
+    """Shows the alarms that fired, and does what the config says."""
+    for alarm in fired:
+      self._progress.alarm(
+          number, alarm.rule.name, str(alarm), value=alarm.value
+      )
+    action = self._run.config.alarms.action
+    if not fired or action == "log":
+      return
+    reason = "; ".join(map(str, fired))
+    if action == "stop":
+      raise command.Stop(command.EXIT_ALARM, f"step {number}: {reason}")
+    # Before what was judged.
+    lasted = max(alarm.rule.lasts for alarm in fired)
+    raise alarms.RollBack(number - lasted, following, reason)

@@ -1,0 +1,68 @@
+"""The compiled steps of a run, and how much they computed."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from mcjepa_jax import step as steps
+
+Key = tuple[Any, ...]
+
+
+class Programs:
+  """Each kind of step compiled once for each shape of its batch."""
+
+  def __init__(
+      self,
+      functions: Mapping[str, Callable[..., Any]],
+      *,
+      expected: int,
+      loops: int,
+  ):
+    """Compiles nothing yet.
+
+    Args:
+      functions: the jitted step by kind.
+      expected: how many programs the config needs.
+      loops: how often a step runs the loop whose body XLA counts once.
+    """
+    self._functions = functions
+    self.expected = expected
+    self._loops = loops
+    self._compiled: dict[Key, Any] = {}
+    self._flops: dict[Key, float] = {}
+    self.images = self.pairs = 0
+    self.flops = 0.0  # of one device, by all the steps that ran
+
+  @property
+  def compiles(self) -> int:
+    """How many programs were compiled."""
+    return len(self._compiled)
+
+  def _key(self, kind: str, arrays: Mapping[str, jax.Array]) -> Key:
+    return kind, *((name, x.shape) for name, x in sorted(arrays.items()))
+
+  def is_compiled(self, kind: str, arrays: Mapping[str, jax.Array]) -> bool:
+    """Whether a batch finds its program."""
+    return self._key(kind, arrays) in self._compiled
+
+  def compile(
+      self, kind: str, state: steps.TrainState, arrays: Mapping[str, jax.Array]
+  ) -> None:
+    """Compiles the step of a batch."""
+    key = self._key(kind, arrays)
+    compiled = self._functions[kind].lower(state, arrays).compile()
+    cost = compiled.cost_analysis() or {}
+    self._compiled[key] = compiled
+    self._flops[key] = cost.get("flops", 0.0) * self._loops
+
+  def run(
+      self, kind: str, state: steps.TrainState, arrays: Mapping[str, jax.Array]
+  ) -> tuple[steps.TrainState, dict[str, jax.Array]]:
+    """The step of a batch, dispatched."""
+    key = self._key(kind, arrays)
+    self.flops += self._flops[key]
+    self.images += len(arrays.get("views", ())) // 2
+    self.pairs += len(arrays.get("frames", ())) // 2
+    return self._compiled[key](state, arrays)

@@ -1,0 +1,151 @@
+"""The parts of a run, its bar and its logs."""
+
+import dataclasses
+import pathlib
+import threading
+from typing import Any
+
+import jax
+import tqdm
+
+from mcjepa_jax import alarms, checkpoint, hosts, journal, step as steps
+from mcjepa_jax.models import mcjepa
+from mcjepa_jax.programs import Programs
+
+_RATED_STEPS = 20  # after which the input's rate is told
+
+
+@dataclasses.dataclass
+class Run:
+  """What the loop needs; of it only what counts and watches changes."""
+
+  config: Any
+  workdir: pathlib.Path
+  model: mcjepa.MCJEPA
+  optimizers: dict[str, Any]
+  abstract: steps.TrainState
+  mesh: jax.sharding.Mesh
+  streams: dict[str, Any]
+  checkpoints: checkpoint.Checkpoints
+  clock: journal.Clock
+  watch: alarms.Watch
+  programs: Programs
+  began: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds
+  stop: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+
+@dataclasses.dataclass
+class Batch:
+  """One step's input on the devices, and the streams' states from before it."""
+
+  kind: str
+  arrays: dict[str, jax.Array]
+  records: dict[str, list[str]]
+  faults: dict[str, list[tuple[str, str]]]
+  streams: dict[str, Any]
+
+
+class Progress:
+  """The bar and the logs; numbers are those of the step before."""
+
+  def __init__(self, run: Run, start: int):
+    config = run.config
+    self._run = run
+    self._bar = tqdm.tqdm(
+        total=config.num_steps, initial=start, unit="step", smoothing=0.1
+    )
+    self._examples = sum(
+        config[task].batch_size for task in steps.tasks_of_mode(config.mode)
+    )
+    self.log = journal.Journal(
+        run.workdir,
+        step=start,
+        records=config.log_records,
+        board=hosts.first(),
+    )
+    self._quarantine = journal.Quarantine(
+        run.workdir, step=start, limit=config.bad_records
+    )
+    self._steps = 0
+    self._reports = {"content": 0, "motion": 0}  # steps that trained each
+    self._before: dict[str, float] = {}  # seconds of steps before the first
+
+  def report(self, number: int, values: dict[str, float]) -> None:
+    """Shows what a step logged."""
+    config = self._run.config
+    self._bar.update()
+    rate = (self._bar.format_dict["rate"] or 0.0) * self._examples
+    losses = [f"loss {values['loss']:.3f}"]
+    for task in steps.tasks_of_mode(config.mode):
+      if f"loss/{task}" in values:
+        self._reports[task] += 1
+        self._before.setdefault(task, self._run.clock.seconds()["step"])
+        losses.append(f"{task} {values[f'loss/{task}']:.3f}")
+    self._bar.set_postfix_str(f"{', '.join(losses)}, {rate:.0f} examples/s")
+    if number % config.log_every == 0 or number + 1 == config.num_steps:
+      seconds = {
+          f"seconds/{name}": value
+          for name, value in self._run.clock.seconds().items()
+      }
+      rate = {"examples_per_second": rate}
+      replaced = self._quarantine.counts()
+      feeds = {
+          f"{kind}/{unit}": value
+          for unit, rates in self._feeds().items()
+          for kind, value in zip(("feed", "step"), rates, strict=True)
+      }
+      self.log.scalars(
+          number,
+          values | rate | seconds | replaced | feeds | self._run.watch.counts(),
+      )
+    self._steps += 1
+    if self._steps == _RATED_STEPS:
+      self._note_feeds()
+
+  def _feeds(self) -> dict[str, tuple[float, float]]:
+    """By unit: what this host's workers make a second, what its steps take."""
+    spent, feeds = self._run.clock.seconds().get("step", 0.0), {}
+    for task, stream in self._run.streams.items():
+      rows = self._run.config[task].batch_size / jax.process_count()
+      unit = {"content": "images", "motion": "pairs"}[task]
+      if self._reports[task] > 1:
+        seconds = max(spent - self._before[task], 1e-9)
+        taken = (self._reports[task] - 1) / seconds
+        feeds[unit] = (rows * stream.rate(), rows * taken)
+    return feeds
+
+  def _note_feeds(self) -> None:
+    feeds = self._feeds()
+    made, taken = (
+        ", ".join(f"{rates[i]:.0f} {unit}/s" for unit, rates in feeds.items())
+        for i in range(2)
+    )
+    limits = any(made < taken for made, taken in feeds.values())
+    self.note(
+        f"This host feeds {made}; the steps take {taken}: the input is"
+        f"{'' if limits else ' not'} the limit."
+    )
+
+  def quarantine(self, number: int, batch: Batch) -> None:
+    """Shows the records of a batch that were replaced."""
+    for task, faults in batch.faults.items():
+      for record, fault in self._quarantine.add(
+          number, task, len(batch.records[task]), faults
+      ):
+        self.note(f"Replaced {record}: {fault}")
+
+  def alarm(self, number: int, name: str, text: str, **more: Any) -> None:
+    """Shows what was noticed at a step, and keeps it in alarms.jsonl."""
+    self.note(f"Step {number}: {text}")
+    line = {"step": number, "alarm": name, "text": text} | more
+    journal.append(self._run.workdir / "alarms.jsonl", line)
+
+  def note(self, text: str) -> None:
+    """Prints a line above the bar."""
+    self._bar.write(text)
+
+  def close(self) -> None:
+    """Ends the bar and the logs."""
+    self._bar.close()
+    self._quarantine.close()
+    self.log.close()

@@ -1,0 +1,158 @@
+"""Each alarm, fired by a training that goes wrong in its way."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mcjepa_jax import alarms, command, diagnostics, flow_ops, train
+from tests import tiny
+
+_STEPS = 40
+_SOON = dict(
+    mesh__devices=1,
+    num_steps=_STEPS,
+    log_every=1,
+    save_every=1000,
+    alarms__warm_up=5,
+    alarms__window=5,
+    alarms__diagnoses=2,
+    alarms__diagnose_every=0,
+    optimizer__encoder__learning_rate=1e-2,
+)
+_COLLAPSE = dict(mode="content", content__terms__variance=0.0)
+
+
+def _fired(workdir, **changes):
+  """The alarms of a run by name, each with the step where it first fired."""
+  results = train.train(tiny.config(**_SOON | changes), workdir)
+  path = workdir / "alarms.jsonl"
+  lines = path.read_text().splitlines() if path.exists() else []
+  first = {}
+  for line in map(json.loads, lines):
+    first.setdefault(line["alarm"], line["step"])
+  counted = {k: n for k, n in results.items() if k.startswith("alarm/") and n}
+  assert set(counted) == {f"alarm/{name}" for name in first}
+  last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+  assert {k: last[k] for k in counted} == counted
+  return first
+
+
+@pytest.mark.slow
+def test_a_collapse_of_the_embeddings(tmp_path):
+  fired = _fired(
+      tmp_path,
+      **_COLLAPSE,
+      alarms__diagnose_every=5,
+      # Of eight embeddings with 16 dimensions any two are correlated.
+      alarms__most_correlation=0.1,
+  )
+  assert {"embedding_std", "rank_me", "correlation"} <= set(fired)
+  # The warm-up and a window; one value is not judged.
+  assert all(step >= 9 for step in fired.values())
+
+
+@pytest.mark.slow
+def test_flow_that_is_the_same_everywhere_occludes_nothing(tmp_path):
+  fired = _fired(
+      tmp_path,
+      mode="motion",
+      motion__occlusion="forward_backward",
+      motion__terms__smoothness__stride_1=0.5e4,
+  )
+  assert {"constant_flow", "occluded"} <= set(fired)
+
+
+@pytest.mark.slow
+def test_flow_that_cannot_leave_zero_explains_nothing(tmp_path):
+  fired = _fired(tmp_path, mode="motion", model__estimator__max_flow=1e-3)
+  assert {"zero_flow", "photometric"} <= set(fired)
+
+
+@pytest.mark.slow
+def test_a_mask_that_occludes_everything(tmp_path, monkeypatch):
+  monkeypatch.setattr(
+      flow_ops, "visible_range_map", lambda flow: jnp.zeros_like(flow[..., :1])
+  )
+  fired = _fired(tmp_path, mode="motion", motion__occlusion="range_map")
+  assert "occluded" in fired
+
+
+@pytest.mark.slow
+def test_features_that_forget_their_images(tmp_path):
+  off = {
+      f"motion__terms__{kind}__stride_{stride}": 0.0
+      for kind, stride in (
+          ("variance", 8), ("covariance", 8), ("reconstruction", 1)
+      )
+  }  # fmt: skip
+  fired = _fired(
+      tmp_path, mode="motion", motion__terms__regression__stride_8=1e3, **off
+  )
+  assert "feature_std" in fired
+
+
+@pytest.mark.slow
+def test_a_task_that_no_longer_counts_and_tasks_that_disagree(tmp_path):
+  fired = _fired(
+      tmp_path,
+      motion__weight=1e-8,
+      alarms__diagnose_every=5,
+      alarms__least_gradient_cosine=0.99,
+      num_steps=16,
+  )
+  assert {"gradient_share", "gradient_cosine"} <= set(fired)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("action", "words"),
+    [("stop", "step 9: embedding_std"), ("rollback", "rolled back 1 times")],
+)
+def test_an_alarm_ends_the_run_where_the_config_says_so(
+    tmp_path, action, words
+):
+  cfg = tiny.config(
+      **_SOON
+      | _COLLAPSE
+      | dict(alarms__action=action, alarms__rollbacks=1, save_every=4)
+  )
+  with pytest.raises(command.Stop, match=words) as caught:
+    train.train(cfg, tmp_path)
+  assert caught.value.code == command.EXIT_ALARM
+  saved = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
+  if action == "rollback":
+    lines = map(json.loads, (tmp_path / "alarms.jsonl").open())
+    (back,) = {x["step"] for x in lines if x["alarm"] == "rollback"}
+    # Before the window that was judged; the first step from there is saved.
+    assert back <= 4 and back + 1 in saved
+
+
+def test_alarms_wait_for_their_task_and_for_the_masks():
+  cfg = tiny.config(
+      motion__start_step=100,
+      motion__occlusion_start=50,
+      alarms__warm_up=10,
+      alarms__diagnose_every=20,
+      alarms__diagnoses=3,
+  )
+  rules = {rule.name: rule for rule in alarms.rules(cfg)}
+  starts = {name: rule.start for name, rule in rules.items()}
+  assert starts["embedding_std"] == 10 and starts["zero_flow"] == 110
+  assert starts["occluded"] == 160
+  assert rules["rank_me"].lasts == 60
+  only = {rule.name for rule in alarms.rules(tiny.config(mode="content"))}
+  assert only == {"embedding_std", "rank_me", "correlation"}
+
+
+def test_correlation_is_that_of_numpy():
+  z = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
+  z[:, 3] = -2 * z[:, 2] + 1
+  matrix = np.abs(np.corrcoef(z.T))
+  expected = (matrix.sum() - 6) / 30
+  found = diagnostics.correlation(jnp.asarray(z))
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+  repeated = jnp.asarray(np.repeat(z[:, :1], 4, axis=1))
+  np.testing.assert_allclose(diagnostics.correlation(repeated), 1, rtol=1e-5)
+  assert diagnostics.correlation(jnp.ones((8, 3))) == 0

@@ -1,0 +1,94 @@
+"""Dumps of steps come back as they were, and damaged ones are refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mcjepa_jax import checkpoint, dumps, errors, replay, step as steps
+from tests import tiny
+
+
+def _state():
+  return steps.TrainState(
+      step=jnp.asarray(8),
+      params={"encoder": {"kernel": jnp.arange(6.0)}},
+      opt_state={"encoder": jnp.ones(3)},
+      key=jnp.asarray([7, 2**32 - 1], jnp.uint32),
+      skipped=jnp.asarray(True),
+  )
+
+
+def _save(workdir, step=7, limit=2):
+  batch = tiny.batch()
+  return dumps.save(
+      workdir,
+      _state(),
+      step=step,
+      kind="both",
+      arrays={k: jnp.asarray(v) for k, v in batch.items()},
+      records={"content": ["a", "b"], "motion": ["c"]},
+      logs={"loss": float("nan")},
+      config=tiny.config(),
+      limit=limit,
+  )
+
+
+def test_a_dump_holds_the_batch_the_parameters_and_the_config(tmp_path):
+  folder = _save(tmp_path)
+  meta, config = dumps.read_meta(folder)
+  assert (meta["step"], meta["kind"]) == (7, "both")
+  assert meta["key"] == [7, 2**32 - 1]
+  assert meta["records"] == {"content": ["a", "b"], "motion": ["c"]}
+  assert np.isnan(meta["logs"]["loss"])
+  assert config.to_dict() == tiny.config().to_dict()
+  arrays = dumps.read_arrays(folder, "both")
+  batch = tiny.batch()
+  assert arrays.keys() == batch.keys()
+  for name, x in arrays.items():
+    np.testing.assert_array_equal(x, batch[name])
+  assert set(dumps.read_arrays(folder, "content")) == {"views"}
+  shapes = jax.eval_shape(lambda: _state().params)
+  kept = checkpoint.restore_params(
+      folder,
+      jax.tree.map(
+          lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=None),
+          shapes,
+      ),
+  )
+  np.testing.assert_array_equal(kept["encoder"]["kernel"], np.arange(6.0))
+
+
+def test_a_workdir_has_so_many_dumps_and_no_more(tmp_path):
+  assert all(_save(tmp_path, step) for step in (1, 2))
+  assert _save(tmp_path, 3) is None
+  assert _save(tmp_path, 2) is None  # met again by a run that resumed
+  names = {path.name for path in (tmp_path / "dumps").iterdir()}
+  assert names == {"step_1", "step_2"}
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "pickle", "gone", "type"])
+def test_a_damaged_batch_is_refused_by_its_name(tmp_path, damage):
+  path = _save(tmp_path) / "views.npy"
+  if damage == "cut":
+    path.write_bytes(path.read_bytes()[:1000])
+  elif damage == "text":
+    path.write_text("no array")
+  elif damage == "pickle":
+    np.save(path, np.array([{}], object), allow_pickle=True)
+  elif damage == "gone":
+    path.unlink()
+  else:
+    np.save(path, np.zeros((2, 8, 8, 3), np.float32))
+  with pytest.raises(errors.UserError, match="views.npy: expected"):
+    dumps.read_arrays(path.parent, "content")
+
+
+def test_replay_names_what_is_no_dump(tmp_path, capsys, untrained):
+  for folder, words in (
+      (tmp_path / "nowhere", "does not exist"),
+      (untrained, "expected the dump of a step"),
+  ):
+    assert replay.main([f"--dump={folder}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and words in line

@@ -1,0 +1,307 @@
+"""Training that meets what is not finite: skipped, dumped, rolled back, ended.
+
+The fault is a record of one flat colour and an augmentation that divides by an
+image's range, as code without an epsilon does.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from PIL import Image
+import pytest
+
+from mcjepa_jax import (
+    command,
+    errors,
+    journal,
+    photometry,
+    replay,
+    sharding,
+    train,
+)
+from tests import tiny, train_test
+
+pytestmark = pytest.mark.slow
+
+_IMAGES = 12  # of two a step: one step in six is poisoned
+_FLAT = "images/flat.png"
+
+
+@pytest.fixture
+def data(tmp_path):
+  folder = tmp_path / "data"
+  for i in range(_IMAGES - 1):
+    tiny.save_image(folder / "images" / f"{i:02d}.png", seed=i)
+  flat = np.full((40, 48, 3), 90, np.uint8)
+  Image.fromarray(flat).save(folder / "images" / "flat.png")
+  return folder
+
+
+@pytest.fixture
+def no_epsilon(monkeypatch):
+  """Stretches each view to its own range: 0 / 0 for a flat one."""
+  plain = photometry.content_views
+
+  def stretched(views, *args, **kwargs):
+    x = plain(views, *args, **kwargs)
+    least = jnp.min(x, axis=(1, 2, 3), keepdims=True)
+    return (x - least) / (jnp.max(x, axis=(1, 2, 3), keepdims=True) - least)
+
+  monkeypatch.setattr(photometry, "content_views", stretched)
+
+
+def _config(data, **changes):
+  return tiny.config(
+      **dict(
+          mode="content",
+          mesh__devices=1,
+          data_root=str(data),
+          content__sources=(("images", 1.0),),
+          content__batch_size=2,
+          # A photometric change would give the flat image a range.
+          content__jitter__p=0.0,
+          num_steps=8,
+          save_every=2,
+          keep_last=9,
+          log_every=1,
+          log_records=True,
+          alarms__diagnose_every=0,
+      )
+      | changes
+  )
+
+
+def _lines(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _poisoned(workdir):
+  return [
+      line["step"]
+      for line in _lines(workdir / "records.jsonl")
+      if _FLAT in line["content"]
+  ]
+
+
+def _skipped(workdir):
+  return [
+      line["step"]
+      for line in _lines(workdir / "metrics.jsonl")
+      if line.get("skipped")
+  ]
+
+
+def test_an_update_that_is_not_finite_changes_nothing_but_the_step():
+  state, step, mesh = tiny.state_and_step(tiny.config(), "content")
+  batch = sharding.to_global({"views": tiny.batch()["views"]}, mesh)
+  good = jax.tree.map(np.array, state)
+  spoilt = jax.tree.map(np.array, good)
+  spoilt.params["expander"]["fc_2"]["kernel"][0, 0] = np.inf
+
+  def ran(host):
+    after, logs = step(jax.tree.map(jnp.array, host), batch)
+    return jax.tree.map(np.array, after), float(logs["skipped"])
+
+  after, skipped = ran(spoilt)
+  assert skipped and after.skipped and after.step == spoilt.step + 1
+  jax.tree.map(
+      np.testing.assert_array_equal,
+      (after.params, after.opt_state),
+      (spoilt.params, spoilt.opt_state),
+  )
+  # The one after it waits, whatever its batch.
+  held, skipped = ran(good.replace(skipped=np.array(True), step=after.step))
+  assert not skipped and held.skipped and held.step == after.step
+  jax.tree.map(np.testing.assert_array_equal, held.params, good.params)
+  moved, _ = ran(good)
+  assert not moved.skipped and moved.step == 1
+  assert not all(
+      map(
+          np.array_equal,
+          jax.tree.leaves(moved.params),
+          jax.tree.leaves(good.params),
+      )
+  )
+
+
+def test_a_step_that_is_not_finite_is_skipped_dumped_and_replayed(
+    data, no_epsilon, tmp_path, capsys
+):
+  workdir = tmp_path / "w"
+  results = train.train(_config(data, alarms__dumps=1), workdir)
+  poisoned = _poisoned(workdir)
+  assert poisoned and _skipped(workdir) == poisoned
+  assert results["alarm/not_finite"] == len(poisoned)
+  assert results["meta/step"] == 8
+  state, _ = train_test._state(workdir, 8)
+  flat = train_test._flat(state)
+  assert all(np.isfinite(x).all() for x in flat.values())
+  (count,) = {
+      int(x)
+      for key, x in flat.items()
+      if "encoder" in key and key.endswith("count")
+  }
+  assert count == 8 - len(poisoned)
+
+  (dump,) = (workdir / "dumps").iterdir()
+  assert dump.name == f"step_{poisoned[0]}"
+  noticed = _lines(workdir / "alarms.jsonl")
+  assert [line["step"] for line in noticed] == poisoned
+  assert all(_FLAT in line["records"]["content"] for line in noticed)
+  capsys.readouterr()
+  assert replay.main([f"--dump={dump}"]) == 0
+  report = json.loads(capsys.readouterr().out.splitlines()[-1])
+  assert report["step"] == poisoned[0] and _FLAT in report["records"]["content"]
+  assert {"loss", "content/variance"} <= set(report["terms"])
+  assert any(leaf.startswith("encoder/") for leaf in report["gradients"])
+  assert "nan" in report["operation"]
+
+
+def test_the_dumped_parameters_are_those_of_the_skipped_step(
+    data, no_epsilon, tmp_path, monkeypatch
+):
+  workdir = tmp_path / "w"
+  train.train(_config(data), workdir)
+  step = _poisoned(workdir)[0]
+  assert step % 2 == 0  # so that there is a checkpoint from just before it
+  dump = workdir / "dumps" / f"step_{step}"
+  # The same step without the fault: finite, and of the same parameters.
+  monkeypatch.undo()
+  report = replay.replay(dump)
+  assert not report["terms"] and not report["gradients"]
+  assert replay.main([f"--dump={dump}"]) == 1
+  saved, _ = train_test._state(workdir, step)
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    kept = checkpointer.restore(dump / "checkpoints" / str(step) / "state")
+  assert not train_test._differences(kept["params"], saved["params"])
+
+
+def test_after_a_row_of_skips_it_goes_back_and_past_them_also_when_resumed(
+    data, no_epsilon, tmp_path, monkeypatch
+):
+  changes = dict(alarms__skips_in_a_row=1, num_steps=9)
+  whole, cut = tmp_path / "whole", tmp_path / "cut"
+  results = train.train(_config(data, **changes), whole)
+  assert results["alarm/rollback"] >= 1
+  assert results["alarm/rollback"] == results["alarm/not_finite"]
+  assert not _poisoned(whole) and not _skipped(whole)
+  records = _lines(whole / "records.jsonl")
+  assert [line["step"] for line in records] == list(range(9))
+  back = [x for x in _lines(whole / "alarms.jsonl") if x["alarm"] == "rollback"]
+  first, *_ = back
+  # Its first step is saved, so that no resumed run meets the batch.
+  assert (whole / "checkpoints" / str(first["step"] + 1)).is_dir()
+
+  class Killed(BaseException):
+    pass
+
+  saves = train.save
+
+  def killed(run, state, *args, **kwargs):
+    saves(run, state, *args, **kwargs)
+    if run.watch.counts()["alarm/rollback"]:
+      raise Killed
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train, "save", killed)
+    with pytest.raises(Killed):
+      train.train(_config(data, **changes), cut)
+  train.train(_config(data, **changes), cut)
+  one, other = (train_test._state(w, 9) for w in (whole, cut))
+  assert not train_test._differences(one[0], other[0])
+  assert one[1] == other[1]
+  assert records == _lines(cut / "records.jsonl")
+  spans = json.loads((cut / "results.json").read_text())
+  assert spans["goodput/restart"] > 0
+
+
+def test_without_a_checkpoint_it_goes_back_to_the_start(
+    data, no_epsilon, tmp_path
+):
+  cfg = _config(data, alarms__skips_in_a_row=1, save_every=100)
+  results = train.train(cfg, tmp_path / "w")
+  line, *_ = (
+      x
+      for x in _lines(tmp_path / "w" / "alarms.jsonl")
+      if x["alarm"] == "rollback"
+  )
+  assert line["step"] == 0
+  assert results["meta/step"] == 8 and not _poisoned(tmp_path / "w")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(alarms__skips=1), "1 updates were skipped"),
+        (
+            dict(alarms__skips_in_a_row=1, alarms__rollbacks=0),
+            "rolled back 0 times before",
+        ),
+    ],
+)
+def test_too_many_end_the_run_with_76_and_a_checkpoint_stays(
+    data, no_epsilon, tmp_path, changes, words
+):
+  cfg = _config(data, num_steps=12, **changes)
+  with pytest.raises(command.Stop, match=words) as caught:
+    train.train(cfg, tmp_path)
+  assert caught.value.code == 76
+  for folder in (tmp_path / "checkpoints").iterdir():
+    state, _ = train_test._state(tmp_path, int(folder.name))
+    assert all(np.isfinite(x).all() for x in train_test._flat(state).values())
+
+
+def test_healthy_records_are_neither_skipped_nor_dumped(data, tmp_path):
+  results = train.train(_config(data), tmp_path)
+  fired = [k for k, n in results.items() if k.startswith("alarm/") and n]
+  assert not fired
+  assert not (tmp_path / "dumps").exists()
+  parts = [x for k, x in results.items() if k.startswith("goodput/")]
+  assert len(parts) == 6 and sum(parts) == pytest.approx(100, abs=1)
+  assert results["compiles"] == 1
+  assert results["images_per_second"] > 0 and results["tflops_per_device"] > 0
+  assert "pairs_per_second" not in results and "percent_of_peak" not in results
+
+
+def test_logs_on_a_full_disk_end_the_run_and_it_goes_on_when_there_is_room(
+    data, tmp_path, monkeypatch
+):
+  scalars = journal.Journal.scalars
+
+  def full(self, step, values):
+    if step >= 3:
+      self._metrics = open("/dev/full", "w")
+    scalars(self, step, values)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(journal.Journal, "scalars", full)
+    with pytest.raises(errors.UserError, match="No space left on device") as e:
+      train.train(_config(data), tmp_path)
+  (message,) = e.value.messages
+  assert message.startswith(f"workdir: cannot write {tmp_path}")
+  saved = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
+  # Noticed by the step after the first that could not be logged.
+  assert saved and max(saved) <= 4
+  assert train.train(_config(data), tmp_path)["meta/step"] == 8
+
+
+def test_a_batch_of_another_shape_is_noticed(tmp_path, monkeypatch):
+  cfg = _config(
+      "", content__sources=(("synthetic", 1.0),), content__batch_size=4
+  )
+  whole = train.batches
+
+  def uneven(run, start):
+    for number, batch in enumerate(whole(run, start)):
+      if number == 5:
+        batch.arrays = {k: x[: len(x) // 2] for k, x in batch.arrays.items()}
+      yield batch
+
+  monkeypatch.setattr(train, "batches", uneven)
+  results = train.train(cfg, tmp_path)
+  assert results["alarm/recompilation"] == 1 and results["compiles"] == 2
+  (line,) = _lines(tmp_path / "alarms.jsonl")
+  assert line["step"] == 5 and "(4, 32, 32, 3)" in line["text"]
