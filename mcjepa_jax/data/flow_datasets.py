@@ -9,7 +9,6 @@ sets of unrelated pairs take `labels=False`, which opens no label. Where a set i
 looked for, and what each expects below, stands in `catalog.DATASETS`.
 """
 
-import os
 import pathlib
 import re
 
@@ -35,24 +34,6 @@ _VIPER = ("VIPER", "viper", "")
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".webp", ".bmp")
 
 Frames = tuple[files.Location, list[files.Location]]
-
-
-def _find(
-    root: image_io.Path, candidates: tuple[str, ...], *probes: str
-) -> files.Location:
-  """Returns the first candidate folder under `root` that holds a probe."""
-  root = files.path(root)
-  for candidate in candidates:
-    # glob yields nothing for a folder that is not there.
-    if any(any((root / candidate).glob(probe)) for probe in probes):
-      return files.listed(root / candidate)
-  missing = root / candidates[0] / probes[0]
-  while not missing.parent.exists():
-    missing = missing.parent
-  raise UserError(
-      f"{missing}: not found; expected {root / candidates[0] / probes[0]}"
-      + "".join(f", or {root / other / probes[0]}" for other in candidates[1:])
-  )
 
 
 def _if_file(path: files.Location) -> files.Location | None:
@@ -83,7 +64,9 @@ def flying_chairs(
   the pairs or one folder up: a line a pair, 1 for training, 2 for validation.
   Where there is no such file each is all pairs.
   """
-  folder = _find(root, ("FlyingChairs_release/data", "data", ""), "*_img1.ppm")
+  folder = files.find(
+      root, ("FlyingChairs_release/data", "data", ""), "*_img1.ppm"
+  )
   names = _stems(folder, r"([0-9]+)_(img1\.ppm|img2\.ppm|flow\.flo)")
   for place in (folder, folder.parent):
     if (place / _CHAIRS_SPLIT).exists():
@@ -124,7 +107,9 @@ def flying_chairs_2(
     root: image_io.Path, split: str, *, labels: bool = True
 ) -> FramePairs:
   """Returns FlyingChairs2's "train" or "val" pairs, into the future."""
-  folder = _find(root, ("FlyingChairs2", ""), f"{split}/*-img_0.png") / split
+  folder = (
+      files.find(root, ("FlyingChairs2", ""), f"{split}/*-img_0.png") / split
+  )
   pairs = [
       FlowPair(
           name=name,
@@ -147,8 +132,8 @@ def flying_things(
     direction: str = "future",
 ) -> FramePairs:
   """Returns FlyingThings3D's "TRAIN" or "TEST" pairs into the future or past."""
-  folder = _find(root, _THINGS, f"optical_flow/{split}")
-  images = _find(folder, (f"frames_{render}pass/{split}",), "*")
+  folder = files.find(root, _THINGS, f"optical_flow/{split}")
+  images = files.find(folder, (f"frames_{render}pass/{split}",), "*")
   into, step = {"future": ("Future", 1), "past": ("Past", -1)}[direction]
   pattern = f"*/*/into_{direction}/{camera}/OpticalFlowInto{into}_*.pfm"
   pairs = []
@@ -173,7 +158,7 @@ def flying_things(
 def flying_things_frames(root: image_io.Path, render: str) -> Frames:
   """Returns the folders of FlyingThings3D's training frames, both cameras."""
   split = f"frames_{render}pass/TRAIN"
-  folder = _find(root, _THINGS, split) / split
+  folder = files.find(root, _THINGS, split) / split
   return _subfolders(folder, *(f"*/*/{camera}" for camera in _CAMERAS))
 
 
@@ -192,7 +177,7 @@ def flying_things_subset(
   tell also without labels which frames are neighbours.
   """
   probe = f"{split}/flow/{cameras[0]}/into_{direction}"
-  folder = _find(root, ("FlyingThings3D_subset", ""), probe) / split
+  folder = files.find(root, ("FlyingThings3D_subset", ""), probe) / split
   pairs = []
   for camera in cameras:
     frames = folder / f"image_{render}" / camera
@@ -215,7 +200,7 @@ def flying_things_subset(
 
 def sintel(root: image_io.Path, render: str) -> FramePairs:
   """Returns MPI-Sintel's training scenes in the "clean" or "final" pass."""
-  folder = _find(root, ("MPI-Sintel/training", "training"), "flow")
+  folder = files.find(root, ("MPI-Sintel/training", "training"), "flow")
   pairs = []
   for flow in sorted(folder.glob("flow/*/frame_*.flo")):
     scene, number = flow.parent.name, flow.stem.removeprefix("frame_")
@@ -236,13 +221,13 @@ def sintel(root: image_io.Path, render: str) -> FramePairs:
 
 def sintel_frames(root: image_io.Path, split: str, render: str) -> Frames:
   """Returns the scenes of MPI-Sintel's "training" or "test" in one pass."""
-  folder = _find(root, (f"MPI-Sintel/{split}", split), f"{render}/*")
+  folder = files.find(root, (f"MPI-Sintel/{split}", split), f"{render}/*")
   return _subfolders(folder / render, "*")
 
 
 def middlebury(root: image_io.Path) -> FramePairs:
   """Returns Middlebury's other-data: frame10, frame11 and flow10."""
-  folder = _find(root, ("middlebury", ""), "other-gt-flow")
+  folder = files.find(root, ("middlebury", ""), "other-gt-flow")
   pairs = []
   for flow in sorted(folder.glob("other-gt-flow/*/flow10.flo")):
     frames = folder / "other-data" / flow.parent.name
@@ -259,7 +244,7 @@ def middlebury(root: image_io.Path) -> FramePairs:
 
 def middlebury_frames(root: image_io.Path) -> Frames:
   """Returns the scenes of Middlebury's other-data, as many frames as are there."""
-  folder = _find(root, ("middlebury", ""), "other-data")
+  folder = files.find(root, ("middlebury", ""), "other-data")
   return _subfolders(folder / "other-data", "*")
 
 
@@ -270,27 +255,27 @@ def pairs(root: image_io.Path) -> FramePairs:
   it is there, is not black where frame 2 does not show the pixel. All four lie
   in one folder, which may be below `pairs`.
   """
-  folder = _find(root, ("pairs",), "**/*_flow.*")
+  folder = files.find(root, ("pairs",), "**/*_flow.*")
   found = []
   for flow in sorted(folder.glob("**/*_flow.*")):
-    stem = flow.with_name(flow.stem.removesuffix("_flow"))
-    frames = [_image(f"{stem}_img{number}") for number in (1, 2)]
+    stem = flow.stem.removesuffix("_flow")
+    name = (flow.parent / stem).relative_to(folder).as_posix()
     found.append(
         FlowPair(
-            name=stem.relative_to(folder).as_posix().replace("/", "_"),
-            frame_1=frames[0],
-            frame_2=frames[1],
-            flow=str(flow),
-            occlusions=_if_file(pathlib.Path(f"{stem}_occ.png")),
+            name=name.replace("/", "_"),
+            frame_1=_image(flow.parent, f"{stem}_img1"),
+            frame_2=_image(flow.parent, f"{stem}_img2"),
+            flow=flow,
+            occlusions=_if_file(flow.parent / f"{stem}_occ.png"),
         )
     )
   return flow_pairs.checked(found, folder)
 
 
-def _image(stem: str) -> str:
+def _image(folder: files.Location, stem: str) -> files.Location:
   """Returns the image file of that stem; that of a .png if there is none."""
-  paths = [stem + suffix for suffix in _IMAGE_SUFFIXES]
-  return next((path for path in paths if os.path.isfile(path)), paths[0])
+  paths = [folder / f"{stem}{suffix}" for suffix in _IMAGE_SUFFIXES]
+  return next((path for path in paths if path.is_file()), paths[0])
 
 
 def _kitti_images(folder: files.Location, year: str) -> files.Location:
@@ -316,7 +301,7 @@ def kitti(
 
   With `truth="flow_noc"` only what both frames see is valid.
   """
-  folder = _find(root, _kitti_places(year, "", "training"), truth)
+  folder = files.find(root, _kitti_places(year, "", "training"), truth)
   frames = _kitti_images(folder, year)
   pairs = [
       FlowPair(
@@ -339,14 +324,14 @@ def kitti_frames(
   With `multiview` they are of the multi-view extension.
   """
   part = "_multiview" if multiview else ""
-  folder = _find(root, _kitti_places(year, part, split), "*_[02]")
+  folder = files.find(root, _kitti_places(year, part, split), "*_[02]")
   frames = _kitti_images(folder, year)
   return frames, [frames]
 
 
 def hd1k(root: image_io.Path) -> FramePairs:
   """Returns HD1K: each frame with the next one of its sequence."""
-  folder = _find(root, _HD1K, "hd1k_flow_gt/flow_occ")
+  folder = files.find(root, _HD1K, "hd1k_flow_gt/flow_occ")
   frames = folder / "hd1k_input" / "image_2"
   names = sorted(
       n for n in flow_pairs.listing(frames) if re.fullmatch(r"\d+_\d+.png", n)
@@ -369,7 +354,7 @@ def hd1k(root: image_io.Path) -> FramePairs:
 
 def hd1k_frames(root: image_io.Path, part: str) -> Frames:
   """Returns the frames of "hd1k_input" (training) or "hd1k_challenge" (test)."""
-  folder = _find(root, _HD1K, f"{part}/image_2") / part
+  folder = files.find(root, _HD1K, f"{part}/image_2") / part
   return _subfolders(folder, "image_2")
 
 
@@ -383,7 +368,7 @@ def spring(
   loader does (github.com/cv-stuttgart/spring_utils, dataloader.py). The match
   map, at the frames' size, is not black where a pixel has no match.
   """
-  folder = _find(root, _SPRING, "train/*/frame_left") / "train"
+  folder = files.find(root, _SPRING, "train/*/frame_left") / "train"
   code, step = {"future": ("FW", 1), "past": ("BW", -1)}[direction]
   kind = f"flow_{code}_{camera}"
   pairs = []
@@ -408,7 +393,7 @@ def spring(
 
 def spring_frames(root: image_io.Path, split: str) -> Frames:
   """Returns the scenes of Spring's "train" or "test", of both cameras."""
-  folder = _find(root, _SPRING, f"{split}/*/frame_left") / split
+  folder = files.find(root, _SPRING, f"{split}/*/frame_left") / split
   return _subfolders(folder, *(f"*/frame_{camera}" for camera in _CAMERAS))
 
 
@@ -418,7 +403,9 @@ def tartanair(root: image_io.Path) -> FramePairs:
   The mask marks what is occluded, leaves the picture or moves by itself, whose
   flow is wrong, as one; so `visible` is not told apart.
   """
-  folder = _find(root, _TARTAN, *(f"{t}/image_left" for t in _TRAJECTORIES))
+  folder = files.find(
+      root, _TARTAN, *(f"{t}/image_left" for t in _TRAJECTORIES)
+  )
   pairs = []
   for trajectories in _TRAJECTORIES:
     for path in sorted(folder.glob(trajectories)):
@@ -439,13 +426,15 @@ def tartanair(root: image_io.Path) -> FramePairs:
 
 def tartanair_frames(root: image_io.Path) -> Frames:
   """Returns TartanAir's trajectories, of both cameras."""
-  folder = _find(root, _TARTAN, *(f"{t}/image_left" for t in _TRAJECTORIES))
+  folder = files.find(
+      root, _TARTAN, *(f"{t}/image_left" for t in _TRAJECTORIES)
+  )
   return _subfolders(folder, *(f"{t}/image_*" for t in _TRAJECTORIES))
 
 
 def viper(root: image_io.Path, split: str) -> FramePairs:
   """Returns VIPER's "train" or "val" pairs, each frame with the next."""
-  folder = _find(root, _VIPER, f"{split}/flow") / split
+  folder = files.find(root, _VIPER, f"{split}/flow") / split
   pairs = []
   for scene in sorted((folder / "flow").glob("*")):
     frames = folder / "img" / scene.name
@@ -469,5 +458,5 @@ def viper(root: image_io.Path, split: str) -> FramePairs:
 
 def viper_frames(root: image_io.Path, split: str) -> Frames:
   """Returns the sequences of VIPER's "train", "val" or "test" frames."""
-  folder = _find(root, _VIPER, f"{split}/img") / split
+  folder = files.find(root, _VIPER, f"{split}/img") / split
   return _subfolders(folder / "img", "*")
