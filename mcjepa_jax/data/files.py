@@ -247,7 +247,11 @@ def names(folder: str | os.PathLike) -> list[str]:
 
 
 def visible(folder: Location, wanted: str) -> list[str]:
-  """Returns the sorted names in a folder of what is wanted, none hidden."""
+  """Returns the sorted names in a folder of what is wanted, none hidden.
+
+  Raises:
+    UserError: no such folder.
+  """
   try:
     found = names(folder)
   except OSError as error:
@@ -262,7 +266,11 @@ def visible(folder: Location, wanted: str) -> list[str]:
 def find(
     root: str | os.PathLike, candidates: Sequence[str], *probes: str
 ) -> Location:
-  """Returns the first candidate folder under `root` that holds a probe."""
+  """Returns the first candidate folder under `root` that holds a probe.
+
+  Raises:
+    UserError: none does.
+  """
   root = path(root)
   for candidate in candidates:
     # glob yields nothing for a folder that is not there.
