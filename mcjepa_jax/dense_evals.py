@@ -94,7 +94,12 @@ def examples(kind: str, config: Any, name: str) -> _Both:
     )
   if faults:
     raise errors.UserError(*faults)
-  return _Both(sources.segmentation(name, config.data_root))
+  return _Both(_parts(config, name))
+
+
+def _parts(config: Any, name: str) -> segmentation_datasets.Parts:
+  root = sources.data_root(config.data_root, config.data_cache)
+  return sources.segmentation(name, root)
 
 
 def _crop_faults(kind: str, crop: int, coarsest: int) -> list[str]:
@@ -112,7 +117,7 @@ def run(kind: str, subject: Any, name: str) -> dict[str, float]:
   faults = _crop_faults(kind, options.crop, subject.model.encoder.strides[-1])
   if faults:
     raise errors.UserError(*faults)
-  parts = sources.segmentation(name, subject.config.data_root)
+  parts = _parts(subject.config, name)
   label = f"{kind}/{name}"
   matrices = {}
   # One at a time: of fine-tuning each is a training state of its own.

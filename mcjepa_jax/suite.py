@@ -122,7 +122,9 @@ def _davis_eval(subject, name):
 
 
 def _mask_sequences(config, name):
-  return sources.mask_sequences(name, config.data_root)
+  return sources.mask_sequences(
+      name, sources.data_root(config.data_root, config.data_cache)
+  )
 
 
 def _tested(config, name):
@@ -180,11 +182,10 @@ def _finetune_eval(subject, name):
 
 def _test_frames(config, name):
   """The pairs of a benchmark's test set, by the archive's members."""
+  root = sources.data_root(config.data_root, config.data_cache)
 
   def part(source):
-    return sources.motion(
-        *(source, config.data_root), seed=0, size=tuple(config.motion.size)
-    )
+    return sources.motion(source, root, seed=0, size=tuple(config.motion.size))
 
   # Pairs of a pass of MPI-Sintel, of KITTI 2012 and 2015: data.catalog.
   if name == "sintel":

@@ -13,6 +13,7 @@ from mcjepa_jax.data import (
     catalog,
     check,
     convert,
+    facts,
     flow_faults,
     flow_io,
     synthetic,
@@ -200,7 +201,7 @@ def test_fewer_than_published_is_a_fault_unless_allowed(run, tmp_path):
 
 
 def test_more_than_published_is_a_fault(run, tmp_path, monkeypatch):
-  fact = catalog.Fact(_SCENES - 1, "https://page")
+  fact = facts.Fact(_SCENES - 1, "https://page")
   monkeypatch.setattr(catalog, "published", lambda use: fact)
   code, _, err = run(
       "--dataset=flow/sintel_clean",

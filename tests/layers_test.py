@@ -13,13 +13,14 @@ _PACKAGE = "mcjepa_jax"
 
 # A module imports lower layers only. `errors` is open to all.
 _LAYERS = (
-    # 0: paths in, files out; files in, bytes and pixels out.
-    "data.files",
-    "data.image_io data.handover",
+    # 0: paths in, files out; files in, bytes and pixels out. What a fact is.
+    "data.files data.facts",
+    "data.image_io data.handover data.catalog_flow data.catalog_images",
     # 1: arrays in, arrays out; text in, plain values out.
     """flow_ops metrics vicreg visualize photometry data.flow_io data.transforms
     data.synthetic data.catalog data.crops data.flow_faults models.convnext models.vit
     command goodput hlo evals.masks evals.tiling""",
+    "data.flow_pairs",
     # 2: losses, models and sources made of these; the means of training.
     """flow_losses models.flow_decoder models.segmentation_heads data.flow_datasets
     data.image_datasets data.segmentation_datasets data.mask_datasets

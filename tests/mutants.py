@@ -348,13 +348,17 @@ MUTANTS = (
         ),
     ),
     *_mutants(
-        "data/flow_datasets.py",
+        "data/flow_pairs.py",
         "flow_datasets_test.py",
         (
             "spring_flow_scaled",
             "flow[::scale, ::scale], valid",
             "scale * flow[::scale, ::scale], valid",
         ),
+    ),
+    *_mutants(
+        "data/flow_datasets.py",
+        "flow_datasets_test.py",
         (
             "chairs_split_swapped",
             '{"training": b"1", "validation": b"2"}',

@@ -16,7 +16,7 @@ from gcp_storage_emulator import server as emulator
 import numpy as np
 import pytest
 
-from mcjepa_jax import errors
+from mcjepa_jax import errors, suite
 from mcjepa_jax.data import (
     array_records,
     check,
@@ -28,7 +28,14 @@ from mcjepa_jax.data import (
     video,
 )
 from mcjepa_jax.errors import UserError
-from tests import layouts, sources_test, tiny
+from mcjepa_jax.evals import submit
+from tests import (
+    layouts,
+    mask_clips,
+    segmentation_datasets_test as label_maps,
+    sources_test,
+    tiny,
+)
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -104,6 +111,91 @@ def test_true_flow_reads_a_bucket_as_a_folder(data, name):
   _same(
       *(sources.flow_pairs(name, r, seed=0, size=(8, 8), count=1) for r in data)
   )
+
+
+def test_own_pairs_read_a_bucket_as_a_folder(gs, tmp_path):
+  for number, place in enumerate(("pairs/a", "pairs/deep/b")):
+    layouts.image(tmp_path / f"{place}_img1.jpg", number)
+    layouts.image(tmp_path / f"{place}_img2.png", number + 1)
+    layouts.flow(tmp_path / f"{place}_flow.flo", number + 1)
+  layouts.mask(tmp_path / "pairs/a_occ.png", 2)
+  roots = tmp_path, gs.put(tmp_path, "own")
+  read = [
+      sources.flow_pairs("pairs", r, seed=0, size=(8, 8), count=1)
+      for r in roots
+  ]
+  _same(*read)
+  assert [read[1].record_id(i) for i in range(2)] == ["a", "deep_b"]
+  assert "visible" in read[1][0]
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory, gs):
+  """Every set with masks or label maps: on the disk, and in the bucket."""
+  path = tmp_path_factory.mktemp("labelled")
+  mask_clips.davis(path / "DAVIS", length=3)
+  mask_clips.youtube_vos(path / "youtube_vos" / "train", length=3)
+  label_maps._voc(path)
+  label_maps._cityscapes(path)
+  label_maps._ade20k(path)
+  label_maps._camvid(path)
+  return path, gs.put(path, "labelled")
+
+
+@pytest.mark.parametrize("name", ["2016", "2017", "youtube_vos"])
+def test_masks_are_read_from_a_bucket_as_from_a_folder(labelled, name):
+  local, remote = (sources.mask_sequences(name, r) for r in labelled)
+  _same(local, remote)
+  one, other = local.sequence(0), remote.sequence(0)
+  assert one.objects == other.objects and len(one) == len(other) == 3
+  for i in range(3):
+    np.testing.assert_array_equal(one.frame(i), other.frame(i))
+    np.testing.assert_array_equal(one.labels(i), other.labels(i))
+
+
+@pytest.mark.parametrize(
+    "name", ["ade20k", "camvid", "cityscapes", "voc2012", "voc2012_aug"]
+)
+def test_label_maps_are_read_from_a_bucket_as_from_a_folder(labelled, name):
+  parts = [sources.segmentation(name, r) for r in labelled]
+  for local, remote in zip(*parts, strict=True):
+    _same(local, remote)
+    _same(local, pickle.loads(pickle.dumps(remote)))
+
+
+@pytest.mark.parametrize("name", ["davis/2017", "segmentation/camvid"])
+def test_evals_keep_in_the_cache_what_they_read(labelled, tmp_path, name):
+  cfg = tiny.config(
+      data_root=labelled[1], data_cache=str(tmp_path), evals=(name,)
+  )
+  assert suite.check(cfg) == []
+  assert any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+def test_the_frames_of_a_submission_are_kept_in_the_cache(
+    data, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(submit, "frames", lambda parts, *_, **__: parts["clean"])
+  cfg = tiny.config(data_root=data[1], data_cache=str(tmp_path))
+  suite._test_frames(cfg, "sintel")[0]
+  assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2
+
+
+def test_what_a_set_in_a_bucket_lacks_is_named(gs, tmp_path):
+  root = tmp_path / "DAVIS"
+  mask_clips.davis(root, length=3)
+  shutil.rmtree(root / "Annotations")
+  label_maps._camvid(tmp_path)
+  shutil.rmtree(tmp_path / "CamVid" / "trainannot")
+  place = gs.put(tmp_path, "lacking")
+  with pytest.raises(UserError, match="walk: expected a folder of masks, came"):
+    sources.mask_sequences("2017", place).sequence(0)
+  with pytest.raises(UserError, match="trainannot: expected a folder of files"):
+    sources.segmentation("camvid", place)
+  (root / "ImageSets/2017/val.txt").write_text("../../walk")
+  place = gs.put(tmp_path, "escaping")
+  with pytest.raises(UserError, match="val.txt: expected names of sequences"):
+    sources.mask_sequences("2017", place)
 
 
 def _lists(bucket):
@@ -382,9 +474,7 @@ def test_a_bucket_or_folder_that_is_not_there_is_named(gs, root):
 
 def test_a_set_or_a_file_that_is_not_there_is_named(gs, data):
   with pytest.raises(UserError, match="^gs://b/data/NoSet: not found; expec"):
-    from mcjepa_jax.data import flow_datasets
-
-    flow_datasets._find(files.path(data[1]), ("NoSet/a",), "*")
+    files.find(files.path(data[1]), ("NoSet/a",), "*")
   for name in ("gs://b/data/a.png", "gs://nowhere/a.png"):
     with pytest.raises(
         UserError, match=f"^{name}: expected an image, came: no"

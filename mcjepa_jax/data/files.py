@@ -11,7 +11,7 @@ worker, which gets its paths from the process that listed, takes what is there.
 """
 
 import atexit
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import errno
@@ -162,8 +162,12 @@ class Remote:
     return len(self.key.parts) > 1
 
   def glob(self, pattern: str) -> Iterator["Remote"]:
-    """Yields the paths below that match, part by part."""
+    """Yields the paths below that match, part by part; `**` is any folders."""
     first, _, rest = pattern.partition("/")
+    if first == "**":
+      for folder, _, _ in self.walk():
+        yield from folder.glob(rest)
+      return
     if any(sign in first for sign in "*?["):
       names = fnmatch.filter(self.names(), first)
     else:
@@ -245,6 +249,45 @@ def names(folder: str | os.PathLike) -> list[str]:
   if isinstance(folder, Remote):
     return list(folder.names())
   return os.listdir(folder)
+
+
+def visible(folder: Location, wanted: str) -> list[str]:
+  """Returns the sorted names in a folder of what is wanted, none hidden.
+
+  Raises:
+    UserError: no such folder.
+  """
+  try:
+    found = names(folder)
+  except OSError as error:
+    raise UserError(
+        f"{folder}: expected a folder of {wanted}, came: {error.strerror}"
+    ) from error
+  if not found and isinstance(folder, Remote):
+    raise UserError(f"{folder}: expected a folder of {wanted}, came: {_GONE}")
+  return sorted(name for name in found if not name.startswith("."))
+
+
+def find(
+    root: str | os.PathLike, candidates: Sequence[str], *probes: str
+) -> Location:
+  """Returns the first candidate folder under `root` that holds a probe.
+
+  Raises:
+    UserError: none does.
+  """
+  root = path(root)
+  for candidate in candidates:
+    # glob yields nothing for a folder that is not there.
+    if any(any((root / candidate).glob(probe)) for probe in probes):
+      return listed(root / candidate)
+  missing = root / candidates[0] / probes[0]
+  while not missing.parent.exists():
+    missing = missing.parent
+  raise UserError(
+      f"{missing}: not found; expected {root / candidates[0] / probes[0]}"
+      + "".join(f", or {root / other / probes[0]}" for other in candidates[1:])
+  )
 
 
 def walk(

@@ -1,10 +1,7 @@
 """Optical flow sets in their official layouts, with and without ground truth.
 
-A labelled example is {name, frame_1, frame_2: u8 [h w 3], flow: f32 [h w 2]
-from frame 1 to frame 2 in pixels, valid: f32 [h w 1]}, with visible: f32 [h w
-1] where the set knows occlusion. valid is 1 where the ground truth counts;
-visible is 1 where the pixel is seen in both frames, and is meaningful where
-valid is 1. Pairs without ground truth are left out.
+A labelled example is that of a `flow_pairs.FlowSet`; pairs without ground truth
+are left out.
 
 For training without labels the same places are read as frames: what ends in
 `_frames` returns (folder, its subfolders of sequences) for `video.frame_folders`;
@@ -12,19 +9,12 @@ sets of unrelated pairs take `labels=False`, which opens no label. Where a set i
 looked for, and what each expects below, stands in `catalog.DATASETS`.
 """
 
-from collections.abc import Iterable
-import dataclasses
-import os
 import pathlib
 import re
 
-import numpy as np
-
-from mcjepa_jax.data import files, flow_io, image_io
+from mcjepa_jax.data import files, flow_pairs, image_io
+from mcjepa_jax.data.flow_pairs import FlowPair, FramePairs
 from mcjepa_jax.errors import UserError
-
-# As many faults of one folder as a reader wants to see at once.
-_MAX_FAULTS = 10
 
 _CAMERAS = ("left", "right")
 _CHAIRS_SPLIT = "FlyingChairs_train_val.txt"
@@ -44,153 +34,6 @@ _VIPER = ("VIPER", "viper", "")
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".webp", ".bmp")
 
 Frames = tuple[files.Location, list[files.Location]]
-
-
-@dataclasses.dataclass(frozen=True)
-class FlowPair:
-  """The files of one pair; what the set lacks is None."""
-
-  name: str
-  frame_1: image_io.Path
-  frame_2: image_io.Path
-  flow: image_io.Path
-  # Where a mask is not 0, frame 2 hides the pixel, or the flow is wrong there.
-  # A .npy of bytes, or a picture with one channel or more.
-  occlusions: image_io.Path | None = None
-  invalid: image_io.Path | None = None
-  # Flow file valid where both frames see it.
-  flow_visible: image_io.Path | None = None
-  # The flow's grid is so many times the frames': every so many rows and columns
-  # of it, from the first, are taken as they are.
-  flow_scale: int = 1
-
-  def __post_init__(self):
-    # A string is a fraction of a Path, to hold and to send to a worker.
-    for field, value in tuple(vars(self).items()):
-      if isinstance(value, pathlib.Path):
-        object.__setattr__(self, field, str(value))
-
-
-class FramePairs:
-  """Pairs of frames, decoded when asked for; no label is opened."""
-
-  def __init__(self, pairs: Iterable[FlowPair]):
-    self.pairs = tuple(pairs)
-
-  def __len__(self) -> int:
-    return len(self.pairs)
-
-  def record_id(self, index: int) -> str:
-    """Returns the pair's name, which does not depend on where the set lies."""
-    return self.pairs[index].name
-
-  def __getitem__(self, index: int) -> dict[str, np.ndarray | str]:
-    pair = self.pairs[index]
-    frame_1 = image_io.read_image(pair.frame_1)
-    frame_2 = image_io.read_image(pair.frame_2)
-    _expect_size(frame_2, pair.frame_2, frame_1, pair.frame_1)
-    return {"frame_1": frame_1, "frame_2": frame_2}
-
-
-class FlowSet(FramePairs):
-  """Pairs of frames with their ground truth, decoded when asked for."""
-
-  def __getitem__(self, index: int) -> dict[str, np.ndarray | str]:
-    pair = self.pairs[index]
-    example = super().__getitem__(index)
-    frame_1, scale = example["frame_1"], pair.flow_scale
-    flow, valid = flow_io.read_flow(pair.flow)
-    _expect_size(flow, pair.flow, frame_1, pair.frame_1, scale=scale)
-    flow, valid = flow[::scale, ::scale], valid[::scale, ::scale]
-    if pair.invalid is not None:
-      valid = valid * (1 - _read_mask(pair.invalid, frame_1, pair.frame_1))
-    example |= dict(name=pair.name, flow=flow, valid=valid)
-    if pair.occlusions is not None:
-      occluded = _read_mask(pair.occlusions, frame_1, pair.frame_1)
-      example["visible"] = 1 - occluded
-    elif pair.flow_visible is not None:
-      _, example["visible"] = flow_io.read_flow(pair.flow_visible)
-      _expect_size(example["visible"], pair.flow_visible, frame_1, pair.frame_1)
-    return example
-
-
-def _expect_size(
-    came: np.ndarray,
-    path: image_io.Path,
-    frame: np.ndarray,
-    of: image_io.Path,
-    *,
-    scale: int = 1,
-):
-  height, width = (scale * side for side in frame.shape[:2])
-  if came.shape[:2] != (height, width):
-    raise UserError(
-        f"{path}: expected {width}x{height}, {'twice ' if scale == 2 else ''}"
-        f"the size of {of}, came {came.shape[1]}x{came.shape[0]}"
-    )
-
-
-def _read_mask(
-    path: image_io.Path, frame: np.ndarray, of: image_io.Path
-) -> np.ndarray:
-  if os.fspath(path).endswith(".npy"):
-    mask = flow_io.read_npy(path, np.uint8, 2)[..., None] > 0
-  else:
-    mask = image_io.read_image(path).any(axis=-1, keepdims=True)
-  _expect_size(mask, path, frame, of)
-  return mask.astype(np.float32)
-
-
-def _find(
-    root: image_io.Path, candidates: tuple[str, ...], *probes: str
-) -> files.Location:
-  """Returns the first candidate folder under `root` that holds a probe."""
-  root = files.path(root)
-  for candidate in candidates:
-    # glob yields nothing for a folder that is not there.
-    if any(any((root / candidate).glob(probe)) for probe in probes):
-      return files.listed(root / candidate)
-  missing = root / candidates[0] / probes[0]
-  while not missing.parent.exists():
-    missing = missing.parent
-  raise UserError(
-      f"{missing}: not found; expected {root / candidates[0] / probes[0]}"
-      + "".join(f", or {root / other / probes[0]}" for other in candidates[1:])
-  )
-
-
-def _set(
-    pairs: list[FlowPair], folder: files.Location, *, labels: bool = True
-) -> FramePairs:
-  """Returns the set, once every file that it must have is known to exist."""
-  if not pairs:
-    raise UserError(
-        f"{folder}: expected flow files with their frames, came none"
-    )
-  listings: dict[image_io.Path, set[str]] = {}
-  faults = []
-  for pair in pairs:
-    for path in (pair.frame_1, pair.frame_2) + (pair.flow,) * labels:
-      parent, name = files.split(path)
-      # One listing of a folder costs less than a look at each of its files.
-      if parent not in listings:
-        listings[parent] = _listing(parent)
-      if name not in listings[parent]:
-        faults.append(f"{path}: not found; expected a file of {pair.name}")
-    if len(faults) >= _MAX_FAULTS:
-      break
-  if faults:
-    raise UserError(*faults)
-  return FlowSet(pairs) if labels else FramePairs(pairs)
-
-
-def _listing(folder: image_io.Path) -> set[str]:
-  try:
-    return set(files.names(folder))
-  except FileNotFoundError:
-    return set()
-  except OSError as error:
-    raise UserError(f"{folder}: cannot be listed: {error.strerror}") from error
 
 
 def _if_file(path: files.Location) -> files.Location | None:
@@ -221,7 +64,9 @@ def flying_chairs(
   the pairs or one folder up: a line a pair, 1 for training, 2 for validation.
   Where there is no such file each is all pairs.
   """
-  folder = _find(root, ("FlyingChairs_release/data", "data", ""), "*_img1.ppm")
+  folder = files.find(
+      root, ("FlyingChairs_release/data", "data", ""), "*_img1.ppm"
+  )
   names = _stems(folder, r"([0-9]+)_(img1\.ppm|img2\.ppm|flow\.flo)")
   for place in (folder, folder.parent):
     if (place / _CHAIRS_SPLIT).exists():
@@ -236,12 +81,12 @@ def flying_chairs(
       )
       for name in names
   ]
-  return _set(pairs, folder, labels=labels)
+  return flow_pairs.checked(pairs, folder, labels=labels)
 
 
 def _stems(folder: files.Location, pattern: str) -> list[str]:
   """Returns the first group of the names that match, each once, in order."""
-  found = (re.fullmatch(pattern, name) for name in _listing(folder))
+  found = (re.fullmatch(pattern, name) for name in flow_pairs.listing(folder))
   return sorted({match[1] for match in found if match})
 
 
@@ -262,7 +107,9 @@ def flying_chairs_2(
     root: image_io.Path, split: str, *, labels: bool = True
 ) -> FramePairs:
   """Returns FlyingChairs2's "train" or "val" pairs, into the future."""
-  folder = _find(root, ("FlyingChairs2", ""), f"{split}/*-img_0.png") / split
+  folder = (
+      files.find(root, ("FlyingChairs2", ""), f"{split}/*-img_0.png") / split
+  )
   pairs = [
       FlowPair(
           name=name,
@@ -273,7 +120,7 @@ def flying_chairs_2(
       )
       for name in _stems(folder, r"([0-9]+)-(img_[01]\.png|flow_01\.flo)")
   ]
-  return _set(pairs, folder, labels=labels)
+  return flow_pairs.checked(pairs, folder, labels=labels)
 
 
 def flying_things(
@@ -285,8 +132,8 @@ def flying_things(
     direction: str = "future",
 ) -> FramePairs:
   """Returns FlyingThings3D's "TRAIN" or "TEST" pairs into the future or past."""
-  folder = _find(root, _THINGS, f"optical_flow/{split}")
-  images = _find(folder, (f"frames_{render}pass/{split}",), "*")
+  folder = files.find(root, _THINGS, f"optical_flow/{split}")
+  images = files.find(folder, (f"frames_{render}pass/{split}",), "*")
   into, step = {"future": ("Future", 1), "past": ("Past", -1)}[direction]
   pattern = f"*/*/into_{direction}/{camera}/OpticalFlowInto{into}_*.pfm"
   pairs = []
@@ -305,13 +152,13 @@ def flying_things(
               flow=flow,
           )
       )
-  return _set(pairs, folder / "optical_flow" / split)
+  return flow_pairs.checked(pairs, folder / "optical_flow" / split)
 
 
 def flying_things_frames(root: image_io.Path, render: str) -> Frames:
   """Returns the folders of FlyingThings3D's training frames, both cameras."""
   split = f"frames_{render}pass/TRAIN"
-  folder = _find(root, _THINGS, split) / split
+  folder = files.find(root, _THINGS, split) / split
   return _subfolders(folder, *(f"*/*/{camera}" for camera in _CAMERAS))
 
 
@@ -330,7 +177,7 @@ def flying_things_subset(
   tell also without labels which frames are neighbours.
   """
   probe = f"{split}/flow/{cameras[0]}/into_{direction}"
-  folder = _find(root, ("FlyingThings3D_subset", ""), probe) / split
+  folder = files.find(root, ("FlyingThings3D_subset", ""), probe) / split
   pairs = []
   for camera in cameras:
     frames = folder / f"image_{render}" / camera
@@ -348,12 +195,12 @@ def flying_things_subset(
               occlusions=_if_file(occlusions),
           )
       )
-  return _set(pairs, folder / "flow", labels=labels)
+  return flow_pairs.checked(pairs, folder / "flow", labels=labels)
 
 
 def sintel(root: image_io.Path, render: str) -> FramePairs:
   """Returns MPI-Sintel's training scenes in the "clean" or "final" pass."""
-  folder = _find(root, ("MPI-Sintel/training", "training"), "flow")
+  folder = files.find(root, ("MPI-Sintel/training", "training"), "flow")
   pairs = []
   for flow in sorted(folder.glob("flow/*/frame_*.flo")):
     scene, number = flow.parent.name, flow.stem.removeprefix("frame_")
@@ -369,18 +216,18 @@ def sintel(root: image_io.Path, render: str) -> FramePairs:
             invalid=_if_file(folder / "invalid" / masks),
         )
     )
-  return _set(pairs, folder / "flow")
+  return flow_pairs.checked(pairs, folder / "flow")
 
 
 def sintel_frames(root: image_io.Path, split: str, render: str) -> Frames:
   """Returns the scenes of MPI-Sintel's "training" or "test" in one pass."""
-  folder = _find(root, (f"MPI-Sintel/{split}", split), f"{render}/*")
+  folder = files.find(root, (f"MPI-Sintel/{split}", split), f"{render}/*")
   return _subfolders(folder / render, "*")
 
 
 def middlebury(root: image_io.Path) -> FramePairs:
   """Returns Middlebury's other-data: frame10, frame11 and flow10."""
-  folder = _find(root, ("middlebury", ""), "other-gt-flow")
+  folder = files.find(root, ("middlebury", ""), "other-gt-flow")
   pairs = []
   for flow in sorted(folder.glob("other-gt-flow/*/flow10.flo")):
     frames = folder / "other-data" / flow.parent.name
@@ -392,12 +239,12 @@ def middlebury(root: image_io.Path) -> FramePairs:
             flow=flow,
         )
     )
-  return _set(pairs, folder / "other-gt-flow")
+  return flow_pairs.checked(pairs, folder / "other-gt-flow")
 
 
 def middlebury_frames(root: image_io.Path) -> Frames:
   """Returns the scenes of Middlebury's other-data, as many frames as are there."""
-  folder = _find(root, ("middlebury", ""), "other-data")
+  folder = files.find(root, ("middlebury", ""), "other-data")
   return _subfolders(folder / "other-data", "*")
 
 
@@ -408,27 +255,27 @@ def pairs(root: image_io.Path) -> FramePairs:
   it is there, is not black where frame 2 does not show the pixel. All four lie
   in one folder, which may be below `pairs`.
   """
-  folder = _find(root, ("pairs",), "**/*_flow.*")
+  folder = files.find(root, ("pairs",), "**/*_flow.*")
   found = []
   for flow in sorted(folder.glob("**/*_flow.*")):
-    stem = flow.with_name(flow.stem.removesuffix("_flow"))
-    frames = [_image(f"{stem}_img{number}") for number in (1, 2)]
+    stem = flow.stem.removesuffix("_flow")
+    name = (flow.parent / stem).relative_to(folder).as_posix()
     found.append(
         FlowPair(
-            name=stem.relative_to(folder).as_posix().replace("/", "_"),
-            frame_1=frames[0],
-            frame_2=frames[1],
-            flow=str(flow),
-            occlusions=_if_file(pathlib.Path(f"{stem}_occ.png")),
+            name=name.replace("/", "_"),
+            frame_1=_image(flow.parent, f"{stem}_img1"),
+            frame_2=_image(flow.parent, f"{stem}_img2"),
+            flow=flow,
+            occlusions=_if_file(flow.parent / f"{stem}_occ.png"),
         )
     )
-  return _set(found, folder)
+  return flow_pairs.checked(found, folder)
 
 
-def _image(stem: str) -> str:
+def _image(folder: files.Location, stem: str) -> files.Location:
   """Returns the image file of that stem; that of a .png if there is none."""
-  paths = [stem + suffix for suffix in _IMAGE_SUFFIXES]
-  return next((path for path in paths if os.path.isfile(path)), paths[0])
+  paths = [folder / f"{stem}{suffix}" for suffix in _IMAGE_SUFFIXES]
+  return next((path for path in paths if path.is_file()), paths[0])
 
 
 def _kitti_images(folder: files.Location, year: str) -> files.Location:
@@ -454,7 +301,7 @@ def kitti(
 
   With `truth="flow_noc"` only what both frames see is valid.
   """
-  folder = _find(root, _kitti_places(year, "", "training"), truth)
+  folder = files.find(root, _kitti_places(year, "", "training"), truth)
   frames = _kitti_images(folder, year)
   pairs = [
       FlowPair(
@@ -466,7 +313,7 @@ def kitti(
       )
       for name in _stems(folder / truth, r"([0-9]+)_10\.png")
   ]
-  return _set(pairs, folder / truth)
+  return flow_pairs.checked(pairs, folder / truth)
 
 
 def kitti_frames(
@@ -477,16 +324,18 @@ def kitti_frames(
   With `multiview` they are of the multi-view extension.
   """
   part = "_multiview" if multiview else ""
-  folder = _find(root, _kitti_places(year, part, split), "*_[02]")
+  folder = files.find(root, _kitti_places(year, part, split), "*_[02]")
   frames = _kitti_images(folder, year)
   return frames, [frames]
 
 
 def hd1k(root: image_io.Path) -> FramePairs:
   """Returns HD1K: each frame with the next one of its sequence."""
-  folder = _find(root, _HD1K, "hd1k_flow_gt/flow_occ")
+  folder = files.find(root, _HD1K, "hd1k_flow_gt/flow_occ")
   frames = folder / "hd1k_input" / "image_2"
-  names = sorted(n for n in _listing(frames) if re.fullmatch(r"\d+_\d+.png", n))
+  names = sorted(
+      n for n in flow_pairs.listing(frames) if re.fullmatch(r"\d+_\d+.png", n)
+  )
   pairs = []
   for name, after in zip(names, names[1:], strict=False):
     flow = _if_file(folder / "hd1k_flow_gt" / "flow_occ" / name)
@@ -500,12 +349,12 @@ def hd1k(root: image_io.Path) -> FramePairs:
               flow=flow,
           )
       )
-  return _set(pairs, folder / "hd1k_flow_gt" / "flow_occ")
+  return flow_pairs.checked(pairs, folder / "hd1k_flow_gt" / "flow_occ")
 
 
 def hd1k_frames(root: image_io.Path, part: str) -> Frames:
   """Returns the frames of "hd1k_input" (training) or "hd1k_challenge" (test)."""
-  folder = _find(root, _HD1K, f"{part}/image_2") / part
+  folder = files.find(root, _HD1K, f"{part}/image_2") / part
   return _subfolders(folder, "image_2")
 
 
@@ -519,7 +368,7 @@ def spring(
   loader does (github.com/cv-stuttgart/spring_utils, dataloader.py). The match
   map, at the frames' size, is not black where a pixel has no match.
   """
-  folder = _find(root, _SPRING, "train/*/frame_left") / "train"
+  folder = files.find(root, _SPRING, "train/*/frame_left") / "train"
   code, step = {"future": ("FW", 1), "past": ("BW", -1)}[direction]
   kind = f"flow_{code}_{camera}"
   pairs = []
@@ -539,12 +388,12 @@ def spring(
             flow_scale=2,
         )
     )
-  return _set(pairs, folder)
+  return flow_pairs.checked(pairs, folder)
 
 
 def spring_frames(root: image_io.Path, split: str) -> Frames:
   """Returns the scenes of Spring's "train" or "test", of both cameras."""
-  folder = _find(root, _SPRING, f"{split}/*/frame_left") / split
+  folder = files.find(root, _SPRING, f"{split}/*/frame_left") / split
   return _subfolders(folder, *(f"*/frame_{camera}" for camera in _CAMERAS))
 
 
@@ -554,7 +403,9 @@ def tartanair(root: image_io.Path) -> FramePairs:
   The mask marks what is occluded, leaves the picture or moves by itself, whose
   flow is wrong, as one; so `visible` is not told apart.
   """
-  folder = _find(root, _TARTAN, *(f"{t}/image_left" for t in _TRAJECTORIES))
+  folder = files.find(
+      root, _TARTAN, *(f"{t}/image_left" for t in _TRAJECTORIES)
+  )
   pairs = []
   for trajectories in _TRAJECTORIES:
     for path in sorted(folder.glob(trajectories)):
@@ -570,18 +421,20 @@ def tartanair(root: image_io.Path) -> FramePairs:
                 invalid=path / "flow" / f"{stem}_mask.npy",
             )
         )
-  return _set(pairs, folder)
+  return flow_pairs.checked(pairs, folder)
 
 
 def tartanair_frames(root: image_io.Path) -> Frames:
   """Returns TartanAir's trajectories, of both cameras."""
-  folder = _find(root, _TARTAN, *(f"{t}/image_left" for t in _TRAJECTORIES))
+  folder = files.find(
+      root, _TARTAN, *(f"{t}/image_left" for t in _TRAJECTORIES)
+  )
   return _subfolders(folder, *(f"{t}/image_*" for t in _TRAJECTORIES))
 
 
 def viper(root: image_io.Path, split: str) -> FramePairs:
   """Returns VIPER's "train" or "val" pairs, each frame with the next."""
-  folder = _find(root, _VIPER, f"{split}/flow") / split
+  folder = files.find(root, _VIPER, f"{split}/flow") / split
   pairs = []
   for scene in sorted((folder / "flow").glob("*")):
     frames = folder / "img" / scene.name
@@ -600,10 +453,10 @@ def viper(root: image_io.Path, split: str) -> FramePairs:
                 flow=flow,
             )
         )
-  return _set(pairs, folder / "flow")
+  return flow_pairs.checked(pairs, folder / "flow")
 
 
 def viper_frames(root: image_io.Path, split: str) -> Frames:
   """Returns the sequences of VIPER's "train", "val" or "test" frames."""
-  folder = _find(root, _VIPER, f"{split}/img") / split
+  folder = files.find(root, _VIPER, f"{split}/img") / split
   return _subfolders(folder / "img", "*")

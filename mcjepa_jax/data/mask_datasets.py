@@ -6,12 +6,10 @@ Where a set is looked for stands in `catalog.DATASETS`. Nothing but names is hel
 in memory.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 import dataclasses
 import io
 import json
-import os
-import pathlib
 import re
 from typing import Any
 
@@ -19,7 +17,7 @@ from jaxtyping import UInt8
 import numpy as np
 from PIL import Image
 
-from mcjepa_jax.data import image_io
+from mcjepa_jax.data import files, image_io
 from mcjepa_jax.errors import UserError
 
 _VOID = 255
@@ -39,8 +37,8 @@ class MaskSequence:
   """One sequence: its files, and the objects that are followed in it."""
 
   name: str
-  frames: tuple[pathlib.Path, ...]
-  masks: tuple[pathlib.Path | None, ...]  # None: the frame is not annotated
+  frames: tuple[files.Location, ...]
+  masks: tuple[files.Location | None, ...]  # None: the frame is not annotated
   size: tuple[int, int]  # (h, w) of every frame and mask
   objects: tuple[int, ...] = ()  # labels, each of which may begin at any frame
   merged: bool = False  # all objects are one, with label 1
@@ -64,7 +62,7 @@ class MaskSequence:
     labels[labels == _VOID] = 0
     return (labels > 0).astype(np.uint8) if self.merged else labels
 
-  def _expect_size(self, path: pathlib.Path, came: tuple[int, int]) -> None:
+  def _expect_size(self, path: files.Location, came: tuple[int, int]) -> None:
     if came != self.size:
       raise UserError(
           f"{path}: expected {self.size[1]}x{self.size[0]}, the size of"
@@ -96,7 +94,7 @@ class MaskSequences:
 
   def __init__(
       self,
-      folder: pathlib.Path,
+      folder: files.Location,
       resolution: str,
       objects: Mapping[str, tuple[int, ...] | None],
       *,
@@ -180,7 +178,7 @@ def davis(root: image_io.Path, year: str) -> MaskSequences:
 
   In 2016 all the objects of a frame are one foreground.
   """
-  folder = _find(root, ("DAVIS", ""), "JPEGImages/480p")
+  folder = files.find(root, ("DAVIS", ""), "JPEGImages/480p")
   if (folder / "ImageSets").is_dir():
     lists = [folder / name for name in _DAVIS_LISTS[year]]
     found = [path for path in lists if path.is_file()]
@@ -203,10 +201,10 @@ def youtube_vos(root: image_io.Path) -> MaskSequences:
   Sequences and objects are those of meta.json; an object may begin later than
   its sequence (github.com/ychfan/youtube-vos.org, _pages/dataset/vos.md).
   """
-  folder = _find(root, ("youtube_vos/train", "train", ""), "meta.json")
+  folder = files.find(root, ("youtube_vos/train", "train", ""), "meta.json")
   objects = _meta(folder / "meta.json")
   # One listing tells now what else the last of thousands would tell.
-  there = {entry.name for entry in _scan(folder / "JPEGImages", "videos")}
+  there = set(files.visible(folder / "JPEGImages", "videos"))
   missing = [name for name in objects if name not in there]
   if missing:
     raise UserError(
@@ -270,13 +268,13 @@ def _expect_labels(path: image_io.Path, image: Image.Image, size: int) -> None:
     )
 
 
-def _frame_size(path: pathlib.Path) -> tuple[int, int]:
+def _frame_size(path: files.Location) -> tuple[int, int]:
   """Returns (h, w) as a frame's head has it."""
   with image_io.opened(path, "a frame") as (file, _):
     return _head(path, file, "JPEG").size[::-1]
 
 
-def _mask_size(path: pathlib.Path) -> tuple[int, int]:
+def _mask_size(path: files.Location) -> tuple[int, int]:
   """Returns (h, w) as a mask's head has it."""
   with image_io.opened(path, "a mask") as (file, size):
     image = _head(path, file, "PNG")
@@ -284,37 +282,11 @@ def _mask_size(path: pathlib.Path) -> tuple[int, int]:
     return image.size[::-1]
 
 
-def _find(
-    root: image_io.Path, candidates: Iterable[str], probe: str
-) -> pathlib.Path:
-  """Returns the first candidate folder under `root` that holds a probe."""
-  places = [pathlib.Path(root) / name for name in candidates]
-  for place in places:
-    if (place / probe).exists():
-      return place
-  raise UserError(
-      f"{places[0] / probe}: not found"
-      + "".join(f", nor {place / probe}" for place in places[1:])
-  )
-
-
-def _scan(folder: pathlib.Path, wanted: str) -> list[os.DirEntry]:
-  """Returns what lies in a folder, sorted, without hidden files."""
-  try:
-    with os.scandir(folder) as entries:
-      found = [entry for entry in entries if not entry.name.startswith(".")]
-  except OSError as error:
-    raise UserError(
-        f"{folder}: expected a folder of {wanted}, came: {error.strerror}"
-    ) from error
-  return sorted(found, key=lambda entry: entry.name)
-
-
 def _files(
-    folder: pathlib.Path, suffixes: tuple[str, ...], wanted: str
-) -> dict[str, pathlib.Path]:
+    folder: files.Location, suffixes: tuple[str, ...], wanted: str
+) -> dict[str, files.Location]:
   """Returns the files of a folder by their names without suffix, in order."""
-  paths = [pathlib.Path(entry.path) for entry in _scan(folder, wanted)]
+  paths = [folder / name for name in files.visible(folder, wanted)]
   found = {p.stem: p for p in paths if p.suffix.lower() in suffixes}
   if not found:
     raise UserError(
@@ -323,14 +295,15 @@ def _files(
   return found
 
 
-def _subfolders(folder: pathlib.Path) -> list[str]:
-  names = [e.name for e in _scan(folder, "sequences") if e.is_dir()]
+def _subfolders(folder: files.Location) -> list[str]:
+  names = files.visible(folder, "sequences")
+  names = [name for name in names if (folder / name).is_dir()]
   if not names:
     raise UserError(f"{folder}: expected folders of frames, came none")
   return names
 
 
-def _expect_name(path: pathlib.Path, name: str) -> str:
+def _expect_name(path: files.Location, name: str) -> str:
   """Returns the name of a sequence, which can lead nowhere but into a folder."""
   if not name or name.startswith(".") or set(name) & set("/\\\0"):
     raise UserError(
@@ -340,7 +313,7 @@ def _expect_name(path: pathlib.Path, name: str) -> str:
   return name
 
 
-def _listed(path: pathlib.Path) -> list[str]:
+def _listed(path: files.Location) -> list[str]:
   """Returns the sequences of a split's list, each once."""
   wanted = "a list of sequences"
   with image_io.opened(path, wanted) as (file, size):
@@ -358,7 +331,7 @@ def _listed(path: pathlib.Path) -> list[str]:
   return list(dict.fromkeys(names))
 
 
-def _meta(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
+def _meta(path: files.Location) -> dict[str, tuple[int, ...]]:
   """Returns the labels of each sequence of YouTube-VOS's meta.json."""
   with image_io.opened(path, "YouTube-VOS's meta.json") as (file, size):
     if size > _MAX_META:

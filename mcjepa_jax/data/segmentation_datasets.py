@@ -9,8 +9,6 @@ label map is decoded only if its header claims the size of its image.
 from collections.abc import Iterable, Sequence
 import dataclasses
 import io
-import os
-import pathlib
 import re
 import struct
 from typing import NamedTuple
@@ -19,7 +17,7 @@ from jaxtyping import UInt8
 import numpy as np
 from PIL import Image
 
-from mcjepa_jax.data import image_io
+from mcjepa_jax.data import files, image_io
 from mcjepa_jax.data.crops import VOID
 from mcjepa_jax.errors import UserError
 
@@ -115,7 +113,7 @@ class SegmentationSet:
       classes: Sequence[str],
       coding: Coding,
   ):
-    self.root = pathlib.Path(root)
+    self.root = files.path(root)
     self.classes = tuple(classes)
     # Arrays, for the reason that image_datasets.Names gives.
     self._images = np.array([pair.image for pair in pairs])
@@ -210,40 +208,17 @@ def read_label_map(
   return labels
 
 
-def _below(
-    root: image_io.Path, candidates: tuple[str, ...], probe: str
-) -> pathlib.Path:
-  """Returns the first candidate folder under `root` that holds the probe."""
-  places = [pathlib.Path(root) / candidate for candidate in candidates]
-  for place in places:
-    if (place / probe).exists():
-      return place
-  raise UserError(
-      f"{places[0] / probe}: not found"
-      + "".join(f"; nor {place / probe}" for place in places[1:])
-  )
-
-
-def _listing(folder: pathlib.Path) -> list[str]:
-  try:
-    return sorted(n for n in os.listdir(folder) if not n.startswith("."))
-  except OSError as error:
-    raise UserError(
-        f"{folder}: expected a folder, came: {error.strerror}"
-    ) from error
-
-
-def _stems(folder: pathlib.Path, suffixes: Iterable[str]) -> dict[str, str]:
+def _stems(folder: files.Location, suffixes: Iterable[str]) -> dict[str, str]:
   """Returns a folder's files by their names without a suffix, sorted."""
   return {
       name[: -len(suffix)]: name
-      for name in _listing(folder)
+      for name in files.visible(folder, "files")
       for suffix in suffixes
       if name.endswith(suffix)
   }
 
 
-def _expect(missing: Iterable[str], folder: pathlib.Path, what: str) -> None:
+def _expect(missing: Iterable[str], folder: files.Location, what: str) -> None:
   faults = [
       f"{folder / name}: not found; expected {what}"
       for name in sorted(missing)[:_MAX_FAULTS]
@@ -253,7 +228,7 @@ def _expect(missing: Iterable[str], folder: pathlib.Path, what: str) -> None:
 
 
 def _folder_pairs(
-    root: pathlib.Path,
+    root: files.Location,
     images: str,
     labels: str,
     *,
@@ -279,7 +254,7 @@ def _folder_pairs(
   ]
 
 
-def _split(path: pathlib.Path) -> list[str]:
+def _split(path: files.Location) -> list[str]:
   """Returns the names that a split's list holds, one a line."""
   with image_io.opened(path, "a name on each line") as (file, size):
     lines = file.read(_MAX_LIST).decode("utf-8", "replace").split("\n")
@@ -300,9 +275,9 @@ def voc_2012(root: image_io.Path, *, augmented: bool = False) -> Parts:
   border is void, is taken where there is one
   (github.com/open-mmlab/mmsegmentation, tools/convert_datasets/voc_aug.py).
   """
-  root = _below(root, ("VOCdevkit/VOC2012", "VOC2012"), "JPEGImages")
-  images = set(_listing(root / "JPEGImages"))
-  own = set(_listing(root / "SegmentationClass"))
+  root = files.find(root, ("VOCdevkit/VOC2012", "VOC2012"), "JPEGImages")
+  images = set(files.visible(root / "JPEGImages", "files"))
+  own = set(files.visible(root / "SegmentationClass", "files"))
 
   def part(split, extra):
     names = _split(root / "ImageSets" / "Segmentation" / f"{split}.txt")
@@ -310,7 +285,7 @@ def voc_2012(root: image_io.Path, *, augmented: bool = False) -> Parts:
     _expect(jpegs - images, root / "JPEGImages", f"an image of {split}.txt")
     needed = {f"{name}.png" for name in names} - own
     folder = "SegmentationClassAug" if extra else "SegmentationClass"
-    present = set(_listing(root / folder)) if extra else own
+    present = set(files.visible(root / folder, "files")) if extra else own
     _expect(needed - present, root / folder, f"a label map of {split}.txt")
     pairs = [
         Pair(
@@ -330,11 +305,11 @@ def voc_2012(root: image_io.Path, *, augmented: bool = False) -> Parts:
 
 def cityscapes(root: image_io.Path) -> Parts:
   """Returns train and val; label ids, or train ids where only those lie."""
-  root = _below(root, ("cityscapes", ""), "leftImg8bit")
+  root = files.find(root, ("cityscapes", ""), "leftImg8bit")
 
   def part(split):
     suffix, coding = "_gtFine_labelIds.png", _CITYSCAPES_IDS
-    cities = _listing(root / "leftImg8bit" / split)
+    cities = files.visible(root / "leftImg8bit" / split, "files")
     if cities and not _stems(root / "gtFine" / split / cities[0], (suffix,)):
       suffix, coding = "_gtFine_labelTrainIds.png", _CITYSCAPES_TRAIN_IDS
     pairs = [
@@ -357,7 +332,7 @@ def cityscapes(root: image_io.Path) -> Parts:
 
 def ade20k(root: image_io.Path) -> Parts:
   """Returns training and validation of the scene parsing benchmark."""
-  root = _below(root, ("ADEChallengeData2016",), "images/validation")
+  root = files.find(root, ("ADEChallengeData2016",), "images/validation")
   return Parts(
       *(
           SegmentationSet(
@@ -376,7 +351,7 @@ def ade20k_sample(root: image_io.Path) -> Parts:
 
   How far a head fits them is known, so that an eval can be tried on them.
   """
-  root = _below(root, ("ADE20K",), "images")
+  root = files.find(root, ("ADE20K",), "images")
   pairs = _folder_pairs(root, "images", "annotations")
   sample = SegmentationSet(root, pairs, ADE20K_CLASSES, _ADE20K)
   return Parts(sample, sample)
@@ -384,7 +359,7 @@ def ade20k_sample(root: image_io.Path) -> Parts:
 
 def camvid(root: image_io.Path, *, test: str = "test") -> Parts:
   """Returns train and test, or train and val, of SegNet's CamVid."""
-  root = _below(root, ("CamVid",), "train")
+  root = files.find(root, ("CamVid",), "train")
   return Parts(
       *(
           SegmentationSet(

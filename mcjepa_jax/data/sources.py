@@ -355,7 +355,9 @@ def labelled(
   return examples
 
 
-def segmentation(name: str, root: str) -> segmentation_datasets.Parts:
+def segmentation(
+    name: str, root: str | files.Location
+) -> segmentation_datasets.Parts:
   """The parts of a set with label maps: {image, labels}, to train and to test."""
   sets, only = segmentation_datasets, functools.partial
   table = {
@@ -371,7 +373,9 @@ def segmentation(name: str, root: str) -> segmentation_datasets.Parts:
   return make(_root(root, name))
 
 
-def mask_sequences(name: str, root: str) -> mask_datasets.MaskSequences:
+def mask_sequences(
+    name: str, root: str | files.Location
+) -> mask_datasets.MaskSequences:
   """A set of sequences with masks of their objects."""
   davis = mask_datasets.davis
   table = {
