@@ -40,6 +40,7 @@ import jax
 from jax.experimental import topologies
 
 from mcjepa_jax import (
+    accumulation,
     assembly,
     command,
     errors,
@@ -205,8 +206,7 @@ def _compiled(
       raise
   else:
     cost = compiled.cost_analysis()
-    # XLA counts a loop's body once: the micro-batches are such a loop.
-    loops = config.accumulate
+    loops = accumulation.loops(config.accumulate)
     report |= {
         "gib_per_device": _gib(compiled.memory_analysis()),
         "flops_per_step": cost["flops"] * loops * mesh.size,

@@ -308,9 +308,7 @@ def _value_and_grad(function, params, batch, key, count):
 
   shapes = jax.eval_shape(body, jnp.zeros((), jnp.int32))
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-  # In a loop the CPU compiler of jax 0.10.2 fuses the gradient of the warps
-  # wrongly (3 % of the estimator's; 0.12 is right).
-  unroll = jax.default_backend() == "cpu"
+  unroll = count // accumulation.loops(count)
   total = jax.lax.fori_loop(0, count, add, zeros, unroll=unroll)
   return jax.tree.map(lambda x: x / count, total)
 

@@ -15,6 +15,7 @@ import jax
 import tqdm
 
 from mcjepa_jax import (
+    accumulation,
     alarms,
     assembly,
     checkpoint,
@@ -200,8 +201,7 @@ def step_programs(
       expected=sum(
           sizes if "motion" in steps.tasks(kind) else 1 for kind in kinds
       ),
-      # On CPU the micro-batches are no loop.
-      loops=1 if jax.default_backend() == "cpu" else config.accumulate,
+      loops=accumulation.loops(config.accumulate),
   )
 
 
