@@ -427,9 +427,14 @@ def label_parts(name: str) -> tuple[str, ...]:
 
 
 def labelled_split(
-    name: str, root: str, *, seed: int, eval_seed: int, size: int,
+    name: str,
+    root: str | files.Location,
+    *,
+    seed: int,
+    eval_seed: int,
+    size: int,
     counts: tuple[int, int],
-) -> tuple[Any, Any]:  # fmt: skip
+) -> tuple[Any, Any]:
   """The training and the test part of a set of images with labels.
 
   The set's own, or else four fifths and a fifth of it, taken turn by turn: such
