@@ -22,6 +22,8 @@ from mcjepa_jax.data import (
     flow_io,
     image_datasets,
     image_io,
+    mask_datasets,
+    segmentation_datasets,
     video,
 )
 
@@ -344,6 +346,17 @@ def _image_format(kind: str, *variants: dict, **fields) -> Format:
   return Format(_images(kind, *variants), _read_image, ratio, **fields)
 
 
+def _label_format(
+    read: Callable[[pathlib.Path], np.ndarray], *modes: str
+) -> Format:
+  def check(folder: pathlib.Path) -> None:
+    labels = read(_only_file(folder))
+    assert labels.dtype == np.uint8 and labels.ndim == 2 and labels.size
+
+  make = _images("PNG", *({"mode": mode} for mode in modes))
+  return Format(make, check, _ANY_IMAGE, damage=mutations.png)
+
+
 def _flow_format(suffix: str, ratio: int, *writers, **fields) -> Format:
   return Format(_written(f"a{suffix}", *writers), _read_flow, ratio, **fields)
 
@@ -451,6 +464,11 @@ FORMATS = {
         ),
         lambda folder: _check_set(image_datasets.stl10_binary(folder, "test")),
         _FLOAT,
+    ),
+    "mask": _label_format(mask_datasets.read_labels, "P", "1"),
+    "label_map": _label_format(
+        lambda path: segmentation_datasets.read_label_map(path, _SIZE),
+        *("P", "L"),
     ),
     "records": Format(
         _converted,

@@ -374,9 +374,11 @@ def test_both_evals_give_every_number_with_its_twins(tmp_path):
   assert suite.check(cfg) == []
   model = assembly.model(cfg)
   params, initial = (mcjepa.init_params(model, seed) for seed in (1, 0))
-  found = suite.run(
-      suite.Subject(cfg, model, params, initial, sharding.make_mesh(2))
+  mesh = sharding.make_mesh(2)
+  found, faults = suite.run(
+      suite.Subject(cfg, model, params, initial, mesh, tmp_path)
   )
+  assert not faults
   classes = sources.segmentation("camvid_val", str(tmp_path)).test.classes
   metrics_ = {"miou", "accuracy", *(f"{name}/iou" for name in classes)}
   expected = {"segmentation/camvid_val/count", "upernet/camvid_val/count"}
@@ -385,6 +387,7 @@ def test_both_evals_give_every_number_with_its_twins(tmp_path):
       expected.add(f"segmentation/camvid_val/{metric}{end}")
       if end != "_pixels":
         expected.add(f"upernet/camvid_val/{metric}{end}")
+  expected |= {f"meta/seconds/{name}" for name in cfg.evals}
   assert set(found) == expected
   assert all(np.isfinite(value) for value in found.values())
   assert found["segmentation/camvid_val/count"] == 3
