@@ -423,7 +423,7 @@ class Watch:
     """Begins a step, which ends the one before."""
     if self._seconds:
       faulthandler.dump_traceback_later(
-          self._seconds, repeat=True, file=sys.stderr
+          self._seconds, repeat=True, file=sys.__stderr__
       )
 
   def close(self) -> None:

@@ -84,7 +84,10 @@ def _distance(grads, others):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize(
+    "count",
+    [*(pytest.param(n, marks=pytest.mark.proof) for n in (1, 4)), 2],
+)
 def test_the_gradient_is_that_of_the_whole_batch(count):
   logs, grads = _gradient("exact", count)
   whole_logs, whole = _gradient("plain")
@@ -97,6 +100,7 @@ def test_the_gradient_is_that_of_the_whole_batch(count):
       np.testing.assert_allclose(logs[name], whole_logs[name], rtol=2e-5)
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_plain_accumulation_misses_it_by_far():
   _, grads = _gradient("plain", 2)
@@ -104,6 +108,7 @@ def test_plain_accumulation_misses_it_by_far():
   assert _distance(grads, whole) > 1e-2
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_the_gradient_does_not_depend_on_the_devices():
   _, grads = _gradient("exact", 2, devices=8)

@@ -39,6 +39,7 @@ def _fired(workdir, **changes):
   return first
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_a_collapse_of_the_embeddings(tmp_path):
   fired = _fired(
@@ -53,6 +54,7 @@ def test_a_collapse_of_the_embeddings(tmp_path):
   assert all(step >= 9 for step in fired.values())
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_flow_that_is_the_same_everywhere_occludes_nothing(tmp_path):
   fired = _fired(
@@ -64,12 +66,14 @@ def test_flow_that_is_the_same_everywhere_occludes_nothing(tmp_path):
   assert {"constant_flow", "occluded"} <= set(fired)
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_flow_that_cannot_leave_zero_explains_nothing(tmp_path):
   fired = _fired(tmp_path, mode="motion", model__estimator__max_flow=1e-3)
   assert {"zero_flow", "photometric"} <= set(fired)
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_a_mask_that_occludes_everything(tmp_path, monkeypatch):
   monkeypatch.setattr(
@@ -79,6 +83,7 @@ def test_a_mask_that_occludes_everything(tmp_path, monkeypatch):
   assert "occluded" in fired
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_features_that_forget_their_images(tmp_path):
   off = {
@@ -93,6 +98,7 @@ def test_features_that_forget_their_images(tmp_path):
   assert "feature_std" in fired
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_a_task_that_no_longer_counts_and_tasks_that_disagree(tmp_path):
   fired = _fired(
@@ -105,6 +111,7 @@ def test_a_task_that_no_longer_counts_and_tasks_that_disagree(tmp_path):
   assert {"gradient_share", "gradient_cosine"} <= set(fired)
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("action", "words"),

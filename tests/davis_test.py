@@ -315,6 +315,7 @@ def test_results_have_their_references_and_do_not_depend_on_devices(tmp_path):
   assert json.loads(json.dumps(one)) == one
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_a_shape_compiles_once_whatever_the_objects_and_the_length(tmp_path):
   mask_clips.davis(tmp_path / "DAVIS", listed=("walk", "run"), shape=(64, 72))

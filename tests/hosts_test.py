@@ -157,6 +157,7 @@ def test_two_processes_are_one_run_and_resume(config_path, tmp_path):
   assert "Finished at step 3" in again[0][1]
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_four_processes_are_one_run(config_path, tmp_path):
   _same_as_one(
@@ -185,6 +186,7 @@ def test_sigterm_to_one_process_saves_and_ends_all(config_path, tmp_path):
   assert (tmp_path / "checkpoints" / str(step)).is_dir()
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_a_host_with_another_config_is_shown(config_path, tmp_path):
   port = _free_port()
@@ -201,6 +203,7 @@ def test_a_host_with_another_config_is_shown(config_path, tmp_path):
     assert "workers" not in err  # which may differ
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_a_fault_of_one_host_ends_all(config_path, tmp_path):
   port = _free_port()
@@ -214,6 +217,7 @@ def test_a_fault_of_one_host_ends_all(config_path, tmp_path):
     assert "error: process 1 (" in err and "motion.weight: expected 0" in err
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_workdirs_that_are_not_one_are_told(config_path, tmp_path):
   port = _free_port()

@@ -124,7 +124,9 @@ class _Stripes:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize(
+    "devices", [1, pytest.param(4, marks=pytest.mark.proof)]
+)
 def test_fine_tuning_learns_on_any_number_of_devices(devices):
   model = assembly.model(tiny.config())
   params = sharding.call_once(lambda: mcjepa.init_params(model, 0))

@@ -301,6 +301,7 @@ def test_a_loss_that_is_not_finite_ends_the_eval():
     _fit(broken)
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [_tuned, lambda: _linear(x=_params())])
 def test_numbers_are_those_of_one_device(make):
@@ -367,6 +368,7 @@ def _camvid(root):
       cv2.imwrite(str(path), np.minimum(labels, 11).astype(np.uint8))
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_both_evals_give_every_number_with_its_twins(tmp_path):
   _camvid(tmp_path)
@@ -529,6 +531,7 @@ def test_a_linear_head_fits_three_photographs_on_a_random_encoder(shared_data):
   assert _miou(network, dataset, short_side=160, window=side) > 75
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_a_narrow_upernet_trained_end_to_end_fits_them(shared_data):
   # Atto widths, 64 channels; images of 171x128 to 176x128, tested at that size

@@ -166,6 +166,7 @@ def test_a_limit_spreads_over_the_set():
     assert sources.spread(every, limit) is every
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_numbers_are_equal_on_1_and_on_4_devices(small):
   cfg = tiny.config(

@@ -171,6 +171,7 @@ def test_the_logs_of_a_resumed_run_are_those_of_the_uninterrupted(
   assert [step for step, _ in losses[0]] == list(range(_STEPS))
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_evals_between_steps_change_nothing_that_is_read_or_learned(
     config_path, whole, tmp_path

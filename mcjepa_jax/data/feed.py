@@ -202,7 +202,9 @@ class Stream(Iterator):
       pass
     if batch.done() and isinstance(batch.exception(), handover.Gone):
       # A process that is being killed loses its files first.
-      connection.wait([w.sentinel for w in self._workers], _PATIENCE)
+      deadline = time.monotonic() + _PATIENCE
+      while not self._died() and time.monotonic() < deadline:
+        time.sleep(0.01)
     if batch.done() and not (batch.exception() and self._died()):
       return batch.result()
     if not batch.done():
