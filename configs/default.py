@@ -104,35 +104,11 @@ def get_config() -> ConfigDict:
   # Larger pairs are cut into tiles; a larger image is an error.
   config.eval_max_pixels = 2_097_152
   config.knn_size = 64  # pixels a side, for sets of images of other sizes
-  config.linear = ConfigDict(
-      dict(
-          epochs=100,
-          batch_size=256,
-          # All are trained side by side; a tenth of the training part chooses.
-          learning_rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0),
-          weight_decay=0.0,
-      )
-  )
-  config.finetune = ConfigDict(
-      dict(
-          epochs=30,
-          batch_size=64,
-          learning_rate=5e-4,  # peak, after a tenth of the steps
-          weight_decay=0.05,
-      )
-  )
+  config.linear = _linear()
+  config.finetune = _finetune()
   config.segmentation = _segmentation()
   config.upernet = _upernet()
-  config.davis = ConfigDict(
-      dict(
-          size=480,  # pixels of a frame's short side, rounded up to the strides
-          stride=8,  # the encoder's level whose cells are matched
-          context=7,  # frames before each, beside those where masks are given
-          radius=12,  # cells; what lies further off is not matched
-          top=5,  # cells that a cell takes its labels from
-          temperature=0.1,  # weights are exp(cosine / temperature)
-      )
-  )
+  config.davis = _davis()
 
   return config.lock()
 
@@ -163,6 +139,45 @@ def _alarms() -> ConfigDict:
   alarms.least_gradient_share = 1e-4  # of the smaller task's, on the encoder
   alarms.least_gradient_cosine = -0.9  # between the tasks', on the encoder
   return alarms
+
+
+def _linear() -> ConfigDict:
+  """The linear classifier on frozen features."""
+  return ConfigDict(
+      dict(
+          epochs=100,
+          batch_size=256,
+          # All are trained side by side; a tenth of the training part chooses.
+          learning_rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0),
+          weight_decay=0.0,
+      )
+  )
+
+
+def _finetune() -> ConfigDict:
+  """Training the encoder on, with a linear head."""
+  return ConfigDict(
+      dict(
+          epochs=30,
+          batch_size=64,
+          learning_rate=5e-4,  # peak, after a tenth of the steps
+          weight_decay=0.05,
+      )
+  )
+
+
+def _davis() -> ConfigDict:
+  """Following masks by features, as DINO's evaluation does."""
+  return ConfigDict(
+      dict(
+          size=480,  # pixels of a frame's short side, rounded up to the strides
+          stride=8,  # the encoder's level whose cells are matched
+          context=7,  # frames before each, beside those where masks are given
+          radius=12,  # cells; what lies further off is not matched
+          top=5,  # cells that a cell takes its labels from
+          temperature=0.1,  # weights are exp(cosine / temperature)
+      )
+  )
 
 
 def _model() -> ConfigDict:
