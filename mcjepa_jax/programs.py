@@ -1,6 +1,7 @@
 """The compiled steps of a run, and how much they computed."""
 
 from collections.abc import Callable, Mapping
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax
 from mcjepa_jax import step as steps
 
 Key = tuple[Any, ...]
+Arrays = Mapping[str, jax.Array | jax.ShapeDtypeStruct]
 
 
 class Programs:
@@ -30,6 +32,8 @@ class Programs:
     self._functions = functions
     self.expected = expected
     self._loops = loops
+    self._thread = futures.ThreadPoolExecutor(max_workers=1)
+    self._begun: dict[Key, futures.Future[Any]] = {}
     self._compiled: dict[Key, Any] = {}
     self._flops: dict[Key, float] = {}
     self.images = self.pairs = 0
@@ -40,19 +44,28 @@ class Programs:
     """How many programs were compiled."""
     return len(self._compiled)
 
-  def _key(self, kind: str, arrays: Mapping[str, jax.Array]) -> Key:
+  def _key(self, kind: str, arrays: Arrays) -> Key:
     return kind, *((name, x.shape) for name, x in sorted(arrays.items()))
 
   def is_compiled(self, kind: str, arrays: Mapping[str, jax.Array]) -> bool:
     """Whether a batch finds its program."""
     return self._key(kind, arrays) in self._compiled
 
+  def begin(self, kind: str, state: steps.TrainState, arrays: Arrays) -> None:
+    """Starts to compile the step of such a batch, beside what comes next."""
+    function = self._functions[kind]
+    self._begun[self._key(kind, arrays)] = self._thread.submit(
+        lambda: function.lower(state, arrays).compile()
+    )
+
   def compile(
       self, kind: str, state: steps.TrainState, arrays: Mapping[str, jax.Array]
   ) -> None:
-    """Compiles the step of a batch."""
+    """Compiles the step of a batch, or waits for what was begun."""
     key = self._key(kind, arrays)
-    compiled = self._functions[kind].lower(state, arrays).compile()
+    if key not in self._begun:
+      self.begin(kind, state, arrays)
+    compiled = self._begun.pop(key).result()
     cost = compiled.cost_analysis() or {}
     self._compiled[key] = compiled
     self._flops[key] = cost.get("flops", 0.0) * self._loops

@@ -123,13 +123,18 @@ def to_global(
   }
 
 
+def cpu_options(level: int, platform: str) -> dict[str, str] | None:
+  """The `compiler_options` that hold LLVM to a level below its 3, on CPUs."""
+  if platform != "cpu":
+    return None
+  return {"xla_backend_optimization_level": str(level)}
+
+
 def call_once(function: Callable[[], Any], **jit_arguments: Any) -> Any:
   """The result of a jitted function that nothing calls again.
 
   Made for initialisers: their many small kernels take LLVM three times as long
   to optimise (11 s against 4 on two CPU cores) as they can ever save.
   """
-  options = None
-  if jax.default_backend() == "cpu":
-    options = {"xla_backend_optimization_level": "0"}
+  options = cpu_options(0, jax.default_backend())
   return jax.jit(function, compiler_options=options, **jit_arguments)()

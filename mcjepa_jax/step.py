@@ -455,7 +455,7 @@ def make_train_step(
 
     go = finite & ~state.skipped
     if jax.default_backend() == "cpu":
-      # The selects of all leaves would take 4 s more to compile (quickstart).
+      # The selects of all leaves would take 2 s more to compile (quickstart).
       params, opt_state = jax.lax.cond(go, updated, kept)
     else:  # a branch would make the host of a GPU wait
       params, opt_state = jax.tree.map(
@@ -505,6 +505,8 @@ def jit_train_step(
       in_shardings=(shardings, sharding.batch_sharding(mesh)),
       out_shardings=(shardings, replicated),
       donate_argnums=0,
+      # The quickstart's step compiles in 33 s, not 41, and runs as fast.
+      compiler_options=sharding.cpu_options(2, mesh.devices.flat[0].platform),
   )
 
 

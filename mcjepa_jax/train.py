@@ -155,6 +155,18 @@ def first_state(run: Run) -> steps.TrainState:
   return state
 
 
+def begin_step(run: Run) -> None:
+  """Starts on the batch and the program of step 0, beside what comes next."""
+  kind = steps.kind_at(run.config.mode, 0, run.config.motion.start_step)
+  arrays = {}
+  for task in steps.tasks(kind):
+    run.streams[task].start()
+    for name, x in run.streams[task][0].arrays.items():
+      shape = (len(x) * jax.process_count(), *x.shape[1:])
+      arrays[name] = jax.ShapeDtypeStruct(shape, x.dtype)
+  run.programs.begin(kind, run.abstract, arrays)
+
+
 def batches(run: Run, start: int) -> Iterator[Batch]:
   """The batch of each step from `start` on, as its kind reads it."""
   config = run.config
@@ -402,6 +414,7 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     )  # fmt: skip
     with clock.span("initialise"):
       if newest is None:
+        begin_step(run)
         state = first_state(run)
       else:
         state, saved, meta = checkpoints.restore(newest, abstract)

@@ -1,0 +1,65 @@
+"""A program that was begun is the one that runs; its error is told."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mcjepa_jax import step as steps
+from mcjepa_jax.programs import Programs
+
+
+@pytest.fixture
+def programs():
+  traced = []
+
+  def step(state, arrays):
+    traced.append(arrays["views"].shape)
+    if arrays["views"].shape[0] == 3:
+      raise ValueError("three")
+    return state.replace(step=state.step + arrays["views"].sum()), {}
+
+  made = Programs({"content": jax.jit(step)}, expected=1, loops=1)
+  made.traced = traced
+  return made
+
+
+def _state(step):
+  return steps.TrainState(step, {}, {}, None, None)
+
+
+_ABSTRACT = _state(jax.ShapeDtypeStruct((), jnp.float32))
+
+
+def _shapes(count):
+  return {"views": jax.ShapeDtypeStruct((count, 2), jnp.float32)}
+
+
+def test_the_program_that_was_begun_runs(programs):
+  state = _state(jnp.zeros(()))
+  programs.begin("content", _ABSTRACT, _shapes(4))
+  batch = {"views": jnp.ones((4, 2))}
+  assert not programs.is_compiled("content", batch)
+  programs.compile("content", state, batch)
+  assert programs.is_compiled("content", batch)
+  assert programs.run("content", state, batch)[0].step == 8
+  assert programs.traced == [(4, 2)]
+  assert programs.compiles == 1
+
+
+def test_a_batch_of_another_shape_has_its_own_program(programs):
+  state = _state(jnp.zeros(()))
+  programs.begin("content", _ABSTRACT, _shapes(4))
+  batch = {"views": jnp.ones((6, 2))}
+  programs.compile("content", state, batch)
+  assert programs.run("content", state, batch)[0].step == 12
+  assert programs.traced == [(4, 2), (6, 2)]
+  # What was begun and not used is no recompilation.
+  assert programs.compiles == 1
+
+
+def test_what_fails_beside_fails_where_it_is_waited_for(programs):
+  programs.begin("content", _ABSTRACT, _shapes(3))
+  with pytest.raises(ValueError, match="three"):
+    programs.compile(
+        "content", _state(jnp.zeros(())), {"views": jnp.ones((3, 2))}
+    )
