@@ -7,9 +7,14 @@ import pathlib
 import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_FLAG = "--xla_force_host_platform_device_count=8"
-if "xla_force_host_platform" not in os.environ.get("XLA_FLAGS", ""):
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}"
+_FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    # Most of the tests' time is LLVM's; what it compiles runs a few times.
+    "--xla_backend_optimization_level=1",
+)
+for _flag in _FLAGS:
+  if _flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}"
 
 from absl import flags  # noqa: E402
 import jax  # noqa: E402
