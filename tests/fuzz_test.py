@@ -50,7 +50,7 @@ def _reader(read):
 @_FORMATS
 def test_whole_files_are_read(name, tmp_path):
   for files in _whole(name):
-    assert _read(name, files, tmp_path) == fuzz.Outcome("accepted")
+    assert _read(name, files, tmp_path)[:2] == ("accepted", "")
 
 
 @_FORMATS
@@ -223,7 +223,7 @@ def test_a_file_opened_outside_of_its_folder_is_a_crash(place, tmp_path):
     open(os.path.join(folder, place.format(outside=outside))).close()
 
   result = fuzz.outcome(_reader(read), {}, tmp_path / "case")
-  assert result == fuzz.Outcome("crashes", f"opened ['{outside}']")
+  assert result[:2] == ("crashes", f"opened ['{outside}']")
 
 
 def _raise(error):
@@ -245,15 +245,11 @@ def test_other_errors_and_unnamed_ones_are_crashes(tmp_path):
 
 
 def test_memory_beyond_the_bound_of_a_file_is_a_fault(tmp_path):
-  fuzz.tracemalloc.start(1)
-  try:
-    for size, kind in ((2**24, "accepted"), (2**25, "over_bound")):
-      # np.empty touches no page: it is asked for all the same.
-      reader = _reader(lambda _, size=size: np.empty(size, np.uint8))
-      result = fuzz._measured(reader, {"a": b"x"}, tmp_path / "case")
-      assert result.kind == kind and size <= result.peak < 1.2 * size
-  finally:
-    fuzz.tracemalloc.stop()
+  for size, kind in ((2**24, "accepted"), (2**25, "over_bound")):
+    # np.empty touches no page: it is asked for all the same.
+    reader = _reader(lambda _, size=size: np.empty(size, np.uint8))
+    result = fuzz._measured(reader, {"a": b"x"}, tmp_path / "case")
+    assert result.kind == kind and size <= result.peak < 1.2 * size
 
 
 def _die_or_hang(pipe, name, seed, start, stop, data_root):
