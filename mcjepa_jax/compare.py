@@ -1,11 +1,13 @@
 """Evaluations of several runs, side by side, and the paper's numbers.
 
-  python -m mcjepa_jax.compare RUN... [--format=plain|markdown|csv]
+  python -m mcjepa_jax.compare RUN... [--mean] [--format=plain|markdown|csv]
 
 A RUN is a workdir, whose results.json and evaluation.json are a column each, or
 such a file. A row is a result EVAL/SET/METRIC; what a run has not measured is
 shown as `-`, empty in csv. Results of single examples are left out. The paper's
-column is there where a row is of a set that the paper reports.
+column is there where a row is of a set that the paper reports. With --mean the
+runs are seeds of one: their mean and their standard deviation (n - 1) are added
+to the rows that all of them have.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +15,7 @@ import csv
 import io
 import json
 import pathlib
+import statistics
 import sys
 
 from mcjepa_jax import command, errors
@@ -130,6 +133,18 @@ def load(runs: Sequence[str]) -> dict[str, Results]:
   return columns
 
 
+def spread(columns: Mapping[str, Results]) -> dict[str, Results]:
+  """The columns `mean` and `std`, of what all the columns have."""
+  rows = {
+      key: [results[key] for results in columns.values()]
+      for key in set.intersection(*map(set, columns.values()))
+  }
+  return {
+      "mean": {k: float(statistics.fmean(row)) for k, row in rows.items()},
+      "std": {k: float(statistics.stdev(row)) for k, row in rows.items()},
+  }
+
+
 def table(columns: Mapping[str, Results]) -> list[list[str]]:
   """The header, then a row for each result; a missing value is empty.
 
@@ -199,7 +214,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   def body():
     runs = [word for word in argv if not word.startswith("--")]
     words = [word for word in argv if word.startswith("--")]
-    flags = {"format": ["plain"]} | command.split(words, ("format",)).flags
+    flags = command.split(words, ("format", "mean")).flags
+    flags = {"format": ["plain"], "mean": None} | flags
     (name,) = command.single(flags, format="|".join(_FORMATS))
     faults = []
     if name not in _FORMATS:
@@ -208,9 +224,16 @@ def main(argv: Sequence[str] | None = None) -> int:
       )
     if not runs:
       faults.append("expected RUN..., workdirs or files of results, got none")
+    if flags["mean"]:
+      faults.append(f"--mean: expected no value, got {flags['mean'][0]!r}")
     if faults:
       raise errors.UserError(*faults)
-    print(_FORMATS[name](table(load(list(dict.fromkeys(runs))))), end="")
+    columns = load(list(dict.fromkeys(runs)))
+    if flags["mean"] is not None:
+      if len(columns) < 2:
+        raise errors.UserError("--mean: expected two runs or more, got one")
+      columns |= spread(columns)
+    print(_FORMATS[name](table(columns)), end="")
 
   return command.guarded(body, debug="--debug" in argv)
 

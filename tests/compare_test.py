@@ -70,6 +70,26 @@ def test_the_paper_is_left_out_where_it_has_no_row(capsys, tmp_path):
   ]
 
 
+def test_seeds_have_a_mean_and_a_standard_deviation(capsys, tmp_path):
+  epe, count = "flow/flying_chairs/epe", "flow/flying_chairs/count"
+  runs = [
+      _workdir(tmp_path, str(i), {epe: value, count: 4, **extra})
+      for i, (value, extra) in enumerate(
+          [(1.0, {}), (2.0, {"knn/cifar10/top1": 40.0}), (6.0, {})]
+      )
+  ]
+  lines = _printed(capsys, *runs, "--mean").splitlines()
+  assert lines[0].split() == [*runs, "mean", "std"]
+  assert [line.split() for line in lines[1:]] == [
+      # The std of 1, 2, 6: sqrt((4 + 1 + 9) / 2).
+      [epe, "1.000", "2.000", "6.000", "3.000", "2.646"],
+      [count, "4", "4", "4", "4.000", "0.000"],
+      ["knn/cifar10/top1", "-", "40.000", "-", "-", "-"],
+  ]
+  assert "expected two runs or more" in _fault(capsys, runs[0], "--mean")
+  assert "expected no value, got 'yes'" in _fault(capsys, *runs, "--mean=yes")
+
+
 def test_markdown_and_csv_hold_the_same_table(capsys, tmp_path):
   one = _workdir(tmp_path, "a,b|c", _FIRST)
   two = _workdir(tmp_path, "two", _SECOND)
