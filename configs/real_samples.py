@@ -4,7 +4,7 @@
     --config.data_root=DATA
 
 DATA holds imagenet/train, video, DAVIS, FlyingChairs_release and MPI-Sintel.
-No label is read; Middlebury is for evaluation alone.
+No label is read; Middlebury, CIFAR-10 and CamVid are for evaluation alone.
 """
 
 from configs import default, quickstart
@@ -51,6 +51,12 @@ def get_config() -> default.ConfigDict:
   # Flow that beats no flow on videos takes its time.
   config.alarms.update(warm_up=1_000, diagnose_every=500)
 
+  # CamVid's frames are 240x180: 26 epochs of its 367.
+  config.segmentation.update(
+      crop=160, stride=107, learning_rate=1e-3, warmup_steps=60
+  )
+  config.segmentation.sets.camvid.update(num_steps=600, short_side=180)
+
   config.save_every = 250
   config.panel_every = 500
   config.evals = (
@@ -58,5 +64,8 @@ def get_config() -> default.ConfigDict:
       "flow/sintel_clean",
       "flow/flying_chairs",
       "knn/cifar10",
+      "linear/cifar10",
+      "segmentation/camvid",
+      "davis/2016",
   )
   return config

@@ -1,0 +1,147 @@
+"""Seconds of each eval of a config, and where they go.
+
+  python -m benchmarks.evals --config=FILE.py [--config.KEY=VALUE ...] \
+    [--checkpoint=PATH] [--json=PATH]
+
+Runs the evals one after the other as an evaluation does, of a checkpoint or of
+untrained parameters. 50 times a second a thread looks where the evaluation is:
+`compile` is tracing and compiling, `decode` reading and resizing of examples, or
+waiting for them, `device` a forward pass, a training step or waiting for one,
+`metric` all else. The peak of memory is the eval's own, its workers included,
+where /proc/self/clear_refs resets it.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+import contextlib
+import os
+import pathlib
+import platform
+import sys
+import tempfile
+import threading
+from types import FrameType
+from typing import Any
+
+import tqdm
+
+from benchmarks import report
+from mcjepa_jax import command, errors
+
+_PARTS = ("compile", "decode", "device", "metric")
+_INTERVAL = 0.02  # seconds
+_COMPILING = (
+    "jax/_src/compiler.py",
+    "jax/_src/interpreters/mlir.py",
+    "jax/_src/interpreters/partial_eval.py",
+)
+
+
+def part_of(frame: FrameType | None) -> str:
+  """What a thread does whose innermost frame this is, one of `_PARTS`."""
+  files = []
+  while frame:
+    files.append(frame.f_code.co_filename)
+    frame = frame.f_back
+  if any(file.endswith(_COMPILING) for file in files):
+    return "compile"
+  for file in files:
+    if "/mcjepa_jax/data/" in file:
+      return "decode"
+    if "/jax/" in file:
+      return "device"
+  return "metric"
+
+
+@contextlib.contextmanager
+def looked_at(counts: Counter[str]) -> Iterator[None]:
+  """Counts how often this thread is found in each part."""
+  ident, stop = threading.get_ident(), threading.Event()
+
+  def look():
+    while not stop.wait(_INTERVAL):
+      counts[part_of(sys._current_frames().get(ident))] += 1
+
+  thread = threading.Thread(target=look, daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    stop.set()
+    thread.join()
+
+
+def _subject(config: Any, checkpoint: str, workdir: pathlib.Path) -> Any:
+  """What is evaluated: a checkpoint beside untrained parameters, or these alone."""
+  from mcjepa_jax import assembly, evaluate, sharding, suite
+  from mcjepa_jax.models import mcjepa
+
+  mesh = sharding.make_mesh(config.mesh.devices)
+  model, params = assembly.model(config), None
+  if checkpoint:
+    model, params, _ = evaluate.restore_model(
+        pathlib.Path(checkpoint), mesh=mesh
+    )
+  initial = sharding.call_once(lambda: mcjepa.init_params(model, config.seed))
+  if params is None:
+    params = initial
+  return suite.Subject(config, model, params, initial, mesh, workdir)
+
+
+def _measured(subject: Any, entry: str) -> dict[str, float | str]:
+  """The row of an eval."""
+  from mcjepa_jax import journal, suite
+
+  with contextlib.suppress(OSError):
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+  counts: Counter[str] = Counter()
+  with looked_at(counts):
+    results, faults = suite.run(subject, [entry])
+  if faults:
+    raise errors.UserError(*faults)
+  return {
+      "eval": entry,
+      "seconds": round(results[f"meta/seconds/{entry}"], 1),
+      **{part: round(100 * counts[part] / counts.total()) for part in _PARTS},
+      "peak_gb": round(journal.peak_rss_gb(), 2),
+  }
+
+
+def main(argv: list[str] | None = None) -> int:
+  """The exit code; the table is printed, a row as each eval ends."""
+  argv = sys.argv[1:] if argv is None else argv
+
+  def body():
+    arguments = command.split(argv, ("config", "checkpoint", "json"))
+    flags = {"checkpoint": [], "json": []} | arguments.flags
+    (file,) = command.single(flags, config="FILE.py")
+    config = command.load_config(file, arguments.overrides)
+    command.set_up_jax(config.compilation_cache)
+    from mcjepa_jax import evaluate, suite
+
+    if faults := suite.check(config):
+      raise errors.UserError(*faults)
+    rows = []
+    with tempfile.TemporaryDirectory() as workdir:
+      path = "".join(flags["checkpoint"])
+      subject = _subject(config, path, pathlib.Path(workdir))
+      for entry in config.evals:
+        rows.append(row := _measured(subject, entry))
+        for cells in [row, row.values()] if len(rows) == 1 else [row.values()]:
+          first, *rest = cells
+          line = f"{first:24}" + "".join(f"{cell:>9}" for cell in rest)
+          tqdm.tqdm.write(line)
+    meta = {
+        "config": config.name,
+        "checkpoint": bool(path),
+        "devices": evaluate.describe_devices(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
+    report.end("".join(flags["json"]) or None, meta, rows, failed=False)
+
+  return command.guarded(body, debug="--debug" in argv)
+
+
+if __name__ == "__main__":
+  raise SystemExit(main())
