@@ -54,6 +54,26 @@ def part_of(frame: FrameType | None) -> str:
 
 
 @contextlib.contextmanager
+def waiting_shown() -> Iterator[None]:
+  """Lets np.asarray wait for a jax.Array in Python, where it can be seen."""
+  import jax
+  import numpy as np
+
+  asarray = np.asarray
+
+  def waiting(x, *args, **kwargs):
+    if isinstance(x, jax.Array):
+      jax.block_until_ready(x)
+    return asarray(x, *args, **kwargs)
+
+  np.asarray = waiting
+  try:
+    yield
+  finally:
+    np.asarray = asarray
+
+
+@contextlib.contextmanager
 def looked_at(counts: Counter[str]) -> Iterator[None]:
   """Counts how often this thread is found in each part."""
   ident, stop = threading.get_ident(), threading.Event()
@@ -95,7 +115,7 @@ def _measured(subject: Any, entry: str) -> dict[str, float | str]:
   with contextlib.suppress(OSError):
     pathlib.Path("/proc/self/clear_refs").write_text("5")
   counts: Counter[str] = Counter()
-  with looked_at(counts):
+  with waiting_shown(), looked_at(counts):
     results, faults = suite.run(subject, [entry])
   if faults:
     raise errors.UserError(*faults)

@@ -1,10 +1,12 @@
 """The benchmark of evals knows what it looks at, and ends as commands do."""
 
+import collections
 import functools
 import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from benchmarks import evals
@@ -40,6 +42,14 @@ def test_tracing_is_compiling():
 
   jax.jit(function)(jnp.zeros(2))
   assert seen == ["compile"]
+
+
+def test_waiting_for_an_array_is_the_devices():
+  counts, x = collections.Counter(), jnp.ones((1500, 1500))
+  wait = jax.jit(lambda x: jnp.linalg.svd(x)[1]).lower(x).compile()
+  with evals.waiting_shown(), evals.looked_at(counts):
+    np.asarray(wait(x))
+  assert counts["device"] > 0.9 * counts.total() > 2
 
 
 @pytest.mark.slow
