@@ -55,7 +55,7 @@ def get_config() -> default.ConfigDict:
   config.segmentation.update(
       crop=160, stride=107, learning_rate=1e-3, warmup_steps=60
   )
-  config.segmentation.sets.camvid.update(num_steps=600, short_side=180)
+  config.segmentation.sets.camvid_val.update(num_steps=600, short_side=180)
 
   config.save_every = 250
   config.panel_every = 500
@@ -65,7 +65,7 @@ def get_config() -> default.ConfigDict:
       "flow/flying_chairs",
       "knn/cifar10",
       "linear/cifar10",
-      "segmentation/camvid",
+      "segmentation/camvid_val",
       "davis/2016",
   )
   return config
