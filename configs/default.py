@@ -89,6 +89,7 @@ def get_config() -> ConfigDict:
   # stacks of its threads; 0 never does.
   config.hang_seconds = 1_800.0
   config.keep_last = 2  # checkpoints
+  config.keep_hours = 0.0  # besides, the first and one each so many; 0 is none
   config.keep_best = 0  # more checkpoints, the best by best_metric
   config.best_metric = ""  # a key of the results, as flow/sintel_clean/epe
   config.best_is_larger = False

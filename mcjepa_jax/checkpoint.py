@@ -184,6 +184,7 @@ class Checkpoints:
       workdir: str | os.PathLike,
       *,
       keep_last: int = 1,
+      keep_hours: float = 0.0,
       keep_best: int = 0,
       metric: str = "loss",
       larger_is_better: bool = False,
@@ -193,6 +194,7 @@ class Checkpoints:
     Args:
       workdir: folder of the run.
       keep_last: how many of the newest steps stay.
+      keep_hours: besides, the first and one each so many hours stay; 0 is none.
       keep_best: how many of the best steps by `metric` stay besides.
       metric: name in the metrics given to `save`; a step without it, or with a
         value that is not finite, is never among the best.
@@ -218,6 +220,8 @@ class Checkpoints:
       return value if larger_is_better else -value
 
     keep = [_policies.LatestN(keep_last)]
+    if keep_hours:
+      keep.append(_policies.EveryNSeconds(3600 * keep_hours))
     if keep_best:
       keep.append(
           _policies.BestN(

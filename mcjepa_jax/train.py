@@ -389,6 +389,7 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
       checkpoint.Checkpoints(
           workdir,
           keep_last=config.keep_last,
+          keep_hours=config.keep_hours,
           keep_best=config.keep_best,
           metric=config.best_metric,
           larger_is_better=config.best_is_larger,

@@ -35,6 +35,7 @@ OPERATIONAL = frozenset(
         "best_metric",
         "keep_best",
         "hang_seconds",
+        "keep_hours",
         "keep_last",
         "knn_size",
         "linear",
@@ -99,7 +100,7 @@ def faults(config: Any, *, devices: int | None = None) -> list[str]:
               "alarms.diagnose_every",
               "motion.start_step", "motion.ramp_steps", "motion.weight",
               "motion.occlusion_start", "optimizer.clip_norm", "keep_best",
-              "hang_seconds", "davis.context"):  # fmt: skip
+              "keep_hours", "hang_seconds", "davis.context"):  # fmt: skip
     expect(key, not_negative, "0 or more")
   for key in ("encoder", "estimator"):
     expect(f"optimizer.{key}.weight_decay", not_negative, "0 or more")

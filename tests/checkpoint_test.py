@@ -1,5 +1,6 @@
 """What was saved comes back bit for bit, or not at all."""
 
+import json
 import os
 import pathlib
 import signal
@@ -126,6 +127,24 @@ def test_the_last_and_the_best_steps_stay(tmp_path):
   save(tmp_path, [6], metrics=metrics, keep_last=2, keep_best=1)
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.all_steps() == [2, 5, 6]
+
+
+def test_one_each_so_many_hours_stays(tmp_path):
+  save(tmp_path, range(1, 6), keep_last=9)
+  # As if they had been written half an hour apart.
+  for step in range(1, 6):
+    folder = tmp_path / "checkpoints" / str(step)
+    (path,) = folder.glob("_CHECKPOINT_METADATA")
+    meta = json.loads(path.read_text())
+    for key in ("init_timestamp_nsecs", "commit_timestamp_nsecs"):
+      meta[key] = meta[key] - int((6 - step) * 1800e9)
+    path.write_text(json.dumps(meta))
+  save(tmp_path, [6], keep_last=2, keep_hours=1.0)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.all_steps() == [1, 3, 5, 6]
+  save(tmp_path, [7], keep_last=1, keep_hours=1.0)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.all_steps() == [1, 3, 5, 7]
 
 
 def test_the_largest_metric_can_be_the_best(tmp_path):

@@ -218,14 +218,16 @@ def test_labelled_sets_are_split_as_they_are_published_or_by_fifths(tmp_path):
 
 
 def test_the_table_leaves_out_single_examples_and_silent_alarms():
-  lines = evaluate.table({
-      "flow/middlebury/epe": 1.5,
-      "flow/middlebury/Urban2/epe": 3.0,
-      "alarm/rollback": 0,
-      "alarm/zero_flow": 2,
-      "seconds/install": 0.0,
-      "meta/config": "quickstart",
-  }).splitlines()
+  lines = evaluate.table(
+      {
+          "flow/middlebury/epe": 1.5,
+          "flow/middlebury/Urban2/epe": 3.0,
+          "alarm/rollback": 0,
+          "alarm/zero_flow": 2,
+          "seconds/install": 0.0,
+          "meta/config": "quickstart",
+      }
+  ).splitlines()
   assert [line.split() for line in lines] == [
       ["flow/middlebury/epe", "1.500"],
       ["alarm/zero_flow", "2"],
