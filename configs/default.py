@@ -73,6 +73,10 @@ def get_config() -> ConfigDict:
       )
   )
 
+  # What of the encoder backward computes again, to save memory: "none", "stage"
+  # or "block".
+  config.remat = "none"
+
   config.workers = 4  # Grain processes for each stream; 0 is in this process
   config.prefetch = 2  # batches placed on the devices ahead of their step
   # Records that cannot be read are replaced by others and named in

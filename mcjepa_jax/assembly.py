@@ -12,7 +12,9 @@ from mcjepa_jax.models import mcjepa
 
 def model(config: Any) -> mcjepa.MCJEPA:
   """The model of `config.model`."""
-  return mcjepa.build(**config.model.to_dict())
+  # A checkpoint says what its model is, not how it was trained.
+  remat = config.get("remat", "none")
+  return mcjepa.build(**config.model.to_dict(), remat=remat)
 
 
 def optimizers(config: Any) -> dict[str, optax.GradientTransformation]:

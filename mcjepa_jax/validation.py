@@ -44,6 +44,7 @@ OPERATIONAL = frozenset(
         "mesh",
         "panel_every",
         "prefetch",
+        "remat",
         "save_every",
         "segmentation",
         "upernet",
@@ -80,6 +81,7 @@ def faults(config: Any, *, devices: int | None = None) -> list[str]:
   expect("motion.occlusion", *one_of("none", "forward_backward", "range_map"))
   expect("motion.geometry", *one_of("crop", "resize"))
   expect("accumulation", *one_of("plain", "exact"))
+  expect("remat", *one_of(*convnext.REMAT))
   for task in ("motion", "content"):
     expect(f"{task}.mixing", *one_of("weights", "repetitions"))
   expect("motion.smoothness.form", *one_of("arflow", "uflow"))

@@ -160,6 +160,44 @@ def test_drop_path_drops_whole_branches_per_example_and_keeps_the_mean():
   assert 0.68 < kept.mean() < 0.82
 
 
+def _assert_near(x, y):
+  np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * np.abs(y).max())
+
+
+def test_what_backward_computes_again_it_does_not_keep():
+  images = jnp.asarray(
+      np.random.default_rng(0).random((2, 64, 64, 3)), "float32"
+  )
+  plain = convnext.ConvNeXt(depths=(2, 3), dims=(8, 16), drop_path=0.5)
+  params = _randomized(_init(plain))
+  results, kept = {}, {}
+  for remat in convnext.REMAT:
+    model = plain.clone(remat=remat)
+    assert jax.tree.structure(_init(model)) == jax.tree.structure(params)
+
+    def loss(params, model=model):
+      pyramid = model.apply(
+          params,
+          images,
+          deterministic=False,
+          rngs={"drop_path": jax.random.key(0)},
+      )
+      return sum(jnp.sum(jnp.sin(x)) for x in pyramid)
+
+    results[remat] = jax.jit(jax.value_and_grad(loss))(params)
+    residuals = jax.eval_shape(lambda p, loss=loss: jax.vjp(loss, p)[1], params)
+    kept[remat] = sum(x.size for x in jax.tree.leaves(residuals))
+  for remat in ("stage", "block"):
+    jax.tree.map(_assert_near, results[remat], results["none"])
+  assert kept["stage"] < kept["block"] < 0.4 * kept["none"], kept
+
+
+def test_an_unknown_remat_is_refused():
+  model = convnext.ConvNeXt(**TINY, remat="layer")
+  with pytest.raises(ValueError, match="remat is one of"):
+    _init(model)
+
+
 def test_drop_path_rates_grow_linearly_over_all_blocks():
   model = convnext.ConvNeXt(**TINY, drop_path=0.4)
   stages = model.bind({}).stages

@@ -14,6 +14,7 @@ def test_the_configs_as_they_are_have_no_fault(module):
     ("changes", "words"),
     [
         (dict(mode="both"), "mode: expected one of combined"),
+        (dict(remat="layer"), "remat: expected one of none, stage, block"),
         (dict(num_steps=0), "num_steps: expected a positive number, got 0"),
         (dict(motion__size=(30, 32)), "motion.size: expected .* of 16"),
         (dict(content__size=40), "content.size: expected a multiple of 16"),

@@ -19,6 +19,8 @@ import numpy as np
 # Of a part of a batch: each example's place in the whole, and the whole's size.
 Places = tuple[Int[Array, " n"], int]
 
+REMAT = ("none", "stage", "block")
+
 VARIANTS = {
     "atto": dict(depths=(2, 2, 6, 2), dims=(40, 80, 160, 320)),
     "femto": dict(depths=(2, 2, 6, 2), dims=(48, 96, 192, 384)),
@@ -278,6 +280,19 @@ class Block(nn.Module):
     return x + y
 
 
+def _once(
+    module: nn.Module, x: Float[Array, "n h w c"], **kwargs: Any
+) -> Float[Array, "n h2 w2 d"]:
+  return module(x, **kwargs)
+
+
+def _again(
+    module: nn.Module, x: Float[Array, "n h w c"], **kwargs: Any
+) -> Float[Array, "n h2 w2 d"]:
+  """The module's result, which backward computes again from its input."""
+  return nn.remat(functools.partial(_once, **kwargs))(module, x)
+
+
 class Stage(nn.Module):
   """LayerNorm and a 2x2 stride-2 convolution (not in stage 0), then blocks."""
 
@@ -287,6 +302,7 @@ class Stage(nn.Module):
   layer_scale: float | None = None
   dtype: Any = jnp.float32
   kernel_init: str = "normal"
+  remat: bool = False  # each block
 
   def setup(self):
     if self.downsamples:
@@ -310,8 +326,9 @@ class Stage(nn.Module):
     if self.downsamples:
       for layer in self.downsample:
         x = layer(x)
+    run = _again if self.remat else _once
     for block in self.blocks:
-      x = block(x, deterministic=deterministic, places=places)
+      x = run(block, x, deterministic=deterministic, places=places)
     return x
 
 
@@ -330,6 +347,9 @@ class ConvNeXt(nn.Module):
   dtype: Any = jnp.float32
   # "normal", as timm, or "fan_in", for narrow models; see _INITS.
   kernel_init: str = "normal"
+  # What backward computes again rather than keeps: "none", all but the inputs of
+  # each "stage" or of each "block".
+  remat: str = "none"
 
   @property
   def strides(self) -> tuple[int, ...]:
@@ -350,6 +370,8 @@ class ConvNeXt(nn.Module):
       self.stem_0, self.stem_1 = conv(kernel=4, stride=4), norm()
     else:
       raise ValueError(f"stem is 'split' or 'patch', got {self.stem!r}")
+    if self.remat not in REMAT:
+      raise ValueError(f"remat is one of {REMAT}, got {self.remat!r}")
     ends = np.cumsum(self.depths)
     rates = np.split(np.linspace(0, self.drop_path, ends[-1]), ends[:-1])
     self.stages = [
@@ -360,6 +382,7 @@ class ConvNeXt(nn.Module):
             self.layer_scale,
             self.dtype,
             self.kernel_init,
+            self.remat == "block",
         )
         for i, (dim, rate) in enumerate(zip(self.dims, rates, strict=True))
     ]
@@ -389,8 +412,9 @@ class ConvNeXt(nn.Module):
     if self.stem == "split":
       pyramid.append(x)
       x = self.stem_4(self.stem_3(_gelu(x)))
+    run = _again if self.remat == "stage" else _once
     for stage in self.stages:
-      x = stage(x, deterministic=deterministic, places=places)
+      x = run(stage, x, deterministic=deterministic, places=places)
       pyramid.append(x)
     if self.is_initializing():
       self.pool(pyramid)

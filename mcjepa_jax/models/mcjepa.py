@@ -104,8 +104,12 @@ def build(
     expander: Mapping[str, Any],
     estimator: Mapping[str, Any],
     dtype: str = "float32",
+    remat: str = "none",
 ) -> MCJEPA:
-  """The model that a config's `model` part describes."""
+  """The model that a config's `model` part describes.
+
+  `remat` changes memory and time of a step, and no result but its rounding.
+  """
   dtype = jnp.dtype(dtype)
   # What a checkpoint says of its model comes as JSON, which has no tuples.
   encoder, expander, estimator = (
@@ -113,7 +117,7 @@ def build(
       for part in (encoder, expander, estimator)
   )
   encoder["layer_scale"] = encoder.get("layer_scale") or None
-  backbone = convnext.ConvNeXt(**encoder, dtype=dtype)
+  backbone = convnext.ConvNeXt(**encoder, dtype=dtype, remat=remat)
   return MCJEPA(
       encoder=backbone,
       expander=Expander(**expander, dtype=dtype),
