@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import pathlib
@@ -250,6 +251,40 @@ def test_memory_beyond_the_bound_of_a_file_is_a_fault(tmp_path):
     reader = _reader(lambda _, size=size: np.empty(size, np.uint8))
     result = fuzz._measured(reader, {"a": b"x"}, tmp_path / "case")
     assert result.kind == kind and size <= result.peak < 1.2 * size
+
+
+def test_an_mp4_that_claims_samples_without_end_is_refused(tmp_path):
+  data = fuzz_formats.seeds("mp4")[0]["a.mp4"]
+  at = data.index(b"stsz") + 8
+  # One size for 2^26 samples: FFmpeg would make room for them all.
+  claim = (2**14).to_bytes(4, "big") + (2**26).to_bytes(4, "big")
+  files = {"a.mp4": data[:at] + claim + data[at + 8 :]}
+  result = _read("mp4", files, tmp_path)
+  assert result.kind == "rejected" and result.peak < 2**20
+
+
+def test_a_bmp_of_more_colours_than_indices_is_refused(tmp_path):
+  whole = fuzz_formats.seeds("bmp")
+  data = next(f["a.bmp"] for f in whole if f["a.bmp"][28] <= 8)
+  for colors, kind in ((2, "accepted"), (2**17, "rejected")):
+    count = colors.to_bytes(4, "little")
+    files = {"a.bmp": data[:46] + count + data[50:]}
+    if data[28] == 1 or kind == "rejected":
+      assert _read("bmp", files, tmp_path).kind == kind
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_a_character_that_is_none_is_refused(order, tmp_path):
+  images = dict(np.load(io.BytesIO(_whole("npz_images")[0]["a.npz"])))
+  images["classes"] = images["classes"].astype(f"{order}U8")
+  for bad in (False, True):
+    if bad:
+      code = images["classes"].view(f"{order}u4")
+      code[0] = 0x110000
+    file = io.BytesIO()
+    np.savez(file, **images)
+    result = _read("npz_images", {"a.npz": file.getvalue()}, tmp_path)
+    assert result.kind == ("rejected" if bad else "accepted")
 
 
 def _die_or_hang(pipe, name, seed, start, stop, data_root):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import dataclasses
 import os
 import struct
+import sys
 import zipfile
 
 from jaxtyping import Int32
@@ -473,6 +474,10 @@ def _load(
   with _opened_npz(path) as (file, _):
     values = np.fromfile(file, came, length, offset=offset)
   if dtype is np.str_:
+    # NumPy hands whatever the file holds to Python, as characters.
+    code = np.dtype("u4").newbyteorder(came.byteorder)
+    if (np.frombuffer(values.tobytes(), code) > sys.maxunicode).any():
+      raise UserError(f"{path}: expected text, came characters that are none")
     return values
   narrow = values.astype(dtype)
   if not np.array_equal(narrow, values):

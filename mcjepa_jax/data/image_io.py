@@ -102,6 +102,18 @@ def _check_size(
     )
 
 
+def _check_palette(data: bytes, name: Path) -> None:
+  """Raises for a BMP with more colours than indices, each a turn of Pillow's."""
+  if data[:2] != b"BM" or int.from_bytes(data[14:18], "little") < 40:
+    return
+  bits = int.from_bytes(data[28:30], "little")
+  colors = int.from_bytes(data[46:50], "little")
+  if bits <= 8 and colors > 256:
+    raise UserError(
+        f"{name}: expected a palette of at most 256 colours, came {colors}"
+    )
+
+
 def _check_scans(data: bytes, name: Path) -> None:
   """Raises for a JPEG of so many scans that its decoding would not end."""
   # Much sooner, and true of all but those with other files within.
@@ -175,6 +187,7 @@ def decode_image(
     image = _decode_ppm(data, name, max_pixels)
   if image is not None:
     return image
+  _check_palette(data, name)
   try:
     # Out of memory, as Pillow reads as much as a chunk claims to hold.
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:

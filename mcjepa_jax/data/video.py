@@ -20,6 +20,7 @@ import os
 import pathlib
 import re
 import tempfile
+from typing import IO
 
 import cv2
 from jaxtyping import Bool, Float32, UInt8
@@ -39,6 +40,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".webp", ".bmp")
 
 _THUMBNAIL = 32
 # What an MP4 or MOV may begin with.
+_MP4_CONTAINERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl")
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
 # The header of an MKV or WebM, and all the rest.
 _EBML = (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67")
@@ -241,6 +243,35 @@ def _check_container(path: files.Location) -> None:
             f"{at} ends at {at + length}, the file at {size}"
         )
       at += length
+    if part_length is _mp4_length:
+      _check_samples(path, file, 0, size, size)
+
+
+def _check_samples(
+    path: files.Location, file: IO[bytes], start: int, end: int, size: int
+) -> None:
+  """Raises if an MP4's boxes claim more samples of one size than it can hold.
+
+  The decoder makes room for all of them before it reads one.
+  """
+  at = start
+  while end - at >= 8:
+    file.seek(at)
+    head = file.read(20).ljust(20, b"\0")
+    length = _mp4_length(head[:16], end - at)
+    if length < 8:
+      return
+    if head[4:8] in _MP4_CONTAINERS:
+      _check_samples(path, file, at + 8, min(at + length, end), size)
+    elif head[4:8] == b"stsz":
+      each = int.from_bytes(head[12:16], "big")
+      count = int.from_bytes(head[16:20], "big")
+      if each * count > size:
+        raise UserError(
+            f"{path}: expected samples within its {size} bytes, came {count} of"
+            f" {each} bytes each"
+        )
+    at += length
 
 
 def _riff_length(head: bytes, left: int) -> int:
