@@ -263,6 +263,13 @@ def test_an_mp4_that_claims_samples_without_end_is_refused(tmp_path):
   assert result.kind == "rejected" and result.peak < 2**20
 
 
+def test_an_mp4_of_boxes_in_boxes_is_refused(tmp_path):
+  data, box = fuzz_formats.seeds("mp4")[0]["a.mp4"], b""
+  for _ in range(2_000):
+    box = (len(box) + 8).to_bytes(4, "big") + b"moov" + box
+  assert _read("mp4", {"a.mp4": data + box}, tmp_path).kind == "rejected"
+
+
 def test_a_bmp_of_more_colours_than_indices_is_refused(tmp_path):
   whole = fuzz_formats.seeds("bmp")
   data = next(f["a.bmp"] for f in whole if f["a.bmp"][28] <= 8)

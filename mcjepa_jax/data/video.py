@@ -39,8 +39,9 @@ VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".webp", ".bmp")
 
 _THUMBNAIL = 32
-# What an MP4 or MOV may begin with.
+# Each lies in the one before; the last holds the table of samples.
 _MP4_CONTAINERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl")
+# What an MP4 or MOV may begin with.
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
 # The header of an MKV or WebM, and all the rest.
 _EBML = (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67")
@@ -248,7 +249,12 @@ def _check_container(path: files.Location) -> None:
 
 
 def _check_samples(
-    path: files.Location, file: IO[bytes], start: int, end: int, size: int
+    path: files.Location,
+    file: IO[bytes],
+    start: int,
+    end: int,
+    size: int,
+    depth: int = 0,
 ) -> None:
   """Raises if an MP4's boxes claim more samples of one size than it can hold.
 
@@ -262,7 +268,12 @@ def _check_samples(
     if length < 8:
       return
     if head[4:8] in _MP4_CONTAINERS:
-      _check_samples(path, file, at + 8, min(at + length, end), size)
+      if depth == len(_MP4_CONTAINERS):
+        raise UserError(
+            f"{path}: expected at most {depth} boxes in one another, came more"
+        )
+      inner = at + 8, min(at + length, end)
+      _check_samples(path, file, *inner, size, depth + 1)
     elif head[4:8] == b"stsz":
       each = int.from_bytes(head[12:16], "big")
       count = int.from_bytes(head[16:20], "big")
