@@ -155,16 +155,29 @@ def first_state(run: Run) -> steps.TrainState:
   return state
 
 
+def motion_sizes(config: Any) -> list[tuple[int, ...]]:
+  """The sizes of the frames; a batch of motion is of one source, and so of one."""
+  sized = sources.sized(config.motion.sources, config.motion.size)
+  return list({tuple(size) for *_, size in sized})
+
+
 def begin_step(run: Run) -> None:
-  """Starts on the batch and the program of step 0, beside what comes next."""
-  kind = steps.kind_at(run.config.mode, 0, run.config.motion.start_step)
-  arrays = {}
+  """Starts on the batch of step 0, and on its program where its size is known."""
+  config = run.config
+  kind = steps.kind_at(config.mode, 0, config.motion.start_step)
   for task in steps.tasks(kind):
     run.streams[task].start()
-    for name, x in run.streams[task][0].arrays.items():
-      shape = (len(x) * jax.process_count(), *x.shape[1:])
-      arrays[name] = jax.ShapeDtypeStruct(shape, x.dtype)
-  run.programs.begin(kind, run.abstract, arrays)
+  size, *others = motion_sizes(config)
+  if others and "motion" in steps.tasks(kind):
+    return
+  shapes = steps.batch_shapes(
+      kind,
+      pairs=config.motion.batch_size,
+      frame_size=size,
+      images=config.content.batch_size,
+      view_size=config.content.size,
+  )
+  run.programs.begin(kind, run.abstract, shapes)
 
 
 def batches(run: Run, start: int) -> Iterator[Batch]:
@@ -205,9 +218,7 @@ def step_programs(
       )
       for kind in kinds
   }
-  # A batch of motion is of one source, and each has its size.
-  sized = sources.sized(config.motion.sources, config.motion.size)
-  sizes = len({tuple(size) for *_, size in sized})
+  sizes = len(motion_sizes(config))
   return Programs(
       functions,
       expected=sum(
