@@ -366,7 +366,9 @@ _FLOAT = 8
 _DEFLATED_FLOAT = _FLOAT * image_io.DEFLATE_RATIO
 # A set of images holds images of any format.
 _ANY_IMAGE = _PIXEL_BYTES * max(image_io._PIXELS_PER_BYTE.values())
-_VIDEO = _PIXEL_BYTES * 2**10
+# FFmpeg makes a decoder's tables, a byte a pixel, for what MPEG-4's own header
+# claims (8191x8191 at most), before the size that it read can be checked.
+_VIDEO = _PIXEL_BYTES * video._PIXELS_PER_BYTE
 # FFmpeg allocates what an element claims, up to 256 MB (libavformat/
 # matroskadec.c, max_lengths in ebml_parse_elem), before it looks for it.
 _MATROSKA = 2**28 + 24 * 2**20
