@@ -5,15 +5,16 @@ import pathlib
 import pytest
 
 from mcjepa_jax import assembly
-from tests import tiny
+from tests import layouts, tiny
 
 
 @pytest.fixture
-def data_root(tmp_path) -> pathlib.Path:
+def data_root(tmp_path, monkeypatch) -> pathlib.Path:
   """A folder with sequences of 4 and of 7 frames: 3 and 6 pairs."""
+  monkeypatch.setenv("MCJEPA_CACHE", str(tmp_path / "cache"))
   for folder, count in (("frames/a", 4), ("DAVIS/JPEGImages/480p/b", 7)):
     for i in range(count):
-      tiny.save_image(tmp_path / folder / f"{i:05d}.png", (40, 64), i)
+      layouts.image(tmp_path / folder / f"{i:05d}.png", 8 * i, size=(40, 64))
   return tmp_path
 
 

@@ -711,7 +711,8 @@ def test_a_run_on_a_bucket_is_the_run_on_the_folder(gs, tmp_path):
     for number in range(1, 5):
       name = f"{scene}/frame_{number:04d}"
       tiny.save_image(place / "clean" / f"{name}.png", seed=number)
-      tiny.save_image(tmp_path / "data" / "frames" / f"{name}.png", seed=number)
+      frame = tmp_path / "data" / "frames" / f"{name}.png"
+      layouts.image(frame, 8 * number, size=(40, 48))
       if number < 4:
         layouts.flow(place / "flow" / f"{name}.flo", size=(40, 48))
   for number in range(12):
@@ -738,7 +739,12 @@ def test_a_run_on_a_bucket_is_the_run_on_the_folder(gs, tmp_path):
             f"--config.data_root={root}",
             f"--config.data_cache={cache}",
         ],
-        env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(_ROOT)},
+        env=os.environ
+        | {
+            "XLA_FLAGS": "",
+            "PYTHONPATH": str(_ROOT),
+            "MCJEPA_CACHE": str(tmp_path / "thumbnails"),
+        },
         cwd=_ROOT,
         capture_output=True,
         text=True,

@@ -6,7 +6,6 @@ import time
 
 import cv2
 import numpy as np
-from PIL import Image
 import pytest
 
 from mcjepa_jax.data import video
@@ -33,12 +32,6 @@ def _write_video(path, frames, code="MJPG"):
     writer.write(np.ascontiguousarray(frame[..., ::-1]))
   writer.release()
   return path
-
-
-def _write_frames(folder, names, size=(8, 6)):
-  folder.mkdir(parents=True, exist_ok=True)
-  for value, name in enumerate(names):
-    Image.new("RGB", size, (value, 0, 0)).save(folder / name)
 
 
 def _open(path, tmp_path, **kwargs):
@@ -217,88 +210,8 @@ def test_missing_videos_and_caches_are_named(tmp_path):
     _open(path, tmp_path)
 
 
-def test_a_folder_of_scenes_pairs_neighbours_in_natural_order(tmp_path):
-  for scene in ("scene_10", "scene_9"):
-    _write_frames(tmp_path / scene, ["8.png", "9.png", "10.png"])
-  _write_frames(tmp_path / ".hidden", ["1.png", "2.png"])
-  pairs = video.SequencePairs(video.frame_folders(tmp_path))
-  assert _ids(pairs) == [
-      *("scene_9/8+1", "scene_9/9+1", "scene_10/8+1", "scene_10/9+1"),
-  ]
-  assert pairs[1]["frame_1"][0, 0, 0] == 1
-  assert pairs[1]["frame_2"][0, 0, 0] == 2
-  assert set(pairs[1]) == {"frame_1", "frame_2"}
-
-
-@pytest.mark.parametrize(
-    "names, ids",
-    [
-        (
-            ["00001_img1.ppm", "00001_img2.ppm", "00002_img1.ppm"],
-            ["00001_img1+1"],
-        ),
-        (
-            ["000000_10.png", "000000_11.png", "000001_10.png"],
-            ["000000_10+1"],
-        ),
-        (
-            ["00000.jpg", "00005.jpg", "00015.jpg", "00020.jpg"],
-            ["00000+1", "00015+1"],
-        ),
-        (["left_01_rgb.png", "left_02_rgb.png"], ["left_01_rgb+1"]),
-        (["frame_1.png", "frame_2.png", "notes.txt"], ["frame_1+1"]),
-    ],
-)
-def test_names_that_differ_in_the_last_number_are_a_sequence(
-    tmp_path, names, ids
-):
-  _write_frames(tmp_path, [n for n in names if n != "notes.txt"])
-  (tmp_path / "notes_1.txt").write_text("")
-  pairs = video.SequencePairs(video.frame_folders(tmp_path))
-  assert _ids(pairs) == ids
-
-
-def test_only_the_folders_that_are_given_are_looked_at(tmp_path):
-  for place in ("a/left", "a/masks", "b/left/deep"):
-    _write_frames(tmp_path / place, ["1.png", "2.png"])
-  folders = [tmp_path / "b/left", tmp_path / "a/left"]
-  found = video.frame_folders(tmp_path, folders)
-  assert [s.name for s in found] == ["b/left/deep", "a/left"]
-  with pytest.raises(UserError, match="none: expected a folder of frames"):
-    video.frame_folders(tmp_path, [tmp_path / "none"])
-
-
-def test_frames_that_are_left_out_end_a_sequence(tmp_path):
-  _write_frames(tmp_path, [f"s_{n:02d}.png" for n in range(6)])
-  pairs = video.SequencePairs(
-      video.frame_folders(tmp_path, leave_out=r".*_0[23]"), gaps=(1, 5)
-  )
-  assert _ids(pairs) == ["s_00+1", "s_04+1"]
-
-
-def test_folders_without_a_sequence_are_refused(tmp_path):
-  with pytest.raises(UserError, match="expected numbered images"):
-    video.frame_folders(tmp_path)
-  with pytest.raises(UserError, match="none: expected a folder of frames"):
-    video.frame_folders(tmp_path / "none")
-
-
-def test_frames_of_two_sizes_are_both_named(tmp_path):
-  _write_frames(tmp_path / "s", ["1.png"])
-  _write_frames(tmp_path / "s", ["2.png"], size=(6, 8))
-  pairs = video.SequencePairs(video.frame_folders(tmp_path))
-  with pytest.raises(UserError, match="s/2: expected 8x6.*s/1, came 6x8"):
-    pairs[0]
-
-
 def test_real_samples_are_whole_and_without_cuts(shared_data, tmp_path):
   for name, count in (("carphone_pristine.mp4", 120), ("vtest.avi", 341)):
     opened = _open(shared_data / "video" / name, tmp_path, max_side=64)
     assert len(opened[0]) == count
     assert len(video.SequencePairs(opened)) == count - 1
-  davis = video.frame_folders(shared_data / "DAVIS" / "JPEGImages" / "480p")
-  assert [s.name for s in davis] == ["blackswan", "car-shadow"]
-  assert len(video.SequencePairs(davis)) == 49 + 39
-  assert not any(video.cuts(s.thumbnails()).any() for s in davis)
-  chairs = video.frame_folders(shared_data / "FlyingChairs_release")
-  assert len(video.SequencePairs(chairs)) == 4

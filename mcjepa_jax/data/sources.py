@@ -18,6 +18,7 @@ from mcjepa_jax.data import (
     cutouts,
     files,
     flow_datasets,
+    frame_folders,
     image_datasets,
     mask_datasets,
     segmentation_datasets,
@@ -109,13 +110,10 @@ def _motion_table(
   def sequences(find, *args, leave_out="", **options):
     def make(root):
       found = find(root, *args, **options)
-      folders = video.frame_folders(*found, leave_out=leave_out)
+      folders = frame_folders.frame_folders(*found, leave_out=leave_out)
       return video.SequencePairs(folders, gaps=gaps)
 
     return make
-
-  def folders(*parts):
-    return sequences(lambda root: (root.joinpath(*parts), None))
 
   # Pairs that belong to no sequence: `gaps` says nothing about them.
   def pairs(find, split, **options):
@@ -143,8 +141,13 @@ def _motion_table(
       "video": lambda root: video.SequencePairs(
           video.videos(root / "video"), gaps=gaps, min_change=_STILL
       ),
-      "frames": folders("frames"),
-      "davis": folders("DAVIS", "JPEGImages", "480p"),
+      "frames": lambda root: video.SequencePairs(
+          frame_folders.frame_folders(root / "frames"),
+          gaps=gaps,
+          skip_cuts=True,
+          min_change=_STILL,
+      ),
+      "davis": sequences(lambda root: (root / "DAVIS/JPEGImages/480p",)),
       "flying_chairs": pairs(flows.flying_chairs, "training"),
       "flying_chairs_2": pairs(flows.flying_chairs_2, "train"),
       "flying_things": sequences(flows.flying_things_frames, "clean"),
@@ -211,6 +214,9 @@ def images(
       # Where nothing moves too, of which there are no pairs.
       "video": lambda root: image_datasets.SequenceFrames(
           video.videos(root / "video")
+      ),
+      "frames": lambda root: image_datasets.SequenceFrames(
+          frame_folders.frame_folders(root / "frames")
       ),
   }
   make = choice(table, name, "content.sources")

@@ -1,7 +1,7 @@
-"""Pairs of frames without labels, out of videos and folders of frames.
+"""Pairs of frames without labels, out of videos and other sequences.
 
 A pair is {frame_1, frame_2: u8 [h w 3]}, `gap` frames apart in one sequence:
-`SequencePairs(videos(path), gaps=(1, 3))`, `SequencePairs(frame_folders(path))`.
+`SequencePairs(videos(path), gaps=(1, 3))`; see `frame_folders` for images.
 A sequence has __len__, frame(i), frame_id(i) and thumbnails(). A video is
 decoded once, into a cache of frames on disk: a frame by its number is then one
 read instead of a decode from the key frame before it.
@@ -36,9 +36,8 @@ from mcjepa_jax.errors import UserError
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".webp", ".bmp")
 
-_THUMBNAIL = 32
+THUMBNAIL = 32
 # Each lies in the one before; the last holds the table of samples.
 _MP4_CONTAINERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl")
 # What an MP4 or MOV may begin with.
@@ -149,7 +148,7 @@ class VideoFrames:
     try:
       cache.mkdir(parents=True, exist_ok=True)
       with contextlib.ExitStack() as stack:
-        part, part_path = _temporary(stack, cache)
+        part, part_path = temporary(stack, cache)
         shape, thumbnails = None, []
         for frame in _decoded(self.path, max_side, progress):
           if shape is None:
@@ -162,14 +161,14 @@ class VideoFrames:
                 f"{self.path}: expected frames of one size, came {shape} and "
                 f"then {frame.shape}"
             )
-          thumbnails.append(_thumbnail(frame))
+          thumbnails.append(thumbnail(frame))
           if len(thumbnails) * frame.size > max_bytes:
             raise _over_limit(self.path, (len(thumbnails), *shape), max_bytes)
           part.write(frame.tobytes())
         part.seek(0)
         if _write_npy_header(part, (len(thumbnails), *shape)) != start:
           raise RuntimeError("numpy no longer pads the header of a .npy file")
-        small, small_path = _temporary(stack, cache)
+        small, small_path = temporary(stack, cache)
         np.save(small, np.stack(thumbnails), allow_pickle=False)
         part.close()
         small.close()
@@ -192,7 +191,7 @@ def _over_limit(
   )
 
 
-def _temporary(stack: contextlib.ExitStack, folder: pathlib.Path):
+def temporary(stack: contextlib.ExitStack, folder: pathlib.Path):
   """Returns (file, path) of a new file that is gone unless it is renamed."""
   handle, path = tempfile.mkstemp(dir=folder, suffix=".part")
   stack.callback(lambda: pathlib.Path(path).unlink(missing_ok=True))
@@ -206,8 +205,9 @@ def _write_npy_header(file, shape: tuple[int, ...]) -> int:
   return file.tell()
 
 
-def _thumbnail(frame: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "s s 3"]:
-  size = (_THUMBNAIL, _THUMBNAIL)
+def thumbnail(frame: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "s s 3"]:
+  """Returns the frame at the size at which change is looked for."""
+  size = (THUMBNAIL, THUMBNAIL)
   return cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
 
 
@@ -362,40 +362,6 @@ def _decoded(
     )
 
 
-class FolderFrames:
-  """A sequence of image files in one folder, in order."""
-
-  may_cut = False
-
-  def __init__(self, folder: image_io.Path, names: Sequence[str], name: str):
-    self.folder = files.path(folder)
-    self.name = name
-    self._names = tuple(names)
-
-  def __len__(self) -> int:
-    return len(self._names)
-
-  def frame(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
-    """Returns one frame."""
-    return image_io.read_image(self.folder / self._names[index])
-
-  def frame_id(self, index: int) -> str:
-    """Returns the frame's path under the data set's root, without suffix."""
-    stem = pathlib.Path(self._names[index]).stem
-    return f"{self.name}/{stem}" if self.name else stem
-
-  def thumbnails(self) -> Thumbnails:
-    """Returns a small picture of every frame; decodes them all."""
-    return np.stack(
-        [
-            _thumbnail(
-                image_io.read_image(self.folder / n, min_side=_THUMBNAIL)
-            )
-            for n in self._names
-        ]
-    )
-
-
 class SequencePairs:
   """Pairs out of sequences, for each first frame and each gap of a range.
 
@@ -499,7 +465,7 @@ def videos(
     root = files.listed(path)
     found = (f for f in path.rglob("[!.]*") if f.is_file())
     found = (f for f in found if f.suffix.lower() in VIDEO_SUFFIXES)
-    paths = sorted(found, key=_natural)
+    paths = sorted(found, key=natural)
   if not paths:
     raise UserError(
         f"{path}: expected videos ({', '.join(VIDEO_SUFFIXES)}), came none"
@@ -530,69 +496,7 @@ def videos(
   return sequences
 
 
-def frame_folders(
-    root: image_io.Path,
-    folders: Iterable[image_io.Path] | None = None,
-    *,
-    leave_out: str = "",
-) -> list[FolderFrames]:
-  """Returns all image sequences in a folder and its subfolders.
-
-  Files of one folder whose names differ in the last number alone are a
-  sequence, in steps of its smallest difference, and a missing frame ends it: so
-  DAVIS, Sintel's scenes, FlyingThings3D, HD1K, KITTI's 000000_10 and _11, and
-  the pairs of FlyingChairs are each read as they lie. A gap counts steps.
-  `folders` are all that is looked at below `root`; a name whose stem is the
-  regular expression `leave_out` counts as missing.
-  """
-  root = files.path(root)
-  sequences = []
-  for top in (files.listed(root),) if folders is None else folders:
-    for folder, below, names in files.walk(top, _cannot_list):
-      below[:] = sorted((f for f in below if f[0] != "."), key=_natural)
-      place = folder.relative_to(root).as_posix()
-      for run in _runs(names, leave_out):
-        name = "" if place == "." else place
-        sequences.append(FolderFrames(folder, run, name))
-  if not sequences:
-    raise UserError(
-        f"{root}: expected numbered images ({', '.join(IMAGE_SUFFIXES)}), at "
-        "least two of a sequence, came none"
-    )
-  return sequences
-
-
-def _cannot_list(error: OSError):
-  raise UserError(
-      f"{error.filename}: expected a folder of frames, came: {error.strerror}"
-  ) from error
-
-
-def _natural(name: image_io.Path) -> list:
+def natural(name: image_io.Path) -> list:
   """Returns a sort key that puts 9 before 10."""
   parts = re.split(r"(\d+)", os.fspath(name))
   return [int(part) if i % 2 else part for i, part in enumerate(parts)]
-
-
-def _runs(names: Iterable[str], leave_out: str) -> list[list[str]]:
-  """Returns the sequences of at least two frames among a folder's files."""
-  numbered: dict[tuple[str, str], dict[int, str]] = {}
-  for name in names:
-    stem, suffix = os.path.splitext(name)
-    if leave_out and re.fullmatch(leave_out, stem):
-      continue
-    found = re.fullmatch(r"(.*?)([0-9]+)(\D*)", stem)
-    if found and suffix.lower() in IMAGE_SUFFIXES and name[0] != ".":
-      rest = (found[1], found[3] + suffix)
-      numbered.setdefault(rest, {})[int(found[2])] = name
-  runs = []
-  for rest in sorted(numbered, key=lambda rest: _natural(rest[0] + rest[1])):
-    numbers = np.array(sorted(numbered[rest]))
-    if len(numbers) < 2:
-      continue
-    steps = np.diff(numbers)
-    breaks = np.flatnonzero(steps != steps.min()) + 1
-    for run in np.split(numbers, breaks):
-      if len(run) > 1:
-        runs.append([numbered[rest][number] for number in run.tolist()])
-  return runs
