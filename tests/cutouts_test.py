@@ -79,7 +79,7 @@ def test_a_record_depends_on_images_seed_and_index_alone(smooth, tmp_path):
   assert backward == forward[::-1]
   assert len(set(forward)) == 8
   other = cutouts.Pairs(images, seed=4, num_examples=30)
-  assert scene_checks.flat(other[0]) not in forward
+  assert not {scene_checks.flat(other[i]) for i in range(8)} & set(forward)
   assert other.record_id(0) != dataset.record_id(0) != dataset.record_id(1)
   process = subprocess.run(
       [sys.executable, "-c", _SCRIPT, str(tmp_path)],
@@ -126,6 +126,15 @@ def test_flow_is_large_enough_to_be_worth_estimating(pairs):
   assert np.percentile(length, 95) >= 6
 
 
+def test_no_constant_flow_beats_zero(pairs, smooth):
+  flow = pairs["flow"].reshape(-1, 2)[::7].astype(np.float64)
+  zero = np.linalg.norm(flow, axis=-1).mean()
+  training = cutouts.Pairs(smooth, seed=102, num_examples=128)
+  mean = np.mean([r["flow"].mean((0, 1)) for r in training], axis=0)
+  for constant in (scene_checks.best_constant(flow), mean):
+    assert np.linalg.norm(flow - constant, axis=-1).mean() > 0.95 * zero
+
+
 @pytest.mark.parametrize("size", [(64, 64), (32, 96)])
 @pytest.mark.parametrize("most", [0.05, 0.2, 0.5])
 def test_no_flow_is_longer_than_max_motion(size, most):
@@ -140,7 +149,10 @@ def test_a_twentieth_of_the_pixels_is_covered_in_the_other_frame(pairs, frame):
   flow = pairs["flow_12" if frame == "1" else "flow_21"]
   target = scene_checks.grid(64, 64) + flow
   inside = ((target >= 0) & (target <= 63)).all(-1)
-  assert (inside & (pairs["visible_" + frame][..., 0] == 0)).mean() >= 0.05
+  visible = pairs["visible_" + frame][..., 0]
+  assert (inside & (visible == 0)).mean() >= 0.05
+  # What left the frame is not visible either.
+  assert not visible[((target < -0.01) | (target > 63.01)).any(-1)].any()
 
 
 def _difference(pairs, direction, flow) -> float:

@@ -8,7 +8,7 @@ import pytest
 
 from mcjepa_jax import errors, evaluate, main, suite, train
 from mcjepa_jax.data import flow_io
-from tests import tiny
+from tests import layouts, tiny
 
 _QUICKSTART = "--config=configs/quickstart.py"
 _IMAGES = (
@@ -63,8 +63,8 @@ def test_a_truncated_image_is_told_before_anything_compiles(capsys, tmp_path):
 
 def test_frames_of_unequal_size(capsys, tmp_path):
   folder = tmp_path / "data" / "frames" / "clip"
-  tiny.save_image(folder / "0001.png", (64, 80))
-  tiny.save_image(folder / "0002.png", (64, 88))
+  layouts.image(folder / "0001.png", 0, size=(64, 80))
+  layouts.image(folder / "0002.png", 9, size=(64, 88))
   (line,) = _faults(
       capsys, _QUICKSTART, f"--workdir={tmp_path / 'w'}", *_FRAMES,
       f"--config.data_root={tmp_path / 'data'}", "--config.evals=()",
@@ -216,7 +216,9 @@ def test_evaluate_writes_flat_results_whatever_the_devices(
 
 
 @pytest.mark.slow
-def test_an_unreadable_image_is_replaced_and_named_unless_none_may_be(tmp_path):
+def test_an_unreadable_image_is_replaced_and_named_unless_none_may_be(
+    tmp_path, capsys
+):
   folder = tmp_path / "data" / "images"
   for i in range(6):
     path = tiny.save_image(folder / f"{i}.png", seed=i)
@@ -231,6 +233,7 @@ def test_an_unreadable_image_is_replaced_and_named_unless_none_may_be(tmp_path):
   (line,) = (tmp_path / "w" / "quarantine.jsonl").read_text().splitlines()
   assert json.loads(line)["record"] == "images/5.png"
   assert "5.png" in json.loads(line)["fault"]
+  assert capsys.readouterr().out.count("Replaced images/5.png: ") == 1
   (last,) = (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()[-1:]
   assert json.loads(last)["quarantined/content"] == 1
   cfg.bad_records = 0.0

@@ -288,6 +288,20 @@ def test_logs_on_a_full_disk_end_the_run_and_it_goes_on_when_there_is_room(
   assert train.train(_config(data), tmp_path)["meta/step"] == 8
 
 
+def test_each_size_of_a_mixture_is_compiled_once(tmp_path):
+  for i in range(8):
+    tiny.save_image(tmp_path / "data" / "images" / f"{i}.png", (96, 128), i)
+  cfg = tiny.config(
+      mode="motion",
+      data_root=str(tmp_path / "data"),
+      motion__sources=(("synthetic", 1.0), ("cutouts", 1.0, (32, 64))),
+      num_steps=6,
+  )
+  results = train.train(cfg, tmp_path / "w")
+  assert results["compiles"] == 2
+  assert not results.get("alarm/recompilation")
+
+
 def test_a_batch_of_another_shape_is_noticed(tmp_path, monkeypatch):
   cfg = _config(
       "", content__sources=(("synthetic", 1.0),), content__batch_size=4

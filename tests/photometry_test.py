@@ -129,7 +129,8 @@ def test_blur_is_torchvisions_with_a_sigma_per_image(torchvision):
     np.testing.assert_allclose(result, expected, atol=_TOLERANCE)
 
 
-def test_jitter_draws_uniform_factors_for_the_stated_share():
+@pytest.mark.parametrize("group", [1, 2])
+def test_jitter_draws_uniform_factors_for_the_stated_share(group):
   images = jnp.full((4000, 1, 1, 3), 0.25)
   ours = _run(
       "color_jitter",
@@ -139,10 +140,12 @@ def test_jitter_draws_uniform_factors_for_the_stated_share():
       saturation=0.0,
       hue=0.0,
       probability=0.8,
+      group=group,
   )
-  factor = np.asarray(ours)[:, 0, 0, 0] / 0.25
-  changed = factor[np.abs(factor - 1) > 1e-6]
-  assert changed.size / 4000 == pytest.approx(0.8, abs=0.03)
+  factor = np.asarray(ours)[:, 0, 0, 0].reshape(-1, group) / 0.25
+  np.testing.assert_array_equal(factor, np.tile(factor[:, :1], group))
+  changed = factor[np.abs(factor[:, 0] - 1) > 1e-6, 0]
+  assert changed.size / len(factor) == pytest.approx(0.8, abs=0.03)
   quantiles = np.quantile(changed, [0, 0.25, 0.5, 0.75, 1])
   np.testing.assert_allclose(quantiles, [0.6, 0.8, 1, 1.2, 1.4], atol=0.03)
 
@@ -179,6 +182,12 @@ def test_every_order_is_equally_likely_whatever_the_amounts(monkeypatch):
   _, counts = np.unique(np.argsort(ranks, axis=1), axis=0, return_counts=True)
   assert counts.size == 24
   np.testing.assert_allclose(counts / 6000, 1 / 24, atol=0.01)
+  for name, middle, most in zip(
+      _NAMES, (1, 1, 1, 0), (0.4, 0.4, 0.2, 0.1), strict=True
+  ):
+    quantiles = np.quantile(drawn["amounts"][name], [0, 0.25, 0.5, 0.75, 1])
+    expected = middle + most * np.linspace(-1, 1, 5)
+    np.testing.assert_allclose(quantiles, expected, atol=0.05 * most)
   draws = np.stack([*drawn["amounts"].values(), *ranks.T])
   correlation = np.corrcoef(draws) - np.eye(8)
   assert np.abs(correlation).max() < 0.06
@@ -222,6 +231,61 @@ def test_eraser_is_off_by_default_and_fills_frame_2_alone():
   filled = np.asarray(erased[i])[differs[i]]
   np.testing.assert_allclose(
       filled, np.tile(mean, (len(filled), 1)), atol=_TOLERANCE
+  )
+
+
+def test_sigma_is_uniform_in_its_range(monkeypatch):
+  drawn = {}
+
+  def capture(images, sigma, *, radius):
+    drawn.update(sigma=sigma, radius=radius)
+    return images
+
+  monkeypatch.setattr(photometry, "gaussian_blur", capture)
+  views = jnp.zeros((2000, 224, 1, 3), jnp.uint8)
+  off = {k: v for k, v in _OFF.items() if k != "blur_probability"}
+  photometry.content_views(views, jax.random.key(4), **off)
+  quantiles = np.quantile(drawn["sigma"], [0, 0.25, 0.5, 0.75, 1])
+  np.testing.assert_allclose(quantiles, np.linspace(0.1, 2.0, 5), atol=0.06)
+  assert drawn["radius"] == 6
+
+
+def test_erased_rectangles_are_torchvisions_of_every_size_and_place(
+    torchvision,
+):
+  side = 64
+  frames = _bytes(800, height=side, width=side)
+  plain, erased = _run(
+      "motion_frames", frames, jitter_probability=0.0, erase_probability=1.0
+  )
+  plain, erased = np.asarray(plain[1::2]), np.asarray(erased[1::2])
+  boxes = []
+  for image, result in zip(plain, erased, strict=True):
+    rows, columns = np.nonzero((image != result).any(axis=-1))
+    top, left = rows.min(), columns.min()
+    height, width = rows.max() - top + 1, columns.max() - left + 1
+    boxes.append((top, left, height, width))
+    mean = torch.tensor(image.mean(axis=(0, 1)))[:, None, None]
+    expected = _theirs(torchvision.erase, image, top, left, height, width, mean)
+    np.testing.assert_allclose(result, expected, atol=_TOLERANCE)
+  top, left, height, width = np.array(boxes).T / side
+  y, x = top + height / 2, left + width / 2
+  # None is cut off whose centre lies so far inside.
+  far = (np.abs(y - 0.5) < 0.3) & (np.abs(x - 0.5) < 0.3)
+  assert far.mean() == pytest.approx(0.36, abs=0.08)
+  for draws, low, high in (
+      *((height, 0.15, 0.3), (width, 0.15, 0.3)),
+      *((y, 0.2, 0.8), (x, 0.2, 0.8)),
+  ):
+    quantiles = np.quantile(draws[far], [0, 0.25, 0.5, 0.75, 1])
+    np.testing.assert_allclose(
+        quantiles, np.linspace(low, high, 5), atol=0.15 * (high - low)
+    )
+  assert (
+      np.abs(
+          np.corrcoef(np.stack([height, width, y, x])[:, far]) - np.eye(4)
+      ).max()
+      < 0.3
   )
 
 

@@ -1,5 +1,6 @@
 """Batches depend on the seed and the index alone."""
 
+import json
 import os
 import pathlib
 import signal
@@ -73,6 +74,15 @@ def content(length: int = 10, *, seed: int = 0, batch_size: int = 4, **options):
   )
 
 
+def mixed(**options):
+  """Two sources of other lengths, sizes and weights, whole batches of each."""
+  sources = [
+      pipeline.MotionSource("much", Records(7), (8, 12), weight=2.0),
+      pipeline.MotionSource("little", Records(5), (12, 8), weight=1.0),
+  ]
+  return pipeline.motion_stream(sources, **dict(batch_size=4, seed=0) | options)
+
+
 def assert_same(batch, other):
   assert batch[1] == other[1]
   assert batch[0].keys() == other[0].keys()
@@ -124,7 +134,8 @@ def test_another_seed_gives_another_order_and_other_cuts(stream):
   assert (first[0] != first[1]).any()
 
 
-def test_streams_and_sources_share_no_randomness(monkeypatch):
+@pytest.mark.parametrize("lengths", [(40, 40, 40), (40, 24, 33)])
+def test_streams_and_sources_share_no_randomness(monkeypatch, lengths):
   draws = []
 
   def draw(*arguments, **_):
@@ -134,16 +145,16 @@ def test_streams_and_sources_share_no_randomness(monkeypatch):
   monkeypatch.setattr(transforms, "pair_frames", draw)
   monkeypatch.setattr(transforms, "two_views", draw)
   sources = [
-      pipeline.MotionSource(name, Records(40), (16, 16)) for name in "ab"
+      pipeline.MotionSource(name, Records(length), (16, 16))
+      for name, length in zip("ab", lengths, strict=False)
   ]
   pairs = pipeline.motion_stream(sources, batch_size=40, seed=5)
-  images = content(40, batch_size=40, seed=5)
-  orders = [
-      [record[-3:] for record in part.records]
-      for part in (pairs[0], pairs[1], images[0])
-  ]
-  assert len(set(draws)) == len(draws) == 120
-  assert orders[0] != orders[1] != orders[2] != orders[0]
+  images = content(lengths[2], batch_size=40, seed=5)
+  parts = [stream[k] for stream in (pairs, images) for k in range(6)]
+  orders = [[record[-3:] for record in part.records] for part in parts]
+  # Three epochs of each source or more.
+  assert len(set(draws)) == len(draws) == 480
+  assert len(set(map(tuple, orders))) == 12
 
 
 def joined(parts):
@@ -156,20 +167,24 @@ def joined(parts):
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
-@pytest.mark.parametrize("stream", [motion, content])
+@pytest.mark.parametrize("stream", [motion, content, mixed])
 def test_the_parts_of_the_hosts_are_the_batch_of_one_host(stream, hosts):
   streams = [stream(host_index=h, host_count=hosts) for h in range(hosts)]
   for k in (0, 3, 7):
     assert_same(joined([s[k] for s in streams]), stream()[k])
 
 
-@pytest.mark.parametrize("stream", [motion, content])
+@pytest.mark.parametrize("stream", [motion, content, mixed])
 def test_in_mid_epoch_other_hosts_go_on_with_the_same_batches(stream):
   # 10 records in fours: batch 4 lies in the second epoch.
   with stream(host_index=1, host_count=2) as before:
     for _ in range(4):
       next(before)
     state = before.state()
+  # One small record, the same from any number of hosts.
+  assert state == stream(start=4).state()
+  assert len(json.dumps(state)) < 1000
+  state = json.loads(json.dumps(state))
   after = [stream(host_index=h, host_count=4) for h in range(4)]
   for other in after:
     other.restore(state)
@@ -185,6 +200,15 @@ def test_over_three_epochs_each_record_comes_three_times(stream):
   records = [r for k in range(15) for r in stream()[k].records][:30]
   for epoch in range(3):
     assert len(set(records[10 * epoch : 10 * epoch + 10])) == 10
+
+
+def test_over_three_epochs_each_record_of_a_mixture_comes_three_times():
+  records = [r for k in range(24) for r in mixed()[k].records]
+  for name, length in (("much", 7), ("little", 5)):
+    own = [r for r in records if r.startswith(name)]
+    assert len(own) >= 3 * length
+    for epoch in range(3):
+      assert len(set(own[length * epoch : length * (epoch + 1)])) == length
 
 
 class Holed(Records):

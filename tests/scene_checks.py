@@ -44,3 +44,12 @@ def masked_mean(values: np.ndarray, mask: np.ndarray) -> float:
 def flat(record) -> bytes:
   """All bytes of a record."""
   return b"".join(np.asarray(record[key]).tobytes() for key in sorted(record))
+
+
+def best_constant(flow: np.ndarray) -> np.ndarray:
+  """The vector of least mean distance to flow [n 2]: its geometric median."""
+  best = flow.mean(0)
+  for _ in range(50):  # Weiszfeld's iteration
+    weight = 1 / np.maximum(np.linalg.norm(flow - best, axis=-1), 1e-6)
+    best = weight @ flow / weight.sum()
+  return best

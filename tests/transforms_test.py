@@ -226,6 +226,8 @@ def test_pair_keeps_one_geometry_and_all_four_orientations():
   np.testing.assert_allclose(counts / 400, 0.25, atol=0.08)
   np.testing.assert_array_equal(np.min(corners, axis=0), [0, 0])
   np.testing.assert_array_equal(np.max(corners, axis=0), [16, 28])
+  quantiles = np.quantile(corners, [0.25, 0.5, 0.75], axis=0)
+  np.testing.assert_allclose(quantiles, [[4, 7], [8, 14], [12, 21]], atol=2.5)
 
 
 def test_flip_and_swap_can_be_switched_off():
