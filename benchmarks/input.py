@@ -15,6 +15,7 @@ import io
 import multiprocessing
 import os
 import pathlib
+import sys
 import tempfile
 import time
 from typing import Any
@@ -33,7 +34,7 @@ from benchmarks import report
 from mcjepa_jax.data import feed, pipeline, sources, transforms
 
 _JSON = flags.DEFINE_string("json", None, "Where to write the rows.")
-_ONLY = flags.DEFINE_string("only", "", "Run the rows whose name has this.")
+_ONLY = flags.DEFINE_string("only", "", "Part of the name of what is measured.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Turns of each form.")
 _RECORDS = flags.DEFINE_integer(
     "records", 10_000, "Images over which a worker's memory must not grow."
@@ -456,6 +457,9 @@ def main(argv: list[str]) -> None:
   """Prints the table, writes the JSON, exits 1 if a target is missed."""
   del argv
   rows = []
+  known = ("content", *_PAIR_SETS, "worker_memory")
+  if not any(_ONLY.value in name for name in known):
+    sys.exit(f"--only: expected a part of {known}, got {_ONLY.value!r}")
   with tempfile.TemporaryDirectory() as made:
     root = _ROOT.value
     if not root:

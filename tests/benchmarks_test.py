@@ -1,7 +1,10 @@
-"""The benchmark of evals knows what it looks at, and ends as commands do."""
+"""The benchmarks of evals and input: what they look at, and how they end."""
 
 import collections
 import functools
+import json
+import pathlib
+import subprocess
 import sys
 
 import jax
@@ -72,3 +75,36 @@ def test_an_eval_that_cannot_run_is_told(capsys):
   arguments = ["--config=configs/quickstart.py", "--config.evals=('knn/x',)"]
   assert evals.main(arguments) == 2
   assert "error: " in capsys.readouterr().err
+
+
+def _input(*flags):
+  return subprocess.run(
+      [sys.executable, "-m", "benchmarks.input", *flags],
+      cwd=pathlib.Path(__file__).parent.parent,
+      capture_output=True,
+      text=True,
+      check=False,
+  )
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_input_writes_rows_and_fails_where_a_target_is_missed(
+    tmp_path,
+):
+  path = tmp_path / "rows.json"
+  run = _input(f"--json={path}", "--only=pairs_chairs", "--repeats=1")
+  written = json.loads(path.read_text())
+  rate, cpu = written["rows"]
+  assert (rate["name"], rate["target"]) == ("pairs_chairs", 0.8)
+  assert (cpu["name"], cpu["target"]) == ("pairs_chairs_worker_cpu", None)
+  for row in written["rows"]:
+    assert row.keys() == {
+        *("name", "shape", "ours", "reference", "reference_name", "unit"),
+        *("ratio", "target", "passed"),
+    }
+    assert row["ratio"] == row["ours"] / row["reference"] > 0
+  # On a busy machine it may.
+  assert rate["passed"] == (rate["ratio"] >= 0.8) and cpu["passed"]
+  assert run.returncode == (0 if rate["passed"] else 1), run.stderr
+  run = _input("--only=pairs_nowhere")
+  assert run.returncode and "--only: expected a part of" in run.stderr
