@@ -6,7 +6,7 @@ import jax
 import optax
 
 from mcjepa_jax import optimizer, step
-from mcjepa_jax.data import pipeline, sources
+from mcjepa_jax.data import catalog, pipeline, sources
 from mcjepa_jax.models import mcjepa
 
 
@@ -141,3 +141,19 @@ def streams(config: Any) -> dict[str, pipeline.Stream]:
         **host,
     )
   return result
+
+
+def miscounts(config: Any, streams: dict[str, pipeline.Stream]) -> list[str]:
+  """A line for each source with more or fewer records than are published.
+
+  What is published are neighbours: with gaps pairs of sequences are others.
+  """
+  found = []
+  for task, stream in streams.items():
+    if task == "motion" and tuple(config.motion.gaps) != (1, 1):
+      continue
+    for source in stream.state()["fingerprint"]["sources"]:
+      use = f"{task}/{source['name']}"
+      message = catalog.miscount(use, source["length"])
+      found += [f"{use}: {message}"] if message else []
+  return found

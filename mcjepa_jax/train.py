@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import pathlib
+import sys
 from typing import Any
 
 from clu import parameter_overview
@@ -73,6 +74,9 @@ def set_up_input(
       list(dict.fromkeys(faults)),
   )
   hosts.check_shared(workdir)
+  if hosts.first():
+    for line in assembly.miscounts(config, streams):
+      print(f"warning: {line}", file=sys.stderr)
   return streams, sharding.make_mesh(config.mesh.devices)
 
 

@@ -52,3 +52,17 @@ def test_repetitions_multiply_the_lengths_of_the_sets(data_root):
       motion__sources=(("frames", 1.0), ("davis", 1.0)),
   )
   assert [name for name, _ in names].count("davis") == 8
+
+
+def test_sets_that_are_not_whole_are_told(tmp_path):
+  layouts.sintel(tmp_path / "MPI-Sintel")
+  layouts.hd1k(tmp_path / "HD1K")
+  cfg = tiny.config(
+      data_root=str(tmp_path),
+      motion__sources=(("sintel_clean", 1.0), ("hd1k", 1.0)),
+  )
+  (line,) = assembly.miscounts(cfg, assembly.streams(cfg))
+  assert line.startswith("motion/sintel_clean: expected 1041 examples, as http")
+  assert line.endswith("came 2")
+  cfg.motion.gaps = (1, 2)
+  assert not assembly.miscounts(cfg, assembly.streams(cfg))

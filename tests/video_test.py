@@ -100,7 +100,9 @@ def test_the_byte_limit_holds_for_all_videos_of_a_folder(tmp_path):
   opened = _open(folder, tmp_path, max_bytes=2 * one)
   assert [v.name for v in opened] == ["a9.avi", "a10.avi"]
   for name in ("new", "cache"):
-    with pytest.raises(UserError, match="a10.avi: expected at most .*max_side"):
+    with pytest.raises(
+        UserError, match="a10.avi: expected at most .*CACHE_GIB"
+    ):
       video.videos(folder, cache_dir=tmp_path / name, max_bytes=2 * one - 1)
   assert not list((tmp_path / "new").glob("*.part"))
 
@@ -109,12 +111,12 @@ def test_a_cut_between_two_scenes_is_not_paired_over(tmp_path):
   frames = _moving(8) + _moving(8, seed=1)
   opened = _open(_write_video(tmp_path / "a.avi", frames), tmp_path)
   assert np.flatnonzero(video.cuts(opened[0].thumbnails())).tolist() == [7]
-  pairs = video.SequencePairs(opened, gaps=(1, 3))
+  pairs = video.SequencePairs(opened, gaps=(1, 3), skip_cuts=True)
   assert len(pairs) == 15 + 14 + 13 - (1 + 2 + 3)
   assert not {"a.avi/000007+1", "a.avi/000006+2", "a.avi/000007+3"} & set(
       _ids(pairs)
   )
-  kept = video.SequencePairs(opened, gaps=(1, 3), skip_cuts=False)
+  kept = video.SequencePairs(opened, gaps=(1, 3))
   assert len(kept) == 15 + 14 + 13
 
 
@@ -137,6 +139,18 @@ def test_pairs_that_stand_still_are_left_out_on_request(tmp_path):
   assert _ids(pairs) == ["a.avi/000000+1", "a.avi/000001+1", "a.avi/000002+1"]
   with pytest.raises(UserError, match="came none in 7 frames"):
     video.SequencePairs(opened, min_change=250.0)
+
+
+def test_the_byte_limit_is_set_by_the_environment(tmp_path, monkeypatch):
+  path = _write_video(tmp_path / "a.avi", _moving(4))
+  monkeypatch.setenv("MCJEPA_CACHE_GIB", "0.00001")
+  with pytest.raises(UserError, match="a.avi: expected at most 10737 bytes"):
+    _open(tmp_path, tmp_path)
+  monkeypatch.setenv("MCJEPA_CACHE_GIB", "0.001")
+  assert len(_open(path, tmp_path)[0]) == 4
+  monkeypatch.setenv("MCJEPA_CACHE_GIB", "much")
+  with pytest.raises(UserError, match="CACHE_GIB: expected a number.*'much'"):
+    _open(path, tmp_path)
 
 
 @pytest.mark.parametrize("gaps", [(0, 1), (2, 1), (-1, -1)])
@@ -214,4 +228,5 @@ def test_real_samples_are_whole_and_without_cuts(shared_data, tmp_path):
   for name, count in (("carphone_pristine.mp4", 120), ("vtest.avi", 341)):
     opened = _open(shared_data / "video" / name, tmp_path, max_side=64)
     assert len(opened[0]) == count
-    assert len(video.SequencePairs(opened)) == count - 1
+    pairs = video.SequencePairs(opened, skip_cuts=True)
+    assert len(pairs) == count - 1

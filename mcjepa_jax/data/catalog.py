@@ -22,6 +22,14 @@ def published(use: str) -> facts.Fact | None:
   return None
 
 
+def miscount(use: str, came: int) -> str | None:
+  """Returns that `use` has not as many examples as are published, if so."""
+  fact = published(use)
+  if fact is None or came == fact.value:
+    return None
+  return f"expected {fact.value} examples, as {fact.source} says, came {came}"
+
+
 def markdown() -> str:
   """Returns the table of README.md, a line a data set."""
   rows = [

@@ -133,14 +133,10 @@ class _Source:
 
   def count(self, allow_partial: bool) -> None:
     """Holds the number of examples against what is published."""
-    published, came = catalog.published(self.use), len(self.dataset)
-    if published is None or came == published.value:
+    message = catalog.miscount(self.use, len(self.dataset))
+    if message is None:
       return
-    message = (
-        f"expected {published.value} examples, as {published.source} says, came"
-        f" {came}"
-    )
-    fewer = came < published.value
+    fewer = len(self.dataset) < catalog.published(self.use).value
     (self.warnings if fewer and allow_partial else self.faults).append(message)
 
   def sample(self, samples: int) -> list[int]:

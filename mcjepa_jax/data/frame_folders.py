@@ -22,8 +22,6 @@ _UNKNOWN = np.uint8(4)
 class FolderFrames:
   """A sequence of image files in one folder, in order."""
 
-  may_cut = False
-
   def __init__(self, folder: image_io.Path, names: Sequence[str], name: str):
     self.folder = files.path(folder)
     self.name = name

@@ -29,7 +29,7 @@ from mcjepa_jax.data import (
 # A training run never sees all: an epoch is longer than the quickstart.
 _TRAIN_PAIRS = 1_000_000
 _TRAIN_IMAGES = 1_000_000
-_STILL = 0.5  # mean change, of 255, under which a video's pair is left out
+_STILL = 0.5  # mean change, of 255, under which a filmed pair is left out
 # Motion sources whose pairs are of no sequence.
 _WITHOUT_SEQUENCES = frozenset(
     (
@@ -115,6 +115,11 @@ def _motion_table(
 
     return make
 
+  def filmed(found):
+    return video.SequencePairs(
+        found, gaps=gaps, skip_cuts=True, min_change=_STILL
+    )
+
   # Pairs that belong to no sequence: `gaps` says nothing about them.
   def pairs(find, split, **options):
     return lambda root: find(root, split, labels=False, **options)
@@ -138,14 +143,9 @@ def _motion_table(
       "cutouts": lambda root: _cutouts(
           root, _train_seed(seed), size, _TRAIN_PAIRS
       ),
-      "video": lambda root: video.SequencePairs(
-          video.videos(root / "video"), gaps=gaps, min_change=_STILL
-      ),
-      "frames": lambda root: video.SequencePairs(
-          frame_folders.frame_folders(root / "frames"),
-          gaps=gaps,
-          skip_cuts=True,
-          min_change=_STILL,
+      "video": lambda root: filmed(video.videos(root / "video")),
+      "frames": lambda root: filmed(
+          frame_folders.frame_folders(root / "frames")
       ),
       "davis": sequences(lambda root: (root / "DAVIS/JPEGImages/480p",)),
       "flying_chairs": pairs(flows.flying_chairs, "training"),

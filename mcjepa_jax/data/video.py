@@ -64,6 +64,17 @@ def default_cache_dir() -> pathlib.Path:
   return pathlib.Path(caches) / "mcjepa_jax"
 
 
+def default_max_bytes() -> int:
+  """Returns $MCJEPA_CACHE_GIB, or 16 GiB, in bytes."""
+  text = os.environ.get("MCJEPA_CACHE_GIB", "16")
+  try:
+    return round(float(text) * 2**30)
+  except (ValueError, OverflowError) as error:
+    raise UserError(
+        f"MCJEPA_CACHE_GIB: expected a number, got {text!r}"
+    ) from error
+
+
 class VideoFrames:
   """The frames of one video, decoded once into a cache on disk.
 
@@ -73,20 +84,19 @@ class VideoFrames:
   all. A video that needs more than `max_bytes` is refused.
   """
 
-  may_cut = True
-
   def __init__(
       self,
       path: image_io.Path,
       *,
       max_side: int = 640,
       cache_dir: image_io.Path | None = None,
-      max_bytes: int = 16 * 2**30,
+      max_bytes: int | None = None,
       progress: bool = True,
       name: str | None = None,
   ):
     self.path = files.path(path)
     self.name = name or self.path.name
+    max_bytes = default_max_bytes() if max_bytes is None else max_bytes
     cache = pathlib.Path(cache_dir or default_cache_dir())
     if isinstance(self.path, files.Remote):
       image_io.file_size(self.path, "a video")  # names a missing one
@@ -187,7 +197,7 @@ def _over_limit(
   count, height, width, _ = shape
   return UserError(
       f"{path}: expected at most {limit} bytes of decoded frames, came more "
-      f"({count} or more of {width}x{height}): raise max_bytes or lower max_side"
+      f"({count} or more of {width}x{height}); MCJEPA_CACHE_GIB sets the limit"
   )
 
 
@@ -365,10 +375,9 @@ def _decoded(
 class SequencePairs:
   """Pairs out of sequences, for each first frame and each gap of a range.
 
-  With `skip_cuts` no pair spans a cut; None skips them in videos alone, as the
-  fast motion of a rendered set would pass for cuts. A pair whose change is
-  below `min_change` is left out (0.5 leaves out what stands still). Either
-  decodes every frame of a folder once, for its thumbnail; a video has them.
+  With `skip_cuts` no pair spans a cut; the fast motion of a rendered set would
+  pass for cuts. A pair whose change is below `min_change` is left out (0.5
+  leaves out what stands still). Either asks for the thumbnails.
   """
 
   def __init__(
@@ -376,7 +385,7 @@ class SequencePairs:
       sequences: Sequence,
       *,
       gaps: tuple[int, int] = (1, 1),
-      skip_cuts: bool | None = None,
+      skip_cuts: bool = False,
       min_change: float = 0.0,
       progress: bool = True,
   ):
@@ -389,9 +398,9 @@ class SequencePairs:
         self.sequences, "looking for cuts", delay=2, disable=not progress
     )
     for number, sequence in enumerate(bar):
-      skip = sequence.may_cut if skip_cuts is None else skip_cuts
-      small = sequence.thumbnails() if skip or min_change > 0 else None
-      is_cut = cuts(small) if skip else None
+      looked = skip_cuts or min_change > 0
+      small = sequence.thumbnails() if looked else None
+      is_cut = cuts(small) if skip_cuts else None
       for gap in range(low, min(high, len(sequence) - 1) + 1):
         first = np.arange(len(sequence) - gap)
         if small is not None:
@@ -455,10 +464,11 @@ def videos(
     *,
     max_side: int = 640,
     cache_dir: image_io.Path | None = None,
-    max_bytes: int = 16 * 2**30,
+    max_bytes: int | None = None,
     progress: bool = True,
 ) -> list[VideoFrames]:
   """Returns the video, or all videos in a folder; `max_bytes` is for them all."""
+  max_bytes = default_max_bytes() if max_bytes is None else max_bytes
   path = files.path(path)
   paths, root = [path], path.parent
   if path.is_dir():
