@@ -191,6 +191,16 @@ def test_flying_things_leave_out_a_flow_past_the_last_frame(tmp_path):
   assert _ids(things) == ["B_0003_0007", "B_0003_0008"]
 
 
+def test_flying_things_are_read_as_webp_too(tmp_path):
+  layouts.flying_things(tmp_path, "_webp", "webp")
+  things = flow_datasets.flying_things(tmp_path, "TEST", camera="right")
+  assert _ids(things) == ["B_0003_0006", "B_0003_0007"]
+  assert things.pairs[0].frame_2.endswith("_webp/TEST/B/0003/right/0007.webp")
+  np.testing.assert_allclose(things[0]["frame_2"][0, 0], [7, 6, 255], atol=9)
+  folder, scenes = flow_datasets.flying_things_frames(tmp_path, "clean")
+  assert folder.parent.name == "frames_cleanpass_webp" and len(scenes) == 2
+
+
 def test_a_render_of_flying_things_that_is_not_there_is_named(tmp_path):
   layouts.flying_things(tmp_path)
   (tmp_path / "frames_finalpass").rename(tmp_path / "elsewhere")

@@ -77,14 +77,14 @@ def flying_chairs_2(root):
     flow(root / split / "0000003-flow_10.flo", u=-1)
 
 
-def flying_things(root):
+def flying_things(root, kind="", suffix="png"):
   """One scene a split, frames 6 to 8, a flow of every frame both ways."""
   for code, split in ((0, "TRAIN"), (TEST, "TEST")):
     for camera, side in _CAMERAS.items():
       for number in (6, 7, 8):
         for render, passed in _RENDERS.items():
-          place = f"frames_{render}pass/{split}/B/0003/{camera}"
-          name = f"{number:04d}.png"
+          place = f"frames_{render}pass{kind}/{split}/B/0003/{camera}"
+          name = f"{number:04d}.{suffix}"
           image(root / place / name, number, code + side + passed)
         for way, u in (("future", 1), ("past", -1)):
           place = f"optical_flow/{split}/B/0003/into_{way}/{camera}"

@@ -59,8 +59,8 @@ FLOW_SETS = (
         name="flying_things",
         title="FlyingThings3D",
         layout=(
-            "FlyingThings3D/frames_{clean,final}pass/{TRAIN,TEST}/S/NNNN/"
-            "{left,right}/NNNN.png",
+            "FlyingThings3D/frames_{clean,final}pass{,_webp}/{TRAIN,TEST}/S/"
+            "NNNN/{left,right}/NNNN.{png,webp}",
             "FlyingThings3D/optical_flow/{TRAIN,TEST}/S/NNNN/"
             "into_{future,past}/{left,right}/OpticalFlowInto*_NNNN_{L,R}.pfm",
         ),
@@ -81,6 +81,7 @@ FLOW_SETS = (
             "flow/flying_things_final_right": None,
             "flow/flying_things_final_right_past": None,
         },
+        # Of _webp: github.com/aharley/pips, README.md.
         checked=f"{_MMFLOW}/FlyingThings3d/README.md",
     ),
     Dataset(

@@ -123,6 +123,11 @@ def flying_chairs_2(
   return flow_pairs.checked(pairs, folder, labels=labels)
 
 
+def _things_passes(render: str, split: str) -> tuple[str, str]:
+  """Returns where a pass lies, as png or, with loss, as webp."""
+  return tuple(f"frames_{render}pass{kind}/{split}" for kind in ("", "_webp"))
+
+
 def flying_things(
     root: image_io.Path,
     split: str,
@@ -133,7 +138,8 @@ def flying_things(
 ) -> FramePairs:
   """Returns FlyingThings3D's "TRAIN" or "TEST" pairs into the future or past."""
   folder = files.find(root, _THINGS, f"optical_flow/{split}")
-  images = files.find(folder, (f"frames_{render}pass/{split}",), "*")
+  images = files.find(folder, _things_passes(render, split), "*")
+  suffix = "webp" if images.parent.name.endswith("_webp") else "png"
   into, step = {"future": ("Future", 1), "past": ("Past", -1)}[direction]
   pattern = f"*/*/into_{direction}/{camera}/OpticalFlowInto{into}_*.pfm"
   pairs = []
@@ -141,13 +147,13 @@ def flying_things(
     scene = flow.parent.parent.parent
     number = flow.stem.split("_")[1]
     frames = images / scene.parent.name / scene.name / camera
-    other = frames / f"{_next(flow, number, step)}.png"
+    other = frames / f"{_next(flow, number, step)}.{suffix}"
     # A scene's last flow points to a frame that the set does not hold.
     if other.is_file():
       pairs.append(
           FlowPair(
               name=f"{scene.parent.name}_{scene.name}_{number}",
-              frame_1=frames / f"{number}.png",
+              frame_1=frames / f"{number}.{suffix}",
               frame_2=other,
               flow=flow,
           )
@@ -157,8 +163,8 @@ def flying_things(
 
 def flying_things_frames(root: image_io.Path, render: str) -> Frames:
   """Returns the folders of FlyingThings3D's training frames, both cameras."""
-  split = f"frames_{render}pass/TRAIN"
-  folder = files.find(root, _THINGS, split) / split
+  passes = _things_passes(render, "TRAIN")
+  folder = files.find(files.find(root, _THINGS, *passes), passes, "*")
   return _subfolders(folder, *(f"*/*/{camera}" for camera in _CAMERAS))
 
 
