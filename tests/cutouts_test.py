@@ -394,3 +394,38 @@ def test_sources_make_pairs_of_a_folder_of_any_photographs(tmp_path, folder):
 def test_sources_name_a_folder_without_images(tmp_path):
   with pytest.raises(errors.UserError, match="images: expected a folder"):
     sources.motion("cutouts", str(tmp_path), seed=1, size=(32, 64))
+
+
+def test_a_photograph_that_cannot_be_read_is_replaced_and_named(tmp_path):
+  rng = np.random.default_rng(0)
+  (tmp_path / "images").mkdir()
+  for i in range(4):
+    noise = rng.integers(0, 256, (60, 70, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / f"images/{i}.png")
+
+  def parts():
+    pairs = sources.motion("cutouts", str(tmp_path), seed=1, size=(32, 32))
+    source = pipeline.MotionSource("cutouts", pairs, (32, 32))
+    stream = pipeline.motion_stream([source], batch_size=8, seed=0)
+    return [stream[k] for k in range(2)]
+
+  whole = parts()
+  (tmp_path / "images/2.png").write_bytes(b"no image")
+  for part, before in zip(parts(), whole, strict=True):
+    # The scenes stay, and their motion.
+    assert part.records == before.records and not before.faults
+    records, faults = zip(*part.faults, strict=True)
+    assert set(records) == {"cutouts/2.png"}
+    assert all("2.png: expected an image" in fault for fault in faults)
+  same = [
+      (a == b).all()
+      for part, before in zip(parts(), whole, strict=True)
+      for a, b in zip(
+          part.arrays["frames"], before.arrays["frames"], strict=True
+      )
+  ]
+  assert not all(same)
+  for i in range(4):
+    (tmp_path / f"images/{i}.png").write_bytes(b"no image")
+  with pytest.raises(errors.UserError, match="cutouts/.*expected an image"):
+    parts()

@@ -159,6 +159,7 @@ class _Source:
       self._unreachable = error.final
       return
     self.decoded += 1
+    self.faults += [fault for _, fault in example.get("faults", ())]
     if self.kind == "flow":
       left = self.judge.add(example)
       if left > self._left:

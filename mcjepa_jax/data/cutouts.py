@@ -172,16 +172,27 @@ def _texture(
   return cv2.GaussianBlur(texels.astype(np.float32) / 255, (0, 0), _BLUR)
 
 
-def _photograph(images: Any, index: int) -> UInt8[np.ndarray, "h w 3"]:
-  """The photograph, or the next that can be read: a scene takes several."""
-  for attempt in range(_ATTEMPTS):
-    try:
-      return images[(index + attempt) % len(images)]["image"]
-    except files.Unreachable:
-      raise
-    except errors.UserError:
-      if attempt + 1 == _ATTEMPTS:
+class _Photographs:
+  """Images; in the place of one that cannot be read the next that can be.
+
+  `faults` tell, as (record, fault), what was replaced.
+  """
+
+  def __init__(self, images: Any):
+    self._images = images
+    self.faults: list[tuple[str, str]] = []
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    for attempt in range(_ATTEMPTS):
+      other = (index + attempt) % len(self._images)
+      try:
+        return self._images[other]
+      except files.Unreachable:
         raise
+      except errors.UserError as error:
+        fault = "; ".join(error.messages)
+        self.faults.append((self._images.record_id(other), fault))
+    raise errors.UserError(*dict(self.faults).values())
 
 
 def _paint(
@@ -232,7 +243,7 @@ def render(
   painted = (
       (
           windows[k],
-          _paint(layer, _photograph(images, layer.photograph), local[k], scale),
+          _paint(layer, images[layer.photograph]["image"], local[k], scale),
           _depth_inside(layer, local[k]) if k else None,
       )
       for k, layer in enumerate(layers)
@@ -361,7 +372,14 @@ class Pairs:
     return f"{len(self.images)}/{self.seed}/{range(len(self))[i]}"
 
   def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-    """The keys of synthetic.Pairs, without a label."""
+    """The keys of synthetic.Pairs, without a label.
+
+    Where photographs had to be replaced, `faults` too: (record, fault) of each.
+    """
+    photographs = _Photographs(self.images)
     rng = np.random.default_rng((self.seed, range(len(self))[i]))
     layers = scene_layers(rng, len(self.images), self.size, self.max_motion)
-    return synthetic.example(render(layers, self.images, self.size))
+    example = synthetic.example(render(layers, photographs, self.size))
+    return example | (
+        {"faults": photographs.faults} if photographs.faults else {}
+    )

@@ -10,7 +10,8 @@ An evaluation that trains on labels reads
 
   crops    {"crops": u8[n s s 4]}    RGB and, last, the labels of each image
 
-A data set has `__len__`, `__getitem__(i) -> dict` and `record_id(i) -> str`.
+A data set has `__len__`, `__getitem__(i) -> dict` and `record_id(i) -> str`. One
+that replaces what it makes an element of tells so in the element's `faults`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -76,9 +77,13 @@ class _Source:
   def __len__(self) -> int:
     return len(self.dataset)
 
-  def images(self, index: int) -> list[np.ndarray]:
+  def read(self, index: int) -> tuple[list[np.ndarray], list[tuple[str, str]]]:
+    """Returns the images, and what was replaced within them."""
     element = self.dataset[index]
-    return [element[key] for key in self.keys]
+    faults = element.get("faults", ())
+    return [element[key] for key in self.keys], [
+        (f"{self.name}/{record}", fault) for record, fault in faults
+    ]
 
   def record(self, index: int) -> str:
     return f"{self.name}/{self.dataset.record_id(index)}"
@@ -116,13 +121,14 @@ class _Cut:
       record = self.source.record(other)
       rng = np.random.default_rng(_random(self.seed, (*self.place, index)))
       try:
-        images = self.source.transform(*self.source.images(other), rng)
+        images, replaced = self.source.read(other)
+        images = self.source.transform(*images, rng)
       except files.Unreachable:
         raise  # of no other record either, and no fault of this one
       except UserError as error:
         faults.append((record, "; ".join(error.messages)))
       else:
-        return Part({self.key: images}, [record], faults)
+        return Part({self.key: images}, [record], faults + replaced)
     raise UserError(*(f"{record}: {fault}" for record, fault in faults))
 
 
