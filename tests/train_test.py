@@ -8,9 +8,9 @@ import subprocess
 import sys
 import time
 
-import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+
+from tests import workdirs
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _STEPS = 9
@@ -62,12 +62,6 @@ def _run(config_path, workdir, *overrides):
   return run
 
 
-def _lines(path):
-  if not path.exists():
-    return []
-  return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def _killed(config_path, workdir, *, after):
   """Ends a run by SIGKILL once the records of step `after` are written."""
   process = subprocess.Popen(
@@ -94,35 +88,6 @@ def _lines_so_far(path):
   return [json.loads(x) for x in text.split("\n")[:-1]]
 
 
-def _state(workdir, step):
-  folder = workdir / "checkpoints" / str(step)
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-    state = checkpointer.restore(folder / "state")
-  with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-    streams = checkpointer.restore(
-        folder / "streams", args=ocp.args.JsonRestore()
-    )
-  return state, streams
-
-
-def _flat(tree, prefix=""):
-  if isinstance(tree, dict):
-    return {
-        k: v
-        for key, value in tree.items()
-        for k, v in _flat(value, f"{prefix}/{key}").items()
-    }
-  if isinstance(tree, (list, tuple)):
-    return _flat(dict(enumerate(tree)), prefix)
-  return {} if tree is None else {prefix: np.asarray(tree)}
-
-
-def _differences(a, b):
-  a, b = _flat(a), _flat(b)
-  assert a.keys() == b.keys()
-  return [key for key in a if not np.array_equal(a[key], b[key])]
-
-
 @pytest.fixture(scope="module")
 def whole(config_path, tmp_path_factory):
   """The workdir of a run that nothing interrupted."""
@@ -145,18 +110,18 @@ def resumed(config_path, tmp_path_factory):
 def test_a_killed_and_resumed_run_equals_the_uninterrupted_bit_for_bit(
     whole, resumed
 ):
-  state, streams = _state(whole, _STEPS)
-  other_state, other_streams = _state(resumed, _STEPS)
-  assert not _differences(state, other_state)
+  state, streams = workdirs.saved(whole, _STEPS)
+  other_state, other_streams = workdirs.saved(resumed, _STEPS)
+  assert not workdirs.differences(state, other_state)
   assert streams == other_streams
-  assert set(_flat(state)) >= {"/step", "/key"}
+  assert set(workdirs.flat(state)) >= {"step", "key"}
 
 
 @pytest.mark.slow
 def test_a_resumed_run_reads_the_same_records_at_every_step(whole, resumed):
-  records = _lines(whole / "records.jsonl")
+  records = workdirs.lines(whole / "records.jsonl")
   assert [line["step"] for line in records] == list(range(_STEPS))
-  assert records == _lines(resumed / "records.jsonl")
+  assert records == workdirs.lines(resumed / "records.jsonl")
 
 
 @pytest.mark.slow
@@ -164,7 +129,10 @@ def test_the_logs_of_a_resumed_run_are_those_of_the_uninterrupted(
     whole, resumed
 ):
   losses = [
-      [(line["step"], line["loss"]) for line in _lines(w / "metrics.jsonl")]
+      [
+          (line["step"], line["loss"])
+          for line in workdirs.lines(w / "metrics.jsonl")
+      ]
       for w in (whole, resumed)
   ]
   assert losses[0] == losses[1]
@@ -182,9 +150,13 @@ def test_evals_between_steps_change_nothing_that_is_read_or_learned(
       "--config.evals=('flow/synthetic', 'knn/synthetic', 'linear/synthetic')",
       "--config.linear.epochs=2",
   )  # fmt: skip
-  assert _lines(workdir / "records.jsonl") == _lines(whole / "records.jsonl")
-  assert not _differences(_state(whole, _STEPS)[0], _state(workdir, _STEPS)[0])
-  lines = _lines(workdir / "metrics.jsonl")
+  assert workdirs.lines(workdir / "records.jsonl") == workdirs.lines(
+      whole / "records.jsonl"
+  )
+  assert not workdirs.differences(
+      workdirs.saved(whole, _STEPS)[0], workdirs.saved(workdir, _STEPS)[0]
+  )
+  lines = workdirs.lines(workdir / "metrics.jsonl")
   evaluated = [line for line in lines if "knn/synthetic/top1" in line]
   assert [line["step"] for line in evaluated] == [3, 6]
   for line in evaluated:
@@ -199,13 +171,7 @@ def test_evals_between_steps_change_nothing_that_is_read_or_learned(
 def test_without_the_iterators_a_resumed_run_differs(
     config_path, whole, tmp_path
 ):
-  import shutil
-
-  workdir = tmp_path / "control"
-  shutil.copytree(whole, workdir)
-  for step in (8, _STEPS):
-    shutil.rmtree(workdir / "checkpoints" / str(step))
-  (workdir / "results.json").unlink()
+  workdir = workdirs.cut(whole, 4, tmp_path / "control")
   # All is restored but the place in the streams.
   streams = workdir / "checkpoints" / "4" / "streams" / "metadata"
   content = json.loads(streams.read_text())
@@ -214,7 +180,9 @@ def test_without_the_iterators_a_resumed_run_differs(
     content[task]["next_batch"] = 0
   streams.write_text(json.dumps(content))
   _run(config_path, workdir)
-  assert _differences(_state(whole, _STEPS)[0], _state(workdir, _STEPS)[0])
+  assert workdirs.differences(
+      workdirs.saved(whole, _STEPS)[0], workdirs.saved(workdir, _STEPS)[0]
+  )
 
 
 @pytest.mark.slow
@@ -228,7 +196,7 @@ def test_a_finished_run_says_so_and_trains_nothing(config_path, whole):
 @pytest.mark.slow
 @pytest.mark.parametrize("run", ["whole", "resumed"])
 def test_the_parts_of_the_wall_clock_add_up(request, run):
-  line = _lines(request.getfixturevalue(run) / "metrics.jsonl")[-1]
+  line = workdirs.lines(request.getfixturevalue(run) / "metrics.jsonl")[-1]
   parts = {k: v for k, v in line.items() if k.startswith("seconds/")}
   total = parts.pop("seconds/total")
   assert abs(sum(parts.values()) - total) < 0.01
