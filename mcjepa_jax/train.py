@@ -428,19 +428,19 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
         checkpoints, clock, alarms.Watch(config),
         step_programs(config, model, optimizers, abstract, mesh),
     )  # fmt: skip
-    with clock.span("initialise"):
-      if newest is None:
-        begin_step(run)
-        state = first_state(run)
-      else:
-        state, saved, meta = checkpoints.restore(newest, abstract)
-        count_earlier(run, meta["seconds"])
-        run.watch.restore(meta["watch"])
-        for task, stream in streams.items():
-          stream.restore(saved[task])
-        print(f"Resumed at step {newest} of {config.num_steps}.")
-    run.began = clock.seconds()
     try:
+      with clock.span("initialise"):
+        if newest is None:
+          begin_step(run)
+          state = first_state(run)
+        else:
+          state, saved, meta = checkpoints.restore(newest, abstract)
+          count_earlier(run, meta["seconds"])
+          run.watch.restore(meta["watch"])
+          for task, stream in streams.items():
+            stream.restore(saved[task])
+          print(f"Resumed at step {newest} of {config.num_steps}.")
+      run.began = clock.seconds()
       state = run_loop(run, state)
       peak_gb = journal.peak_rss_gb()  # while the workers live
     finally:
