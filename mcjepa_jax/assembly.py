@@ -1,5 +1,6 @@
 """From a config to the parts of a run: model, optimizers, recipe, streams."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,9 +13,7 @@ from mcjepa_jax.models import mcjepa
 
 def model(config: Any) -> mcjepa.MCJEPA:
   """The model of `config.model`."""
-  # A checkpoint says what its model is, not how it was trained.
-  remat = config.get("remat", "none")
-  return mcjepa.build(**config.model.to_dict(), remat=remat)
+  return mcjepa.build(**config.model.to_dict(), remat=config.remat)
 
 
 def optimizers(config: Any) -> dict[str, optax.GradientTransformation]:
@@ -41,6 +40,22 @@ def optimizers(config: Any) -> dict[str, optax.GradientTransformation]:
         num_steps=num_steps, **values, **shared
     )
   return result
+
+
+def abstract_state(
+    config: Any,
+    model: mcjepa.MCJEPA,
+    optimizers: Mapping[str, optax.GradientTransformation],
+    mesh: jax.sharding.Mesh,
+) -> step.TrainState:
+  """The state of a run as shapes, split over the mesh as the config says."""
+  return step.abstract_state(
+      model,
+      optimizers,
+      mesh,
+      min_bytes=int(config.mesh.shard_min_mib * 2**20),
+      seed=config.seed,
+  )
 
 
 def _photometry(jitter: Any) -> dict[str, float]:

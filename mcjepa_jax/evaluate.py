@@ -8,10 +8,8 @@ import time
 from typing import Any
 
 import jax
-import ml_collections
 
 from mcjepa_jax import (
-    assembly,
     checkpoint,
     errors,
     journal,
@@ -129,7 +127,7 @@ def restore_model(
   """
   meta = checkpoint.read_meta(path)
   try:
-    model = assembly.model(ml_collections.ConfigDict({"model": meta["model"]}))
+    model = mcjepa.build(**meta["model"])
     seed = int(meta["seed"])
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise errors.UserError(

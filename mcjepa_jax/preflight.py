@@ -167,13 +167,7 @@ def _compiled(
 ) -> dict[str, Any]:
   """What the compiler says of one kind of step, the one that train runs."""
   model, optimizers = assembly.model(config), assembly.optimizers(config)
-  abstract = steps.abstract_state(
-      model,
-      optimizers,
-      mesh,
-      min_bytes=int(config.mesh.shard_min_mib * 2**20),
-      seed=config.seed,
-  )
+  abstract = assembly.abstract_state(config, model, optimizers, mesh)
   step = steps.jit_train_step(
       steps.make_train_step(model, optimizers, assembly.recipe(config), kind),
       abstract,

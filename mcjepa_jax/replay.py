@@ -86,12 +86,8 @@ def replay(folder: pathlib.Path) -> dict[str, Any]:
   arrays = dumps.read_arrays(folder, kind)
   mesh = sharding.make_mesh(config.mesh.devices)
   model, recipe = assembly.model(config), assembly.recipe(config)
-  abstract = steps.abstract_state(
-      model,
-      assembly.optimizers(config),
-      mesh,
-      min_bytes=int(config.mesh.shard_min_mib * 2**20),
-      seed=config.seed,
+  abstract = assembly.abstract_state(
+      config, model, assembly.optimizers(config), mesh
   )
   params = checkpoint.restore_params(folder, abstract.params)
   batch = sharding.to_global(arrays, mesh)

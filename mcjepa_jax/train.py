@@ -391,13 +391,7 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
   clock = journal.Clock(journal.process_start())
   streams, mesh = set_up_input(config, workdir)
   model, optimizers = assembly.model(config), assembly.optimizers(config)
-  abstract = steps.abstract_state(
-      model,
-      optimizers,
-      mesh,
-      min_bytes=int(config.mesh.shard_min_mib * 2**20),
-      seed=config.seed,
-  )
+  abstract = assembly.abstract_state(config, model, optimizers, mesh)
   with (
       sole_owner(workdir) if hosts.first() else contextlib.nullcontext(),
       journal.full_disk_told(workdir),
