@@ -140,8 +140,8 @@ def spread(columns: Mapping[str, Results]) -> dict[str, Results]:
       for key in set.intersection(*map(set, columns.values()))
   }
   return {
-      "mean": {k: float(statistics.fmean(row)) for k, row in rows.items()},
-      "std": {k: float(statistics.stdev(row)) for k, row in rows.items()},
+      "mean": {key: statistics.fmean(row) for key, row in rows.items()},
+      "std": {key: statistics.stdev(row) for key, row in rows.items()},
   }
 
 
@@ -228,10 +228,15 @@ def main(argv: Sequence[str] | None = None) -> int:
       faults.append(f"--mean: expected no value, got {flags['mean'][0]!r}")
     if faults:
       raise errors.UserError(*faults)
-    columns = load(list(dict.fromkeys(runs)))
+    runs = list(dict.fromkeys(runs))
+    columns = load(runs)
     if flags["mean"] is not None:
-      if len(columns) < 2:
-        raise errors.UserError("--mean: expected two runs or more, got one")
+      # Two files of one run are no two seeds.
+      if not 2 <= len(runs) == len(columns):
+        raise errors.UserError(
+            "--mean: expected two runs or more of one file each, got"
+            f" {', '.join(columns)}"
+        )
       columns |= spread(columns)
     print(_FORMATS[name](table(columns)), end="")
 

@@ -87,6 +87,9 @@ def test_seeds_have_a_mean_and_a_standard_deviation(capsys, tmp_path):
       ["knn/cifar10/top1", "-", "40.000", "-", "-", "-"],
   ]
   assert "expected two runs or more" in _fault(capsys, runs[0], "--mean")
+  _workdir(tmp_path, "0", {epe: 9.0}, "evaluation.json")
+  fault = _fault(capsys, *runs, "--mean")
+  assert f"of one file each, got {runs[0]}/results.json" in fault
   assert "expected no value, got 'yes'" in _fault(capsys, *runs, "--mean=yes")
 
 
