@@ -23,8 +23,6 @@ import threading
 from types import FrameType
 from typing import Any
 
-import tqdm
-
 from benchmarks import report
 from mcjepa_jax import command, errors
 
@@ -48,7 +46,7 @@ def part_of(frame: FrameType | None) -> str:
   for file in files:
     if "/mcjepa_jax/data/" in file:
       return "decode"
-    if "/jax/" in file:
+    if "/jax/_src/" in file:
       return "device"
   return "metric"
 
@@ -99,9 +97,10 @@ def _subject(config: Any, checkpoint: str, workdir: pathlib.Path) -> Any:
   mesh = sharding.make_mesh(config.mesh.devices)
   model, params = assembly.model(config), None
   if checkpoint:
-    model, params, _ = evaluate.restore_model(
-        pathlib.Path(checkpoint), mesh=mesh
-    )
+    path = pathlib.Path(checkpoint).expanduser()
+    model, params, meta = evaluate.restore_model(path, mesh=mesh)
+    with config.unlocked():
+      config.seed = meta["seed"]
   initial = sharding.call_once(lambda: mcjepa.init_params(model, config.seed))
   if params is None:
     params = initial
@@ -133,8 +132,12 @@ def main(argv: list[str] | None = None) -> int:
 
   def body():
     arguments = command.split(argv, ("config", "checkpoint", "json"))
-    flags = {"checkpoint": [], "json": []} | arguments.flags
-    (file,) = command.single(flags, config="FILE.py")
+    given = [name for name in ("checkpoint", "json") if name in arguments.flags]
+    file, *paths = command.single(
+        arguments.flags, config="FILE.py", **dict.fromkeys(given, "PATH")
+    )
+    paths = dict(zip(given, paths, strict=True))
+    checkpoint = paths.get("checkpoint", "")
     config = command.load_config(file, arguments.overrides)
     command.set_up_jax(config.compilation_cache)
     from mcjepa_jax import evaluate, suite
@@ -143,22 +146,18 @@ def main(argv: list[str] | None = None) -> int:
       raise errors.UserError(*faults)
     rows = []
     with tempfile.TemporaryDirectory() as workdir:
-      path = "".join(flags["checkpoint"])
-      subject = _subject(config, path, pathlib.Path(workdir))
+      subject = _subject(config, checkpoint, pathlib.Path(workdir))
       for entry in config.evals:
         rows.append(row := _measured(subject, entry))
-        for cells in [row, row.values()] if len(rows) == 1 else [row.values()]:
-          first, *rest = cells
-          line = f"{first:24}" + "".join(f"{cell:>9}" for cell in rest)
-          tqdm.tqdm.write(line)
+        report.show(row, first=len(rows) == 1, widths=(24, 9))
     meta = {
         "config": config.name,
-        "checkpoint": bool(path),
+        "checkpoint": bool(checkpoint),
         "devices": evaluate.describe_devices(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
     }
-    report.end("".join(flags["json"]) or None, meta, rows, failed=False)
+    report.end(paths.get("json"), meta, rows, failed=False)
 
   return command.guarded(body, debug="--debug" in argv)
 

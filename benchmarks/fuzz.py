@@ -255,13 +255,9 @@ def main(argv: list[str]) -> None:
   # Of the workers, before each starts: see above.
   os.environ |= {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "1"}
   rows = []
-  bar = tqdm.tqdm(names, "formats", unit="format")
-  for name in bar:
+  for name in tqdm.tqdm(names, "formats", unit="format"):
     rows.append(row := _row(name))
-    # Its keys are the header.
-    for cells in [row, row.values()] if len(rows) == 1 else [row.values()]:
-      first, *rest = cells
-      bar.write(f"{first:14}" + "".join(f"{cell:>11}" for cell in rest))
+    report.show(row, first=len(rows) == 1, widths=(14, 11))
   meta = {
       "seed": flag.seed,
       "data_root": bool(flag.data_root),

@@ -48,7 +48,7 @@ def test_tracing_is_compiling():
 
 
 def test_waiting_for_an_array_is_the_devices():
-  counts, x = collections.Counter(), jnp.ones((1500, 1500))
+  counts, x = collections.Counter(), jnp.ones((700, 700))
   wait = jax.jit(lambda x: jnp.linalg.svd(x)[1]).lower(x).compile()
   with evals.waiting_shown(), evals.looked_at(counts):
     np.asarray(wait(x))
@@ -62,6 +62,9 @@ def test_the_table_has_a_row_for_each_eval(tmp_path, capsys):
       "--config=configs/quickstart.py",
       "--config.evals=('knn/synthetic',)",
       "--config.compilation_cache=",
+      "--config.mesh.devices=1",
+      "--config.model.encoder.depths=(1,1,1)",
+      "--config.model.encoder.dims=(8,8,16)",
       f"--json={path}",
   )
   assert evals.main(list(arguments)) == 0
@@ -71,10 +74,17 @@ def test_the_table_has_a_row_for_each_eval(tmp_path, capsys):
   assert path.exists()
 
 
-def test_an_eval_that_cannot_run_is_told(capsys):
-  arguments = ["--config=configs/quickstart.py", "--config.evals=('knn/x',)"]
-  assert evals.main(arguments) == 2
-  assert "error: " in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "argument, words",
+    [
+        ("--config.evals=('knn/x',)", "got 'x'"),
+        ("--checkpoint", "--checkpoint: expected --checkpoint=PATH"),
+        ("--json", "--json: expected --json=PATH, got nothing"),
+    ],
+)
+def test_what_cannot_run_is_told(argument, words, capsys):
+  assert evals.main(["--config=configs/quickstart.py", argument]) == 2
+  assert words in capsys.readouterr().err
 
 
 def _input(*flags):
