@@ -104,10 +104,7 @@ def rules(config: Any) -> list[Rule]:
       ),
       diagnosed("rank_me", "rank_me", "content", least=alarms.least_rank_me),
       diagnosed(
-          "correlation",
-          "correlation",
-          "content",
-          most=alarms.most_correlation,
+          "correlation", "correlation", "content", most=alarms.most_correlation
       ),
       rule(
           "feature_std",
@@ -116,10 +113,7 @@ def rules(config: Any) -> list[Rule]:
           least=alarms.least_feature_std,
       ),
       rule(
-          "zero_flow",
-          "flow/mean_magnitude",
-          "motion",
-          least=alarms.least_flow,
+          "zero_flow", "flow/mean_magnitude", "motion", least=alarms.least_flow
       ),
       rule("constant_flow", "flow/std", "motion", least=alarms.least_flow_std),
       rule(
