@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, layout, layers, tests: launch/test.sh [pytest arguments]
+# Lint, layout, layers, all tests but the proofs: launch/test.sh [pytest arguments]
 # The fast tests alone: launch/test.sh -m 'not slow'
 set -euo pipefail
 # shellcheck source=launch/environment.sh
