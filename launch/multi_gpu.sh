@@ -14,23 +14,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 # shellcheck source=launch/options.sh
 source "$root/launch/options.sh"
 
-gpus='' arguments=()
-while (($#)); do
-  case "$1" in
-    --gpus=*) gpus="${1#*=}" ;;
-    --dry-run) dry_run=yes ;;
-    --)
-      shift
-      arguments=("$@")
-      break
-      ;;
-    *) echo "error: unknown argument $1" >&2; usage ;;
-  esac
-  shift
-done
+gpus=''
+parse gpus= -- "$@"
 [[ "$gpus" =~ ^([0-9]+(,[0-9]+)*)?$ ]] \
-  || { echo "error: --gpus: expected 0,1,..., got $gpus" >&2; usage; }
-need_run "${arguments[@]}"
+  || wrong "--gpus: expected 0,1,..., got $gpus"
+need_run
 
 variables=(JAX_PLATFORMS="${JAX_PLATFORMS:-cuda,cpu}")
 [[ -z "$gpus" ]] || variables+=(CUDA_VISIBLE_DEVICES="$gpus")

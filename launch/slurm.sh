@@ -18,33 +18,14 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 # shellcheck source=launch/options.sh
 source "$root/launch/options.sh"
 
-nodes='' gpus='' cpus=8 name=mcjepa limit=24:00:00
-options=() arguments=()
-while (($#)); do
-  case "$1" in
-    --nodes=*) nodes="${1#*=}" ;;
-    --gpus=*) gpus="${1#*=}" ;;
-    --cpus=*) cpus="${1#*=}" ;;
-    --time=*) limit="${1#*=}" ;;
-    --name=*) name="${1#*=}" ;;
-    --partition=?* | --account=?*) options+=("$1") ;;
-    --dry-run) dry_run=yes ;;
-    --)
-      shift
-      arguments=("$@")
-      break
-      ;;
-    *) echo "error: unknown argument $1" >&2; usage ;;
-  esac
-  shift
-done
+nodes='' gpus='' cpus=8 name=mcjepa time=24:00:00 partition='' account=''
+parse nodes= gpus= cpus= name= time= partition= account= -- "$@"
 need nodes --nodes=N
 need gpus --gpus=N
-for number in "$nodes" "$gpus" "$cpus"; do
-  [[ "$number" =~ ^[1-9][0-9]*$ ]] \
-    || { echo "error: expected a number, got $number" >&2; usage; }
-done
-need_run "${arguments[@]}"
+need_number "$nodes" --nodes
+need_number "$gpus" --gpus
+need_number "$cpus" --cpus
+need_run
 
 # JAX reads its place from srun's variables: a task is a process with the GPU of
 # its number on the node. SIGTERM goes to the tasks, not to this script.
@@ -58,7 +39,9 @@ exit \$code"
 
 submit=(sbatch --job-name="$name" --nodes="$nodes"
   --ntasks-per-node="$gpus" --gpus-per-node="$gpus" --cpus-per-task="$cpus"
-  --time="$limit" --signal=TERM@120 --requeue --open-mode=append
-  --output="$name-%j.log" "${options[@]}")
+  --time="$time" --signal=TERM@120 --requeue --open-mode=append
+  --output="$name-%j.log")
+[[ -z "$partition" ]] || submit+=(--partition="$partition")
+[[ -z "$account" ]] || submit+=(--account="$account")
 run "${submit[@]}" <<< "$job"
 [[ -z "$dry_run" ]] || echo "$job"

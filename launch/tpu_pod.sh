@@ -32,31 +32,9 @@ action="${1:-}"
 shift || true
 name='' zone='' project='' type='' runtime='' nfs='' spot=''
 slices=1 slice=0 host=0
-arguments=()
-while (($#)); do
-  case "$1" in
-    --name=*) name="${1#*=}" ;;
-    --zone=*) zone="${1#*=}" ;;
-    --project=*) project="${1#*=}" ;;
-    --type=*) type="${1#*=}" ;;
-    --runtime=*) runtime="${1#*=}" ;;
-    --nfs=*) nfs="${1#*=}" ;;
-    --slices=*) slices="${1#*=}" ;;
-    --slice=*) slice="${1#*=}" ;;
-    --host=*) host="${1#*=}" ;;
-    --spot) spot=yes ;;
-    --dry-run) dry_run=yes ;;
-    --)
-      shift
-      arguments=("$@")
-      break
-      ;;
-    *) echo "error: unknown argument $1" >&2; usage ;;
-  esac
-  shift
-done
-[[ "$slices" =~ ^[1-9][0-9]*$ ]] \
-  || { echo "error: --slices: expected a number, got $slices" >&2; usage; }
+parse name= zone= project= type= runtime= nfs= slices= slice= host= spot \
+  -- "$@"
+need_number "$slices" --slices
 
 queued() {  # verb, its arguments
   local verb="$1" options=(--zone="$zone")
@@ -131,7 +109,7 @@ mount_share() {
 }
 
 start() {
-  need_run "${arguments[@]}"
+  need_run
   local command
   command="$(quoted .venv/bin/python -m mcjepa_jax.main "${arguments[@]}")"
   # Apart from the connection, which ends as soon as it runs.
@@ -141,13 +119,13 @@ start() {
 case "$action" in
   up | create | wait | copy | mount | run | logs | stop | delete) ;;
   '') usage ;;
-  *) echo "error: no such action: $action" >&2; usage ;;
+  *) wrong "no such action: $action" ;;
 esac
 need name --name=NAME
 need zone --zone=ZONE
 case "$action" in
   up)
-    need_run "${arguments[@]}"
+    need_run
     create
     await
     copy
