@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from mcjepa_jax import optimizer, step
@@ -56,6 +57,26 @@ def abstract_state(
       min_bytes=int(config.mesh.shard_min_mib * 2**20),
       seed=config.seed,
   )
+
+
+def motion_sizes(config: Any) -> set[tuple[int, int]]:
+  """The sizes of the frames; a batch of motion is of one source, and so of one."""
+  sized = sources.sized(config.motion.sources, config.motion.size)
+  return {size for *_, size in sized}
+
+
+def batch_shapes(
+    config: Any, kind: str, frame_size: tuple[int, int]
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """The shapes of the arrays that a step of this kind reads."""
+  motion, content, shapes = config.motion, config.content, {}
+  if "motion" in step.tasks(kind):
+    shape = (2 * motion.batch_size, *frame_size, 3)
+    shapes["frames"] = jax.ShapeDtypeStruct(shape, jnp.uint8)
+  if "content" in step.tasks(kind):
+    shape = (2 * content.batch_size, content.size, content.size, 3)
+    shapes["views"] = jax.ShapeDtypeStruct(shape, jnp.uint8)
+  return shapes
 
 
 def _photometry(jitter: Any) -> dict[str, float]:

@@ -49,7 +49,6 @@ from mcjepa_jax import (
     step as steps,
     validation,
 )
-from mcjepa_jax.data import sources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,15 +172,9 @@ def _compiled(
       abstract,
       mesh,
   )
-  mixed = sources.sized(config.motion.sources, config.motion.size)
-  batch = steps.batch_shapes(
-      kind,
-      pairs=config.motion.batch_size,
-      # The largest of the sources': the step is compiled for each.
-      frame_size=max((size for *_, size in mixed), key=math.prod),
-      images=config.content.batch_size,
-      view_size=config.content.size,
-  )
+  # The largest of the sources': the step is compiled for each.
+  frame_size = max(assembly.motion_sizes(config), key=math.prod)
+  batch = assembly.batch_shapes(config, kind, frame_size)
   report = {
       "step": kind,
       "images": config.content.batch_size if "views" in batch else 0,

@@ -5,7 +5,7 @@ parameters ("encoder", "expander", "estimator"). What it does not train it does
 not touch: neither parameters nor optimizer state, count included.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 from typing import Any
@@ -508,22 +508,3 @@ def jit_train_step(
       # The quickstart's step compiles in 33 s, not 41, and runs as fast.
       compiler_options=sharding.cpu_options(2, mesh.devices.flat[0].platform),
   )
-
-
-def batch_shapes(
-    kind: str,
-    *,
-    pairs: int,
-    frame_size: Sequence[int],
-    images: int,
-    view_size: int,
-) -> dict[str, jax.ShapeDtypeStruct]:
-  """The shapes of the arrays that a step of this kind reads."""
-  shapes = {}
-  if "motion" in tasks(kind):
-    shape = (2 * pairs, *frame_size, 3)
-    shapes["frames"] = jax.ShapeDtypeStruct(shape, jnp.uint8)
-  if "content" in tasks(kind):
-    shape = (2 * images, view_size, view_size, 3)
-    shapes["views"] = jax.ShapeDtypeStruct(shape, jnp.uint8)
-  return shapes

@@ -33,7 +33,6 @@ from mcjepa_jax import (
     suite,
     validation,
 )
-from mcjepa_jax.data import sources
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.programs import Programs
 from mcjepa_jax.progress import Batch, Progress, Run
@@ -159,28 +158,16 @@ def first_state(run: Run) -> steps.TrainState:
   return state
 
 
-def motion_sizes(config: Any) -> list[tuple[int, ...]]:
-  """The sizes of the frames; a batch of motion is of one source, and so of one."""
-  sized = sources.sized(config.motion.sources, config.motion.size)
-  return list({tuple(size) for *_, size in sized})
-
-
 def begin_step(run: Run) -> None:
   """Starts on the batch of step 0, and on its program where its size is known."""
   config = run.config
   kind = steps.kind_at(config.mode, 0, config.motion.start_step)
   for task in steps.tasks(kind):
     run.streams[task].start()
-  size, *others = motion_sizes(config)
+  size, *others = assembly.motion_sizes(config)
   if others and "motion" in steps.tasks(kind):
     return
-  shapes = steps.batch_shapes(
-      kind,
-      pairs=config.motion.batch_size,
-      frame_size=size,
-      images=config.content.batch_size,
-      view_size=config.content.size,
-  )
+  shapes = assembly.batch_shapes(config, kind, size)
   run.programs.begin(kind, run.abstract, shapes)
 
 
@@ -222,7 +209,7 @@ def step_programs(
       )
       for kind in kinds
   }
-  sizes = len(motion_sizes(config))
+  sizes = len(assembly.motion_sizes(config))
   return Programs(
       functions,
       expected=sum(

@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jax
 import pytest
 
 from mcjepa_jax import assembly
@@ -66,3 +67,22 @@ def test_sets_that_are_not_whole_are_told(tmp_path):
   assert line.endswith("came 2")
   cfg.motion.gaps = (1, 2)
   assert not assembly.miscounts(cfg, assembly.streams(cfg))
+
+
+def test_the_shapes_of_a_batch_are_those_that_the_streams_give():
+  # Else what is compiled before the first batch would be of no use.
+  cfg = tiny.config(
+      motion__size=(32, 48), motion__batch_size=2, content__size=64
+  )
+  (size,) = assembly.motion_sizes(cfg)
+  streams = assembly.streams(cfg)
+  arrays = streams["content"][0].arrays | streams["motion"][0].arrays
+  for kind, names in {
+      "content": {"views"},
+      "motion": {"frames"},
+      "both": {"views", "frames"},
+  }.items():
+    assert assembly.batch_shapes(cfg, kind, size) == {
+        name: jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype)
+        for name in names
+    }
