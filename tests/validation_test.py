@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from configs import mcjepa_convnext_tiny, quickstart
@@ -15,6 +17,8 @@ def test_the_configs_as_they_are_have_no_fault(module):
     [
         (dict(mode="both"), "mode: expected one of combined"),
         (dict(remat="layer"), "remat: expected one of none, stage, block"),
+        (dict(keep_hours=1e12), "keep_hours: expected 0 to 1000000, got"),
+        (dict(hang_seconds=math.inf), "hang_seconds: expected 0 to"),
         (dict(num_steps=0), "num_steps: expected a positive number, got 0"),
         (dict(motion__size=(30, 32)), "motion.size: expected .* of 16"),
         (dict(content__size=40), "content.size: expected a multiple of 16"),
