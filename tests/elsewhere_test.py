@@ -1,0 +1,88 @@
+"""A run that goes on, on other devices than it began on."""
+
+import jax
+import numpy as np
+import pytest
+
+from configs import quickstart
+from mcjepa_jax import train
+from tests import tiny, workdirs
+
+_SAVED, _STEPS = 20, 40  # where another goes on, and for how long
+
+
+def _train(workdir, devices, shard_min_mib):
+  """Trains on so many devices, from what the workdir holds."""
+  config = tiny.config(
+      quickstart,
+      num_steps=_STEPS,
+      save_every=_SAVED,
+      keep_last=9,
+      log_every=1,
+      log_records=True,
+      mesh__devices=devices,
+      mesh__shard_min_mib=shard_min_mib,
+      motion__batch_size=8,
+      content__batch_size=8,
+  )
+  train.train(config.lock(), workdir)
+  return workdir
+
+
+def _distance(a, b):
+  """Between the parameters that two runs ended with."""
+  a, b = (workdirs.flat(workdirs.saved(w, _STEPS)[0]["params"]) for w in (a, b))
+  return np.sqrt(sum(np.sum((a[key] - b[key]) ** 2) for key in a))
+
+
+def _losses(workdir):
+  return [line["loss"] for line in workdirs.lines(workdir / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module", params=[4.0, 0.0005], ids=["whole", "sharded"])
+def runs(request, tmp_path_factory):
+  """Uninterrupted runs by their number of devices; the sharding's threshold."""
+  shard_min_mib = request.param
+  folder = tmp_path_factory.mktemp("runs")
+  return shard_min_mib, {
+      devices: _train(folder / str(devices), devices, shard_min_mib)
+      for devices in (8, 4, 1)
+  }
+
+
+@pytest.mark.proof
+@pytest.mark.slow
+@pytest.mark.parametrize("before, after", [(8, 4), (4, 1), (1, 8)], ids=str)
+def test_a_run_goes_on_where_it_was_on_other_devices(
+    runs, before, after, tmp_path, monkeypatch
+):
+  shard_min_mib, alone = runs
+  first = []
+  loop = train.run_loop
+
+  def looked_at(run, state):
+    # Copies: the step takes the state's own memory.
+    first.append(jax.tree.map(np.array, workdirs.flat(state)))
+    return loop(run, state)
+
+  monkeypatch.setattr(train, "run_loop", looked_at)
+  moved = workdirs.cut(alone[before], _SAVED, tmp_path / "moved")
+  _train(moved, after, shard_min_mib)
+
+  written = workdirs.flat(workdirs.saved(alone[before], _SAVED)[0])
+  assert not workdirs.differences(written, first[0])
+
+  records = [
+      workdirs.lines(w / "records.jsonl") for w in (moved, alone[before])
+  ]
+  assert len(records[0]) == _STEPS
+  assert records[0] == records[1]
+
+  losses, expected = _losses(moved), _losses(alone[before])
+  assert losses[:_SAVED] == expected[:_SAVED]
+  np.testing.assert_allclose(losses[_SAVED], expected[_SAVED], rtol=1e-5)
+
+  # Other devices sum in another order: an uninterrupted run there drifts too.
+  drift = _distance(alone[after], alone[before])
+  assert 0 < drift
+  assert _distance(moved, alone[before]) <= drift
