@@ -1,6 +1,5 @@
 """Processes as hosts: the same run as one process, and what is said if not."""
 
-import json
 import os
 import pathlib
 import signal
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 
 from mcjepa_jax import errors, hosts, sharding
+from tests import workdirs
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _STEPS = 3
@@ -106,10 +106,6 @@ def _run(config_path, workdir, *overrides, count=1, **env):
   return results
 
 
-def _lines(path):
-  return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def _records(workdir, count):
   """Per step and task the ids of all hosts' rows, host after host."""
   folders = [workdir] + [workdir / "hosts" / str(i) for i in range(1, count)]
@@ -120,7 +116,7 @@ def _records(workdir, count):
           if key != "step"
       }
       for lines in zip(
-          *(_lines(f / "records.jsonl") for f in folders), strict=True
+          *(workdirs.lines(f / "records.jsonl") for f in folders), strict=True
       )
   ]
 
@@ -131,7 +127,7 @@ def _same_as_one(config_path, tmp_path, count, *overrides):
   results = _run(config_path, many, *overrides, count=count)
   assert _records(many, count) == _records(one, 1)
   losses = [
-      [line["loss"] for line in _lines(w / "metrics.jsonl")]
+      [line["loss"] for line in workdirs.lines(w / "metrics.jsonl")]
       for w in (one, many)
   ]
   assert len(losses[0]) == _STEPS

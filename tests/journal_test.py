@@ -10,11 +10,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from mcjepa_jax import alarms, assembly, errors, journal, panels, progress
-from tests import tiny
-
-
-def _lines(path):
-  return [json.loads(line) for line in path.read_text().splitlines()]
+from tests import tiny, workdirs
 
 
 def test_the_spans_of_a_clock_and_other_add_up_to_the_total(monkeypatch):
@@ -66,12 +62,12 @@ def test_a_log_opened_at_a_step_drops_what_follows_and_a_torn_line(tmp_path):
   log = journal.Journal(tmp_path, step=2, records=True)
   log.scalars(2, {"loss": 0.5})
   log.close()
-  assert _lines(tmp_path / "metrics.jsonl") == [
+  assert workdirs.lines(tmp_path / "metrics.jsonl") == [
       {"step": 0, "loss": 1.0},
       {"step": 1, "loss": 1.0},
       {"step": 2, "loss": 0.5},
   ]
-  records = _lines(tmp_path / "records.jsonl")
+  records = workdirs.lines(tmp_path / "records.jsonl")
   assert [line["step"] for line in records] == [0, 1]
 
 
@@ -91,7 +87,7 @@ def test_a_quarantine_names_each_record_once_and_forgets_what_is_redone(
   assert kept.counts() == {"quarantined/motion": 2}
   assert kept.add(3, "motion", 8, [("c", "cut")]) == [("c", "cut")]
   kept.close()
-  lines = _lines(tmp_path / "quarantine.jsonl")
+  lines = workdirs.lines(tmp_path / "quarantine.jsonl")
   assert [line["record"] for line in lines] == ["a", "b", "c"]
 
 
@@ -131,7 +127,7 @@ def test_a_line_says_whether_the_input_is_the_limit(
   (line,) = [x for x in capsys.readouterr().out.splitlines() if "feeds" in x]
   assert f"feeds {4 * made:.0f} pairs/s; the steps take" in line
   assert f"the input {words} the limit" in line
-  last = _lines(tmp_path / "metrics.jsonl")[-1]
+  last = workdirs.lines(tmp_path / "metrics.jsonl")[-1]
   assert last["feed/pairs"] == 4 * made and last["step/pairs"] < 200
 
 

@@ -22,7 +22,7 @@ from mcjepa_jax import (
     sharding,
     train,
 )
-from tests import tiny, train_test
+from tests import tiny, workdirs
 
 pytestmark = pytest.mark.slow
 
@@ -74,14 +74,10 @@ def _config(data, **changes):
   )
 
 
-def _lines(path):
-  return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def _poisoned(workdir):
   return [
       line["step"]
-      for line in _lines(workdir / "records.jsonl")
+      for line in workdirs.lines(workdir / "records.jsonl")
       if _FLAT in line["content"]
   ]
 
@@ -89,7 +85,7 @@ def _poisoned(workdir):
 def _skipped(workdir):
   return [
       line["step"]
-      for line in _lines(workdir / "metrics.jsonl")
+      for line in workdirs.lines(workdir / "metrics.jsonl")
       if line.get("skipped")
   ]
 
@@ -136,8 +132,8 @@ def test_a_step_that_is_not_finite_is_skipped_dumped_and_replayed(
   assert poisoned and _skipped(workdir) == poisoned
   assert results["alarm/not_finite"] == len(poisoned)
   assert results["meta/step"] == 8
-  state, _ = train_test._state(workdir, 8)
-  flat = train_test._flat(state)
+  state, _ = workdirs.saved(workdir, 8)
+  flat = workdirs.flat(state)
   assert all(np.isfinite(x).all() for x in flat.values())
   (count,) = {
       int(x)
@@ -148,7 +144,7 @@ def test_a_step_that_is_not_finite_is_skipped_dumped_and_replayed(
 
   (dump,) = (workdir / "dumps").iterdir()
   assert dump.name == f"step_{poisoned[0]}"
-  noticed = _lines(workdir / "alarms.jsonl")
+  noticed = workdirs.lines(workdir / "alarms.jsonl")
   assert [line["step"] for line in noticed] == poisoned
   assert all(_FLAT in line["records"]["content"] for line in noticed)
   capsys.readouterr()
@@ -173,10 +169,10 @@ def test_the_dumped_parameters_are_those_of_the_skipped_step(
   report = replay.replay(dump)
   assert not report["terms"] and not report["gradients"]
   assert replay.main([f"--dump={dump}"]) == 1
-  saved, _ = train_test._state(workdir, step)
+  saved, _ = workdirs.saved(workdir, step)
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     kept = checkpointer.restore(dump / "checkpoints" / str(step) / "state")
-  assert not train_test._differences(kept["params"], saved["params"])
+  assert not workdirs.differences(kept["params"], saved["params"])
 
 
 def test_after_a_row_of_skips_it_goes_back_and_past_them_also_when_resumed(
@@ -188,9 +184,13 @@ def test_after_a_row_of_skips_it_goes_back_and_past_them_also_when_resumed(
   assert results["alarm/rollback"] >= 1
   assert results["alarm/rollback"] == results["alarm/not_finite"]
   assert not _poisoned(whole) and not _skipped(whole)
-  records = _lines(whole / "records.jsonl")
+  records = workdirs.lines(whole / "records.jsonl")
   assert [line["step"] for line in records] == list(range(9))
-  back = [x for x in _lines(whole / "alarms.jsonl") if x["alarm"] == "rollback"]
+  back = [
+      x
+      for x in workdirs.lines(whole / "alarms.jsonl")
+      if x["alarm"] == "rollback"
+  ]
   first, *_ = back
   # Its first step is saved, so that no resumed run meets the batch.
   assert (whole / "checkpoints" / str(first["step"] + 1)).is_dir()
@@ -210,10 +210,10 @@ def test_after_a_row_of_skips_it_goes_back_and_past_them_also_when_resumed(
     with pytest.raises(Killed):
       train.train(_config(data, **changes), cut)
   train.train(_config(data, **changes), cut)
-  one, other = (train_test._state(w, 9) for w in (whole, cut))
-  assert not train_test._differences(one[0], other[0])
+  one, other = (workdirs.saved(w, 9) for w in (whole, cut))
+  assert not workdirs.differences(one[0], other[0])
   assert one[1] == other[1]
-  assert records == _lines(cut / "records.jsonl")
+  assert records == workdirs.lines(cut / "records.jsonl")
   spans = json.loads((cut / "results.json").read_text())
   assert spans["goodput/restart"] > 0
 
@@ -225,7 +225,7 @@ def test_without_a_checkpoint_it_goes_back_to_the_start(
   results = train.train(cfg, tmp_path / "w")
   line, *_ = (
       x
-      for x in _lines(tmp_path / "w" / "alarms.jsonl")
+      for x in workdirs.lines(tmp_path / "w" / "alarms.jsonl")
       if x["alarm"] == "rollback"
   )
   assert line["step"] == 0
@@ -250,8 +250,8 @@ def test_too_many_end_the_run_with_76_and_a_checkpoint_stays(
     train.train(cfg, tmp_path)
   assert caught.value.code == 76
   for folder in (tmp_path / "checkpoints").iterdir():
-    state, _ = train_test._state(tmp_path, int(folder.name))
-    assert all(np.isfinite(x).all() for x in train_test._flat(state).values())
+    state, _ = workdirs.saved(tmp_path, int(folder.name))
+    assert all(np.isfinite(x).all() for x in workdirs.flat(state).values())
 
 
 def test_healthy_records_are_neither_skipped_nor_dumped(data, tmp_path):
@@ -317,5 +317,5 @@ def test_a_batch_of_another_shape_is_noticed(tmp_path, monkeypatch):
   monkeypatch.setattr(train, "batches", uneven)
   results = train.train(cfg, tmp_path)
   assert results["alarm/recompilation"] == 1 and results["compiles"] == 2
-  (line,) = _lines(tmp_path / "alarms.jsonl")
+  (line,) = workdirs.lines(tmp_path / "alarms.jsonl")
   assert line["step"] == 5 and "(4, 32, 32, 3)" in line["text"]
