@@ -454,12 +454,96 @@ def test_images_of_a_bucket_are_converted(images, tmp_path):
   _same(*out)
 
 
-def test_shards_are_written_to_a_disk_alone(images, capsys):
-  assert convert.main([f"--input={images[1]}", "--output=gs://b/out"]) == 2
-  assert (
-      "--output: expected a local path, got gs://b/out"
-      in capsys.readouterr().err
+def _shards(gs, place):
+  return {
+      name: gs.store.cat_file(name)
+      for name in gs.store.find(f"gs://b/{place}")
+      if name.endswith(".array_record")
+  }
+
+
+def test_shards_in_a_bucket_are_those_on_a_disk_and_made_once(
+    images, gs, tmp_path, capsys
+):
+  folder, address = images
+  convert.convert(source=folder, output=tmp_path / "out", shards=3)
+  expected = array_records.ConvertedImages(tmp_path / "out")
+  flags = [f"--input={address}", "--output=gs://b/out", "--shards=3"]
+  assert convert.main([*flags, "--workers=1"]) == 0
+  report = json.loads(capsys.readouterr().out)
+  assert report["shards"] == 3 and report["images"] == len(expected)
+  _same(expected, array_records.ConvertedImages("gs://b/out"))
+  # One that is gone and one that is another's are written once more.
+  shards = _shards(gs, "out")
+  first, second, _ = sorted(shards)
+  gs.store.rm_file(first)
+  gs.store.pipe_file(second, b"x" * len(shards[second]))
+  assert convert.main([*flags, "--workers=1"]) == 0
+  assert json.loads(capsys.readouterr().out) == report
+  _forget()
+  _same(expected, array_records.ConvertedImages("gs://b/out"))
+  assert _shards(gs, "out").keys() == shards.keys()
+
+
+@pytest.mark.slow
+def test_processes_write_a_bucket_as_one_does(images, gs, tmp_path):
+  folder, _ = images
+  convert.convert(source=folder, output=tmp_path / "out", shards=2)
+  convert.convert(source=folder, output="gs://b/two", shards=2, workers=2)
+  _forget()
+  _same(
+      array_records.ConvertedImages(tmp_path / "out"),
+      array_records.ConvertedImages("gs://b/two"),
   )
+
+
+@pytest.mark.parametrize(
+    "output, words",
+    [
+        ("s3://b/out", "expected a local folder or gs://BUCKET/FOLDER, got s3"),
+        (
+            "gs://nowhere/out",
+            "gs://nowhere/out/conversion.json: cannot be writ",
+        ),
+        ("gs://b/images/out", "expected a folder outside of gs://b/images"),
+        ("gs://b/images", "expected a folder outside of gs://b/images"),
+        ("gs://b/data", "expected an empty folder or this conversion"),
+    ],
+)
+def test_a_bucket_that_shards_cannot_be_written_to_is_told(
+    gs, data, output, words, tmp_path, capsys
+):
+  layouts.image(tmp_path / "a.png", 0)
+  source = gs.put(tmp_path, "images")
+  assert convert.main([f"--input={source}", f"--output={output}"]) == 2
+  assert words in capsys.readouterr().err
+
+
+def test_a_file_of_many_parts_is_written_whole(gs, tmp_path):
+  part, size = tmp_path / "part", 60 * 2**20  # gcsfs sends 50 MiB at a time
+  data = np.random.default_rng(0).bytes(size)
+  part.write_bytes(data)
+  files.put(part, files.path("gs://b/large/whole"))
+  assert gs.store.cat_file("gs://b/large/whole") == data
+  assert not part.exists()
+  files.remove(files.path("gs://b/large/whole"))
+  assert not gs.store.exists("gs://b/large/whole")
+
+
+def test_shards_that_cannot_be_copied_into_the_bucket_end_the_conversion(
+    images, gs, capsys, monkeypatch
+):
+  def down(*_, **__):
+    raise OSError("down")
+
+  flags = [f"--input={images[1]}", "--output=gs://b/later", "--shards=2"]
+  with monkeypatch.context() as patch:
+    patch.setattr(files._store("gs"), "put_file", down)
+    assert convert.main([*flags, "--workers=1"]) == 2
+  assert ".array_record: cannot be written (OSError: down)" in (
+      capsys.readouterr().err
+  )
+  assert convert.main([*flags, "--workers=1"]) == 0
 
 
 @pytest.mark.parametrize("root", ["gs://nowhere/data", "gs://b/nowhere"])

@@ -28,7 +28,6 @@ import functools
 import hashlib
 import json
 import os
-import pathlib
 import struct
 from typing import Any
 import zlib
@@ -182,15 +181,10 @@ def digest(value: Any) -> str:
   return hashlib.sha256(_canonical(value)).hexdigest()
 
 
-def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
+def write_json(path: files.Location, value: dict[str, Any]) -> None:
   """Writes JSON that stands under its name whole or not at all."""
-  part = path.with_name(f"{path.name}.part")
   try:
-    with open(part, "w") as file:
-      json.dump(value, file, indent=1)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(part, path)
+    files.write(path, json.dumps(value, indent=1).encode())
   except OSError as error:
     raise UserError(f"{path}: cannot be written: {error.strerror}") from error
 
@@ -219,7 +213,7 @@ def shard_name(number: int, count: int) -> str:
   return f"images-{number:05d}-of-{count:05d}.array_record"
 
 
-def write_manifest(folder: pathlib.Path, manifest: dict[str, Any]) -> None:
+def write_manifest(folder: files.Location, manifest: dict[str, Any]) -> None:
   """Writes the manifest, with format and checksum, of whole shards."""
   manifest = {"format": FORMAT, **manifest}
   manifest["checksum"] = digest(manifest)

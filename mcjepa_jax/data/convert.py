@@ -3,7 +3,9 @@
   python -m mcjepa_jax.data.convert --input=FOLDER --output=FOLDER \
     [--shards=64] [--workers=CORES] [--skip-bad]
 
-The input may be remote, as gs://BUCKET/FOLDER; the output is local.
+The input may be in a bucket, of gs:// or s3://, and the output in one of gs://:
+there each shard is written below $TMPDIR, copied when it is whole, and read
+back from the bucket at the end.
 
 Each image is decoded once to see that it can be, and kept as the file it was,
 with its label and path (see data.array_records). Of n shards, shard k holds
@@ -22,6 +24,7 @@ Exit code: 0 when all is converted, 2 for a fault of the input.
 from collections.abc import Callable, Iterator, Sequence
 import concurrent.futures
 from concurrent.futures import process
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -32,6 +35,7 @@ import os
 import pathlib
 import signal
 import sys
+import tempfile
 import threading
 from typing import Any
 
@@ -53,15 +57,11 @@ Fault = tuple[str, str]  # a file's path under the input, what is wrong with it
 class _Shard:
   """What one shard is to hold."""
 
-  path: pathlib.Path
+  path: files.Location
+  part: pathlib.Path  # where it is written, until it is whole
   root: files.Location
   names: list[str]
   labels: list[int]
-
-  @property
-  def part(self) -> pathlib.Path:
-    """Where the shard is written, until it is whole."""
-    return self.path.with_name(f"{self.path.name}.part")
 
 
 # Of a worker: images done by all of them, negative once they are to stop.
@@ -129,9 +129,7 @@ def _write(shard: _Shard, skip_bad: bool) -> list[Fault]:
     if faults and not skip_bad:
       shard.part.unlink()
       return faults
-    with open(shard.part, "rb") as file:
-      os.fsync(file.fileno())
-    os.replace(shard.part, shard.path)
+    files.put(shard.part, shard.path)
   except OSError as error:
     raise _cannot_write(shard.path, error.strerror) from error
   except RuntimeError as error:  # of the writer
@@ -139,7 +137,7 @@ def _write(shard: _Shard, skip_bad: bool) -> list[Fault]:
   return faults
 
 
-def _cannot_write(path: pathlib.Path, reason: Any) -> errors.UserError:
+def _cannot_write(path: files.Location, reason: Any) -> errors.UserError:
   return errors.UserError(f"{path}: cannot be written: {reason}")
 
 
@@ -148,10 +146,24 @@ def _verify(shard: _Shard) -> tuple[dict[str, Any], list[Fault]] | None:
 
   None if it does not hold the bytes of all its files that decode.
   """
+  try:
+    place, is_spare = files.copied(shard.path)
+  except OSError:
+    return None
+  try:
+    return _compared(shard, place)
+  finally:
+    if is_spare:
+      os.unlink(place)
+
+
+def _compared(
+    shard: _Shard, place: image_io.Path
+) -> tuple[dict[str, Any], list[Fault]] | None:
   faults = []
   try:
-    count = array_records.num_records(shard.path)
-    records = array_records.Records([shard.path], [count], uncompressed=True)
+    count = array_records.num_records(place)
+    records = array_records.Records([place], [count], uncompressed=True)
     done = 0
     for name, label in zip(shard.names, shard.labels, strict=True):
       data = _read(shard, name)
@@ -169,7 +181,7 @@ def _verify(shard: _Shard) -> tuple[dict[str, Any], list[Fault]] | None:
       _count()
     if done != count:
       return None
-    with open(shard.path, "rb") as file:
+    with open(place, "rb") as file:
       digest = hashlib.file_digest(file, "sha256").hexdigest()
       size = os.fstat(file.fileno()).st_size
   except files.Unreachable:
@@ -240,7 +252,7 @@ def convert(
       are named.
   """
   root = files.require(files.path(source), "--input")
-  folder = pathlib.Path(output).expanduser()
+  folder = files.path(output)
   listing = image_datasets.find_images(root)
   _check_links(root, listing.links)
   names = list(listing.names)
@@ -249,18 +261,26 @@ def convert(
     labels = listing.labels.tolist()
   count = min(shards, len(names))
   digest = array_records.digest([names, labels, listing.classes])
-  plan = [
-      _Shard(
-          path=folder / array_records.shard_name(number, count),
-          root=root,
-          names=names[number::count],
-          labels=labels[number::count],
+  with contextlib.ExitStack() as stack:
+    parts = folder
+    if isinstance(folder, files.Remote):
+      parts = tempfile.TemporaryDirectory(prefix="mcjepa_")
+      parts = pathlib.Path(stack.enter_context(parts))
+    plan = []
+    for number in range(count):
+      name = array_records.shard_name(number, count)
+      plan.append(
+          _Shard(
+              path=folder / name,
+              part=parts / f"{name}.part",
+              root=root,
+              names=names[number::count],
+              labels=labels[number::count],
+          )
       )
-      for number in range(count)
-  ]
-  _prepare(folder, plan, digest)
-  with _Pool(min(workers, count)) as pool:
-    entries, skipped = _written(pool, plan, skip_bad)
+    _prepare(folder, plan, digest)
+    pool = stack.enter_context(_Pool(min(workers, count)))
+    entries, skipped = _written(pool, folder, plan, skip_bad)
   array_records.write_manifest(
       folder,
       {
@@ -280,18 +300,19 @@ def convert(
 
 
 def _written(
-    pool: _Pool, plan: list[_Shard], skip_bad: bool
+    pool: _Pool, folder: files.Location, plan: list[_Shard], skip_bad: bool
 ) -> tuple[list[dict[str, Any]], list[Fault]]:
   """Returns the manifest's entries and all faults, of shards that are whole."""
   root, whole, skipped = plan[0].root, {}, []
   # A shard of an earlier start that is not whole is written once more.
   for _ in range(2):
     faults = []
+    files.forget(folder)
     missing = [shard for shard in plan if not shard.path.exists()]
     write = functools.partial(_write, skip_bad=skip_bad)
     if missing:
       # What it says of these shards may be no longer so.
-      (missing[0].path.parent / array_records.MANIFEST).unlink(missing_ok=True)
+      _remove(folder / array_records.MANIFEST)
       for _, found in pool.run("writing", write, missing):
         faults += found
     if not skip_bad:
@@ -299,7 +320,7 @@ def _written(
     unsure = [shard for shard in plan if shard.path not in whole]
     for shard, result in pool.run("verifying", _verify, unsure):
       if result is None:
-        shard.path.unlink(missing_ok=True)
+        _remove(shard.path)
       else:
         whole[shard.path], found = result
         skipped += found
@@ -307,7 +328,7 @@ def _written(
       break
   else:
     raise errors.UserError(
-        f"{plan[0].path.parent}: expected shards that hold what {root} holds, "
+        f"{folder}: expected shards that hold what {root} holds, "
         f"came {len(plan) - len(whole)} that differ, though just written: do "
         "the images change?"
     )
@@ -317,6 +338,15 @@ def _written(
   if not any(entry["records"] for entry in entries):
     raise errors.UserError(f"{root}: expected images, came none that decodes")
   return entries, sorted(skipped)
+
+
+def _remove(path: files.Location) -> None:
+  try:
+    files.remove(path)
+  except OSError as error:
+    raise errors.UserError(
+        f"{path}: cannot be removed: {error.strerror}"
+    ) from error
 
 
 def _raise_faults(root: files.Location, faults: list[Fault]) -> None:
@@ -340,18 +370,31 @@ def _check_links(root: files.Location, links: list[str]) -> None:
     raise errors.UserError(*faults)
 
 
-def _prepare(folder: pathlib.Path, plan: list[_Shard], source: str) -> None:
+def _is_inside(folder: files.Location, root: files.Location) -> bool:
+  if isinstance(folder, files.Remote):
+    return f"{folder}/".startswith(f"{root}/")
+  return isinstance(root, pathlib.Path) and folder.resolve().is_relative_to(
+      root.resolve()
+  )
+
+
+def _prepare(folder: files.Location, plan: list[_Shard], source: str) -> None:
   """Makes the output folder, or sees that it holds this very conversion."""
   root = plan[0].root
-  is_local = isinstance(root, pathlib.Path)
-  if is_local and folder.resolve().is_relative_to(root.resolve()):
+  if _is_inside(folder, root):
     raise errors.UserError(f"--output: expected a folder outside of {root}")
+  if isinstance(folder, files.Remote) and folder.scheme != "gs":
+    raise errors.UserError(
+        f"--output: expected a local folder or gs://BUCKET/FOLDER, got {folder}"
+    )
   state = {"format": array_records.FORMAT, "source": source}
   ours = {_STATE, array_records.MANIFEST, *(shard.path.name for shard in plan)}
   ours |= {f"{name}.part" for name in ours}
   try:
-    folder.mkdir(parents=True, exist_ok=True)
-    found = set(os.listdir(folder))
+    if isinstance(folder, pathlib.Path):
+      folder.mkdir(parents=True, exist_ok=True)
+    files.forget(folder)
+    found = set(files.names(folder))
   except OSError as error:
     raise _cannot_write(folder, error.strerror) from error
   if found - ours:
@@ -383,7 +426,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             zip(
                 ("source", "output"),
                 command.single(
-                    flags, remote=("input",), input="FOLDER", output="FOLDER"
+                    flags,
+                    remote=("input", "output"),
+                    input="FOLDER",
+                    output="FOLDER",
                 ),
                 strict=True,
             )

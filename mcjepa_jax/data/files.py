@@ -3,6 +3,7 @@
 `path` makes either of a user's text; a `Remote` answers to what readers ask of
 a pathlib.Path. Bytes always come from a local disk: `copied` and `local` copy
 a remote file into the cache, or where there is none into a temporary folder.
+`put`, `write` and `remove` are the other way, into folders and gs://.
 
 What is remote is known by listings: of a set one, with all that is below its
 folder, kept by the process. A copy in the cache is another's, and deleted, if
@@ -403,7 +404,7 @@ def _store(scheme: str) -> Any:
 
 
 @contextlib.contextmanager
-def _asking(path: Remote) -> Iterator[None]:
+def _asking(path: Remote, to_be: str = "read") -> Iterator[None]:
   """Makes of what a store answers one error; FileNotFoundError stays."""
   try:
     yield
@@ -425,8 +426,61 @@ def _asking(path: Remote) -> Iterator[None]:
           f"{path}: cannot be copied into {path.folder}: {reason}"
       ) from error
     raise Unreachable(
-        f"{path}: cannot be read ({reason}); check {_HINTS[path.scheme]}"
+        f"{path}: cannot be {to_be} ({reason}); check {_HINTS[path.scheme]}"
     ) from error
+
+
+def put(part: pathlib.Path, path: Location) -> None:
+  """Gives a local file that is whole its name; it has no other then.
+
+  Raises:
+    OSError: a disk cannot be written, or there is no such bucket.
+    Unreachable: the store does not answer.
+  """
+  with open(part, "rb") as file:
+    os.fsync(file.fileno())
+  if isinstance(path, Remote):
+    with _changing(path) as store:
+      store.put_file(os.fspath(part), str(path))
+    part.unlink()
+  else:
+    os.replace(part, path)
+
+
+def write(path: Location, data: bytes) -> None:
+  """Writes a file that stands under its name whole or not at all; raises as `put`."""
+  if isinstance(path, Remote):
+    with _changing(path) as store:
+      store.pipe_file(str(path), data)
+  else:
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(data)
+    put(part, path)
+
+
+def remove(path: Location) -> None:
+  """Deletes a file, if it is there; raises as `put`."""
+  if not isinstance(path, Remote):
+    path.unlink(missing_ok=True)
+  elif path.exists():
+    with _changing(path) as store:
+      store.rm_file(str(path))
+
+
+def forget(folder: Location) -> None:
+  """Makes what other processes write into a folder seen."""
+  _listings.pop(folder, None)
+
+
+@contextlib.contextmanager
+def _changing(path: Remote) -> Iterator[Any]:
+  try:
+    with _asking(path, "written"):
+      yield _store(path.scheme)
+  except FileNotFoundError as error:
+    raise FileNotFoundError(errno.ENOENT, _GONE, str(path)) from error
+  finally:
+    forget(path.parent)
 
 
 def _list(folder: Remote, *, below: bool) -> None:
