@@ -22,6 +22,7 @@ in memory, as /dev/shm, cases take less time.
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+import faulthandler
 import multiprocessing
 import os
 import pathlib
@@ -152,6 +153,7 @@ def _work(
     pipe, name: str, seed: int, start: int, stop: int, data_root: str
 ) -> None:
   """Sends None when it is ready, then the outcome of each case in turn."""
+  faulthandler.enable()  # a library that dies says where it was called
   resource.setrlimit(resource.RLIMIT_AS, (_CEILING, _CEILING))
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
   kind = fuzz_formats.FORMATS[name]
