@@ -31,7 +31,6 @@ import math
 import multiprocessing
 import os
 import re
-import resource
 import sys
 import time
 from typing import Any
@@ -45,6 +44,7 @@ from mcjepa_jax import (
     command,
     errors,
     hlo,
+    journal,
     sharding,
     step as steps,
     validation,
@@ -224,15 +224,13 @@ def _report(config: Any, topology: Topology) -> dict[str, Any]:
     limit = memory / 2**30 / topology.devices
   else:
     limit = _CHIPS[topology.kind].gib
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   return (
       {"topology": topology.name, "devices": topology.devices}
       | report
       | {
           "gib_limit": limit,
           "fits": report["gib_per_device"] <= limit,
-          # Linux counts in KiB, macOS in bytes.
-          "host_peak_gb": peak * (1024 if sys.platform == "linux" else 1) / 1e9,
+          "host_peak_gb": journal.own_peak_rss_gb(),
       }
   )
 

@@ -199,3 +199,12 @@ def test_a_process_begins_when_the_script_that_became_it_says(monkeypatch):
   assert time.perf_counter() - journal.process_start() < 0.5 < age
   monkeypatch.setenv("MCJEPA_STARTED", "0")  # long before this process
   assert time.perf_counter() - journal.process_start() >= age
+
+
+def test_without_proc_the_peak_of_memory_is_this_process_s(monkeypatch):
+  def none(*_, **__):
+    raise FileNotFoundError
+
+  whole = journal.peak_rss_gb()
+  monkeypatch.setattr(journal.pathlib.Path, "read_text", none)
+  assert 0.9 * whole <= journal.peak_rss_gb() <= 1.1 * whole
