@@ -207,4 +207,4 @@ def test_without_proc_the_peak_of_memory_is_this_process_s(monkeypatch):
 
   whole = journal.peak_rss_gb()
   monkeypatch.setattr(journal.pathlib.Path, "read_text", none)
-  assert 0.9 * whole <= journal.peak_rss_gb() <= 1.1 * whole
+  assert 0.5 * whole <= journal.peak_rss_gb() <= 1.1 * whole
