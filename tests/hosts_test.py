@@ -162,6 +162,7 @@ def test_four_processes_are_one_run(config_path, tmp_path):
   )  # fmt: skip
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_sigterm_to_one_process_saves_and_ends_all(config_path, tmp_path):
   port = _free_port()

@@ -236,9 +236,10 @@ def test_without_a_checkpoint_it_goes_back_to_the_start(
     ("changes", "words"),
     [
         (dict(alarms__skips=1), "1 updates were skipped"),
-        (
+        pytest.param(
             dict(alarms__skips_in_a_row=1, alarms__rollbacks=0),
             "rolled back 0 times before",
+            marks=pytest.mark.proof,
         ),
     ],
 )
@@ -288,6 +289,7 @@ def test_logs_on_a_full_disk_end_the_run_and_it_goes_on_when_there_is_room(
   assert train.train(_config(data), tmp_path)["meta/step"] == 8
 
 
+@pytest.mark.proof
 def test_each_size_of_a_mixture_is_compiled_once(tmp_path):
   for i in range(8):
     tiny.save_image(tmp_path / "data" / "images" / f"{i}.png", (96, 128), i)

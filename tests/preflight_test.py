@@ -147,6 +147,7 @@ def test_faults_of_the_command_line_exit_with_2(argv, fault, capsys):
 
 
 @needs_libtpu
+@pytest.mark.proof
 @pytest.mark.slow
 def test_two_tpu_programs_compile_at_once():
   config = _small_config("content")

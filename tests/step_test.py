@@ -110,7 +110,9 @@ def test_every_term_with_a_weight_is_logged_unweighted():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize(
+    "devices", [pytest.param(2, marks=pytest.mark.proof), 8]
+)
 def test_loss_and_gradient_do_not_depend_on_the_number_of_devices(devices):
   cfg, batch = tiny.config(), tiny.batch()
   groups = ("encoder", "expander", "estimator")

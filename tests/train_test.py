@@ -12,6 +12,9 @@ import pytest
 
 from tests import workdirs
 
+# One process makes the runs that these compare.
+pytestmark = pytest.mark.xdist_group("train")
+
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _STEPS = 9
 _CONFIG = f"""
@@ -167,6 +170,7 @@ def test_evals_between_steps_change_nothing_that_is_read_or_learned(
   assert "linear/synthetic/top1" in results
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_without_the_iterators_a_resumed_run_differs(
     config_path, whole, tmp_path
