@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from configs import default
-from mcjepa_jax import sharding, step as steps
+from mcjepa_jax import sharding, step as steps, validation
 from tests import tiny
 
 _NAMES = sorted(
@@ -35,8 +35,25 @@ def test_a_variant_overrides_keys_of_the_default_and_adds_none(name):
   assert config.name == name
 
 
+@pytest.mark.parametrize("devices", [64, 256])
+def test_the_configs_of_larger_pods_fill_them_and_change_pairs_alone(devices):
+  paper, ours = (
+      _get(f"mcjepa_convnext_tiny{suffix}") for suffix in ("", f"_{devices}")
+  )
+  (fault,) = validation.faults(paper, devices=devices)
+  assert f"{devices} devices do not divide" in fault
+  assert not validation.faults(ours, devices=devices)
+  assert ours.motion.batch_size == devices // 2
+  ours.motion.batch_size = paper.motion.batch_size
+  ours.name = paper.name
+  assert ours == paper
+
+
+# The other sizes differ in what is shrunken.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", _NAMES)
+@pytest.mark.parametrize(
+    "name", [n for n in _NAMES if not n.startswith("mcjepa_convnext_tiny_")]
+)
 def test_a_shrunken_step_of_each_config_is_finite(name):
   module = importlib.import_module(f"configs.{name}")
   cfg = tiny.config(module)
