@@ -17,6 +17,16 @@ _PEAK_TFLOPS = {
     "NVIDIA H100 80GB HBM3": 989.4,
     "NVIDIA H200": 989.4,
 }
+# The same by names as topologies have.
+DEVICES = {
+    "v4": _PEAK_TFLOPS["TPU v4"],
+    "v5e": _PEAK_TFLOPS["TPU v5e"],
+    "v5p": _PEAK_TFLOPS["TPU v5p"],
+    "v6e": _PEAK_TFLOPS["TPU v6e"],
+    "a100": _PEAK_TFLOPS["NVIDIA A100"],
+    "h100": _PEAK_TFLOPS["NVIDIA H100 80GB HBM3"],
+    "h200": _PEAK_TFLOPS["NVIDIA H200"],
+}
 # The rest is `restart`: start-up, restoring, and steps that were lost by it.
 _PARTS = {
     "step": ("step",),

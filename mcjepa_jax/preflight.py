@@ -3,6 +3,8 @@
   python -m mcjepa_jax.preflight --config=configs/quickstart.py \
     --topology=v5e:2x2
 
+    [--mfu=PERCENT] [--price=DEVICE=USD ...]
+
 Topologies are a TPU's kind and layout (v4:2x2x2, v5e:4x4, v5p:2x2x1, v6e:2x4)
 or `cpu:N`, N emulated devices. The last line of stdout is a JSON object:
 
@@ -18,10 +20,16 @@ or `cpu:N`, N emulated devices. The last line of stdout is a JSON object:
   collective_bytes     per device and kind of collective
   compile_seconds, host_peak_gb
 
+and with --mfu, the share of their peak that devices are supposed to reach,
+
+  mfu                  as given
+  device_hours         of all steps, on each device whose bf16 peak is known
+  usd                  the same at the --price of an hour of one device
+
 Exit code: 0 if it fits, 1 if it does not, 2 for a fault of the input.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import concurrent.futures
 from concurrent.futures import process
 import dataclasses
@@ -43,6 +51,7 @@ from mcjepa_jax import (
     assembly,
     command,
     errors,
+    goodput,
     hlo,
     journal,
     sharding,
@@ -257,17 +266,75 @@ def preflight(config: Any, topology: str) -> dict[str, Any]:
       ) from error
 
 
+def estimate(
+    flops_per_step: float,
+    num_steps: int,
+    mfu: float,
+    prices: Mapping[str, float],
+) -> dict[str, Any]:
+  """The hours of one device that a run takes at an MFU in percent, and the USD.
+
+  Every step counts as the one that was compiled: before flow starts they are
+  shorter. Starting, evaluating and interruptions come on top.
+  """
+  hours = {
+      name: flops_per_step * num_steps / (peak * 1e12 * mfu / 100) / 3600
+      for name, peak in goodput.DEVICES.items()
+  }
+  report = {"mfu": mfu, "device_hours": hours}
+  if prices:
+    report["usd"] = {name: hours[name] * usd for name, usd in prices.items()}
+  return report
+
+
+def _assumptions(
+    flags: Mapping[str, Sequence[str]],
+) -> tuple[float | None, dict[str, float]]:
+  """The MFU and the prices of the command line."""
+
+  def positive(text):
+    try:
+      value = float(text)
+    except ValueError:
+      return None
+    return value if 0 < value < math.inf else None
+
+  faults, prices, mfu = [], {}, None
+  if "mfu" in flags:
+    (text,) = command.single(flags, mfu="PERCENT")
+    mfu = positive(text)
+    if mfu is None or mfu > 100:
+      faults.append(f"--mfu: expected a percentage up to 100, got {text!r}")
+  for text in flags.get("price", ()):
+    name, _, value = text.partition("=")
+    prices[name] = positive(value)
+    if name not in goodput.DEVICES or prices[name] is None:
+      faults.append(
+          f"--price: expected {'|'.join(goodput.DEVICES)}=USD, got {text!r}"
+      )
+  if prices and "mfu" not in flags:
+    faults.append("--price: expected --mfu=PERCENT beside it, got none")
+  if faults:
+    raise errors.UserError(*faults)
+  return mfu, prices
+
+
 def main(argv: Sequence[str] | None = None) -> int:
   """The exit code of the command; its report is printed."""
   argv = sys.argv[1:] if argv is None else argv
 
   def body():
-    arguments = command.split(argv, ("config", "topology"))
+    arguments = command.split(argv, ("config", "topology", "mfu", "price"))
     file, topology = command.single(
         arguments.flags, config="FILE.py", topology="KIND:LAYOUT"
     )
+    mfu, prices = _assumptions(arguments.flags)
     config = command.load_config(file, arguments.overrides)
     report = preflight(config, topology)
+    if mfu and report["flops_per_step"]:
+      report |= estimate(
+          report["flops_per_step"], config.num_steps, mfu, prices
+      )
     print(json.dumps(report), flush=True)
     if not report["fits"]:
       raise command.Stop(

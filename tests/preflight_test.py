@@ -115,12 +115,19 @@ def test_reports_on_emulated_devices():
   assert size <= sum(report["collective_bytes"].values())
 
 
-def _exit_code(monkeypatch, *, fits: bool) -> int:
-  report = {"fits": fits, "gib_per_device": 3.0, "gib_limit": 2.0}
+_COMMAND = ["--config=configs/quickstart.py", "--topology=v5e:2x2"]
+
+
+def _exit_code(monkeypatch, *flags: str, fits: bool) -> int:
+  report = {
+      "fits": fits,
+      "gib_per_device": 3.0,
+      "gib_limit": 2.0,
+      # One second of a whole v5e.
+      "flops_per_step": 197e12,
+  }
   monkeypatch.setattr(preflight, "preflight", lambda *_: report)
-  return preflight.main(
-      ["--config=configs/quickstart.py", "--topology=v5e:2x2"]
-  )
+  return preflight.main([*_COMMAND, *flags])
 
 
 def test_exit_code_says_whether_it_fits(monkeypatch, capsys):
@@ -131,12 +138,31 @@ def test_exit_code_says_whether_it_fits(monkeypatch, capsys):
   assert err == "Does not fit: 3.00 GiB per device, of 2.00.\n"
 
 
+def test_hours_and_cost_follow_from_an_mfu_and_prices(monkeypatch, capsys):
+  flags = "--mfu=50", "--price=v5e=1.2", "--price=h100=3.99"
+  assert _exit_code(monkeypatch, *flags, fits=True) == 0
+  report = json.loads(capsys.readouterr().out.splitlines()[-1])
+  hours = quickstart.get_config().num_steps * 2 / 3600
+  assert report["mfu"] == 50
+  assert report["device_hours"]["v5e"] == pytest.approx(hours)
+  h100 = report["device_hours"]["h100"]
+  assert h100 == pytest.approx(hours * 197 / 989.4)
+  assert report["usd"] == pytest.approx(
+      {"v5e": 1.2 * hours, "h100": 3.99 * h100}
+  )
+
+
 @pytest.mark.parametrize(
     ("argv", "fault"),
     [
         (["--config=configs/quickstart.py"], "--topology: expected"),
         (["--config=none.py", "--topology=cpu:2"], "no file none.py"),
         (["--topology=cpu:2", "--topolgy=x"], "did you mean --topology"),
+        ([*_COMMAND, "--mfu=none"], "--mfu: .*up to 100, got 'none'"),
+        ([*_COMMAND, "--mfu=101"], "--mfu: .*up to 100, got '101'"),
+        ([*_COMMAND, "--mfu=35", "--price=tpu=2"], "--price: .*got 'tpu=2'"),
+        ([*_COMMAND, "--mfu=35", "--price=v5e"], "--price: .*got 'v5e'"),
+        ([*_COMMAND, "--price=v5e=1.2"], "--price: expected --mfu=PERCENT"),
     ],
 )
 def test_faults_of_the_command_line_exit_with_2(argv, fault, capsys):
