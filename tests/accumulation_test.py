@@ -116,6 +116,7 @@ def test_the_gradient_does_not_depend_on_the_devices():
   assert _distance(grads, whole) < 1e-5
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_a_step_accumulates_as_its_config_says():
   results = []

@@ -74,6 +74,21 @@ class _TorchvisionFinder(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, _TorchvisionFinder())
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+  """Returns what deals tests to processes: those that share runs, to one."""
+  from xdist.scheduler import LoadScopeScheduling
+
+  class Scheduling(LoadScopeScheduling):
+    """Deals test by test, and train_test.py, which it begins with, as one."""
+
+    def _split_scope(self, nodeid):
+      file, _, _ = nodeid.partition("::")
+      return file if file.endswith("train_test.py") else nodeid
+
+  return Scheduling(config, log)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> pathlib.Path:
   """The folder of real samples; skips, saying so, where there is none."""

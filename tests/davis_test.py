@@ -242,6 +242,7 @@ class _Endless(mask_clips.Sequence):
     return self._labels.copy()
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_sequence():
   live, most = weakref.WeakSet(), 0
 

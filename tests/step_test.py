@@ -91,6 +91,7 @@ def test_the_combined_gradient_is_the_weighted_sum_of_the_tasks():
   assert error / _norm(expected) < 1e-5
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_every_term_with_a_weight_is_logged_unweighted():
   cfg = tiny.config()

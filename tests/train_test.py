@@ -12,9 +12,6 @@ import pytest
 
 from tests import workdirs
 
-# One process makes the runs that these compare.
-pytestmark = pytest.mark.xdist_group("train")
-
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _STEPS = 9
 _CONFIG = f"""
