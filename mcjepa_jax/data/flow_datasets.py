@@ -31,7 +31,6 @@ _TARTAN = ("TartanAir", "tartanair", "")
 # ENV/Easy/P000 as documented, ENV/ENV/Easy/P000 as the archives unpack.
 _TRAJECTORIES = ("*/*/P*", "*/*/*/P*")
 _VIPER = ("VIPER", "viper", "")
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".webp", ".bmp")
 
 Frames = tuple[files.Location, list[files.Location]]
 
@@ -280,7 +279,7 @@ def pairs(root: image_io.Path) -> FramePairs:
 
 def _image(folder: files.Location, stem: str) -> files.Location:
   """Returns the image file of that stem; that of a .png if there is none."""
-  paths = [folder / f"{stem}{suffix}" for suffix in _IMAGE_SUFFIXES]
+  paths = [folder / f"{stem}{suffix}" for suffix in image_io.SUFFIXES]
   return next((path for path in paths if path.is_file()), paths[0])
 
 

@@ -14,7 +14,6 @@ import tqdm
 from mcjepa_jax.data import files, image_io, video
 from mcjepa_jax.errors import UserError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".webp", ".bmp")
 # Grey levels by which a frame that nobody can see differs from its neighbour.
 _UNKNOWN = np.uint8(4)
 
@@ -116,7 +115,7 @@ def frame_folders(
         sequences.append(FolderFrames(folder, run, name))
   if not sequences:
     raise UserError(
-        f"{root}: expected numbered images ({', '.join(IMAGE_SUFFIXES)}), at "
+        f"{root}: expected numbered images ({', '.join(image_io.SUFFIXES)}), at "
         "least two of a sequence, came none"
     )
   return sequences
@@ -136,7 +135,7 @@ def _runs(names: Iterable[str], leave_out: str) -> list[list[str]]:
     if leave_out and re.fullmatch(leave_out, stem):
       continue
     found = re.fullmatch(r"(.*?)([0-9]+)(\D*)", stem)
-    if found and suffix.lower() in IMAGE_SUFFIXES and name[0] != ".":
+    if found and suffix.lower() in image_io.SUFFIXES and name[0] != ".":
       rest = (found[1], found[3] + suffix)
       numbered.setdefault(rest, {})[int(found[2])] = name
   runs = []

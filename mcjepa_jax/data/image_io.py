@@ -26,6 +26,8 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 Path = str | os.PathLike
 
 MAX_PIXELS = 2**26
+# Of the images that a set may hold in place of one another.
+SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".webp", ".bmp")
 
 _JPEG_MAGIC = b"\xff\xd8"
 # Without comments and with 8 bits, as FlyingChairs writes it.
