@@ -5,7 +5,8 @@
 A RUN is a workdir, whose results.json and evaluation.json are a column each, or
 such a file. A row is a result EVAL/SET/METRIC; what a run has not measured is
 shown as `-`, empty in csv. Results of single examples are left out. The paper's
-column is there where a row is of a set that the paper reports. With --mean the
+number is there where a run measured the whole of a set that the paper reports:
+as many examples as were published. With --mean the
 runs are seeds of one: their mean and their standard deviation (n - 1) are added
 to the rows that all of them have.
 """
@@ -38,6 +39,16 @@ PAPER = {
     "upernet/cityscapes/miou": 78.4,
     "upernet/ade20k/miou": 44.2,
     "davis/2017/j_and_f": 70.5,
+}
+# Pairs, validation images and validation sequences that were published.
+_COUNTS = {
+    "sintel_clean": 1041,
+    "sintel_final": 1041,
+    "kitti_2015": 200,
+    "voc2012": 1449,
+    "cityscapes": 500,
+    "ade20k": 2000,
+    "2017": 30,
 }
 
 Number = float | int
@@ -156,13 +167,25 @@ def table(columns: Mapping[str, Results]) -> list[list[str]]:
       sets.setdefault(key.rpartition("/")[0], {})[key] = None
   keys = [key for of_set in sets.values() for key in of_set]
   columns = dict(columns)
-  if any(key in PAPER for key in keys):
-    columns[PAPER_NAME] = PAPER
+  paper = {
+      key: value
+      for key, value in PAPER.items()
+      if any(_whole_set(key, results) for results in columns.values())
+  }
+  if paper:
+    columns[PAPER_NAME] = paper
   rows = [["", *columns]]
   for key in keys:
     values = (results.get(key) for results in columns.values())
     rows.append([key, *("" if v is None else _text(v) for v in values)])
   return rows
+
+
+def _whole_set(key: str, results: Results) -> bool:
+  """Whether a result is of as many examples as the set has."""
+  eval_set = key.rpartition("/")[0]
+  count = _COUNTS[eval_set.partition("/")[2]]
+  return key in results and results.get(f"{eval_set}/count") == count
 
 
 def _text(value: Number) -> str:

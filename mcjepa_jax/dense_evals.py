@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mcjepa_jax import errors, validation
+from mcjepa_jax import errors, sharding
 from mcjepa_jax.data import pipeline, segmentation_datasets, sources
 from mcjepa_jax.evals import segmentation
 from mcjepa_jax.models import segmentation_heads
@@ -62,12 +62,6 @@ def examples(kind: str, config: Any, name: str) -> _Both:
       "scale",
       lambda x: len(x) == 2 and 0 < x[0] <= x[1] < math.inf,
       "(least, most), above 0",
-  )
-  devices = validation.device_count(config)
-  expect(
-      "batch_size",
-      lambda x: x % devices == 0,
-      f"a multiple of {devices} devices",
   )
   if kind == "upernet":
     positive("channels", "auxiliary_channels", "layer_decay")
@@ -163,8 +157,12 @@ def _networks(
 
 
 def _measured(label, network, parts, subject, options, name):
-  """The confusion matrices of a network, once it is trained."""
+  """The confusion matrices of a network, once it is trained.
+
+  The devices used are as many as divide the batch.
+  """
   own = options.sets[name]
+  mesh = sharding.dividing(subject.mesh, options.batch_size)
   stream = pipeline.crop_stream(
       name,
       parts.train,
@@ -180,7 +178,7 @@ def _measured(label, network, parts, subject, options, name):
     network = segmentation.fit(
         network,
         _crops(stream),
-        subject.mesh,
+        mesh,
         name=label,
         num_steps=own.num_steps,
         learning_rate=options.learning_rate,
@@ -191,7 +189,7 @@ def _measured(label, network, parts, subject, options, name):
     )
   return segmentation.confusion_matrices(
       parts.test,
-      segmentation.predictor(network, subject.mesh),
+      segmentation.predictor(network, mesh),
       name=label,
       short_side=own.short_side,
       window=options.crop,

@@ -40,16 +40,19 @@ def flow_predictor(
   """A function from interleaved u8 frames of any size to flow_12.
 
   Frames are resized to the next multiple of the coarsest stride, the flow back
-  to the frames' size with its vectors scaled. Compiles once per shape.
+  to the frames' size with its vectors scaled. Compiles for each size once, and
+  again for more pairs than all before.
   """
   forward, count = _flow_forward(model, mesh), mesh.devices.size
+  most: dict[tuple[int, int], int] = {}  # pairs of a size
 
   def predict(frames):
-    pairs = frames.shape[0] // 2
-    # Padded with repeats up to what the devices divide; the rest is dropped.
-    padded = -(-pairs // count) * count
-    rows = np.arange(2 * padded) % frames.shape[0]
-    flows = forward(params, frames[rows], frames.shape[1:3])
+    pairs, size = frames.shape[0] // 2, frames.shape[1:3]
+    # Padded with repeats up to what is compiled, which the devices divide; the
+    # rest is dropped.
+    most[size] = max(most.get(size, 0), -(-pairs // count) * count)
+    rows = np.arange(2 * most[size]) % frames.shape[0]
+    flows = forward(params, frames[rows], size)
     return np.asarray(flows)[0 : 2 * pairs : 2]
 
   return predict

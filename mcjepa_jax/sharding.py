@@ -54,6 +54,11 @@ def mesh_of(devices: Sequence[Any]) -> Mesh:
   return Mesh(ordered, (AXIS,), axis_types=(AxisType.Auto,))
 
 
+def dividing(mesh: Mesh, batch_size: int) -> Mesh:
+  """A mesh over as many of a mesh's devices as divide a batch."""
+  return mesh_of(list(mesh.devices.flat)[: math.gcd(batch_size, mesh.size)])
+
+
 def host_order(device: Any) -> tuple[int, int]:
   """What orders devices by their hosts."""
   return device.process_index, device.id

@@ -52,10 +52,12 @@ def _flow_eval(subject, name):
   config = subject.config
   synthetic = name == "synthetic"
   size = tuple(config.motion.size)
-  predictors = {"": _predictor(subject, subject.params)}
+  predictors = {
+      "": _predictor(subject, subject.params),
+      "random_init": _predictor(subject, subject.initial),
+  }
   train_flows = []
   if synthetic:
-    predictors["random_init"] = _predictor(subject, subject.initial)
     train = sources.train_pairs(config.seed, size, _TRAIN_PAIRS)
     train_flows = [train[i]["flow_12"] for i in range(len(train))]
   return flow.run(
@@ -170,8 +172,9 @@ def _linear_eval(subject, name):
 def _finetune_eval(subject, name):
   config = subject.config
   train, test = _labelled(config, name)
+  starts = {"": subject.params, "random_init": subject.initial}
   return finetune.run(
-      *(name, subject.model, subject.params, train, test),
+      *(name, subject.model, starts, train, test),
       **config.finetune.to_dict(),
       num_classes=len(train.classes),
       size=_label_size(config, name),

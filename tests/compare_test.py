@@ -17,6 +17,7 @@ _FIRST = {
 }
 _SECOND = {
     "davis/2017/j_and_f": 55.0,
+    "davis/2017/count": 30,
     "flow/sintel_clean/epe": 3.123456,
     "meta/a/b": "text",
 }
@@ -59,8 +60,16 @@ def test_runs_stand_side_by_side_with_the_papers_numbers(capsys, runs):
       ["flow/sintel_clean/epe_zero", "6.250", "-", "-"],
       ["flow/sintel_clean/count", "1041", "-", "-"],
       ["davis/2017/j_and_f", "-", "55.000", "70.500"],
+      ["davis/2017/count", "-", "30", "-"],
   ]
   assert len({len(line) for line in lines}) == 1
+
+
+def test_the_paper_is_left_out_beside_a_part_of_its_set(capsys, tmp_path):
+  key = "flow/sintel_clean/epe"
+  for results in ({key: 1.5, "flow/sintel_clean/count": 4}, {key: 1.5}):
+    run = _workdir(tmp_path, "run", results)
+    assert compare.PAPER_NAME not in _printed(capsys, run)
 
 
 def test_the_paper_is_left_out_where_it_has_no_row(capsys, tmp_path):

@@ -306,8 +306,12 @@ def test_results_have_their_references_and_do_not_depend_on_devices(tmp_path):
     for metric in ("j_and_f", "j_mean", "j_recall", "j_decay",
                    "f_mean", "f_recall", "f_decay"):  # fmt: skip
       assert np.isfinite(one[f"davis/2017/{metric}{suffix}"])
-    for name in ("walk/j", "walk/f", "run/j", "run/f"):
-      assert 0 <= one[f"davis/2017/{name}{suffix}"] <= 100
+    for name in ("walk", "run"):
+      j, f, both = (
+          one[f"davis/2017/{name}/{metric}{suffix}"]
+          for metric in ("j", "f", "j_and_f")
+      )
+      assert 0 <= j <= 100 and both == pytest.approx((j + f) / 2)
   assert one["davis/2017/count"] == 2
   assert one.keys() == many.keys()
   for key, value in one.items():

@@ -77,6 +77,55 @@ def test_a_batch_has_one_shape_and_a_limit_of_pixels():
   assert [len(g) for g in groups] == [2, 1, 1]
 
 
+def _mixed(*sides):
+  """Squares of these sides, named by their number."""
+  return [
+      {"frame_1": np.zeros((side, side, 3), np.uint8), "number": i}
+      for i, side in enumerate(sides)
+  ]
+
+
+class _Named(list):
+  """Examples with record ids."""
+
+  def record_id(self, i):
+    return str(i)
+
+
+def test_shapes_that_alternate_fill_batches_of_their_own():
+  mixed = _Named(_mixed(4, 6, 4, 6, 4, 6, 6))
+  groups = flow.batches(mixed, batch_size=3, max_pixels=1000)
+  numbers = [[x["number"] for x in group] for group in groups]
+  assert numbers == [[0, 2, 4], [1, 3, 5], [6]]
+
+
+def test_batches_that_wait_are_given_up_before_memory_fills():
+  # Every side another one: 4 * 100 pixels may wait.
+  mixed, decoded = _Named(_mixed(*range(9, 60))), []
+  mixed = _Counted(mixed, decoded)
+  behind = []
+  for number, _ in enumerate(flow.batches(mixed, batch_size=8, max_pixels=100)):
+    behind.append(len(decoded) - number)
+  assert len(behind) == 51 and max(behind) <= 6
+
+
+class _Counted:
+  """A set that says which examples were read."""
+
+  def __init__(self, examples, read):
+    self._examples, self._read = examples, read
+
+  def __len__(self):
+    return len(self._examples)
+
+  def record_id(self, i):
+    return str(i)
+
+  def __getitem__(self, i):
+    self._read.append(i)
+    return self._examples[i]
+
+
 def test_classical_flows_find_a_translation():
   wide = np.random.default_rng(0).random((80, 112, 3))
   wide = (wide + np.roll(wide, 1, 0) + np.roll(wide, 1, 1)) / 3
@@ -102,7 +151,12 @@ def test_knn_equals_scikit_learn():
       20, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07)
   )
   peer.fit(bank, labels[:200])
-  expected = 100 * peer.score(queries, labels[200:])
+  # The very labels that it predicts, and so its score.
+  guesses = peer.predict(queries)
+  assert probe.knn_accuracy(bank, labels[:200], queries, guesses, ks=(20,)) == [
+      100.0
+  ]
+  expected = 100 * np.mean(guesses == labels[200:])
   assert ours == pytest.approx(expected)
   assert 40 < ours < 100
   peer = KNeighborsClassifier(1, metric="cosine").fit(bank, labels[:200])

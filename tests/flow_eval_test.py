@@ -195,3 +195,45 @@ def test_a_pair_above_the_limit_is_evaluated_by_tiles():
   result = _run(_Pairs(pair), predict, max_pixels=4096)
   assert result["epe"] == pytest.approx(5, abs=1e-4)
   assert max(largest) <= 4096
+
+
+def test_a_pair_without_a_valid_pixel_is_named(capsys):
+  lost = dict(flow=_flow(1, 1), valid=np.zeros((2, 8, 1), np.float32))
+  _run(_Pairs(dict(flow=_flow(1, 1)), lost))
+  assert "flow/set: pair_1 has no valid pixel" in capsys.readouterr().out
+
+
+def test_every_metric_has_its_key_and_no_other():
+  frames = _noise(24, 40)
+  truth = _flow(*[5] * 8, *[20] * 8, *[50] * 8, width=40)
+  visible = np.ones((24, 40, 1), np.float32)
+  visible[:12] = 0
+  pair = dict(flow=truth, visible=visible, frame_1=frames[0], frame_2=frames[1])
+  pairs = _Pairs(pair, pair)
+
+  def predict(frames):
+    return np.stack([truth] * (len(frames) // 2))
+
+  result = flow.run(
+      "set", pairs, {"": predict, "random_init": predict}, progress=False
+  )
+  metrics = {
+      *("epe", "epe_random_init", "epe_zero", "epe_constant"),
+      *("epe_pair_constant", "epe_farneback", "epe_dis"),
+      *("epe_occ", "epe_noc", "epe_s0_10", "epe_s10_40", "epe_s40"),
+      *("fl_all", "px1", "seconds_per_pair", "count"),
+  }
+  rows = {key for key in result if key.startswith("flow/set/pair_")}
+  assert set(result) - rows == {f"flow/set/{metric}" for metric in metrics}
+  assert rows == {
+      f"flow/set/pair_{i}/{metric}"
+      for i in (0, 1)
+      for metric in metrics
+      if metric in ("epe", "epe_random_init", "epe_farneback", "epe_dis")
+      or metric in ("epe_zero", "epe_constant", "epe_pair_constant")
+  }
+
+
+def test_frames_too_low_for_the_classical_methods_are_left_to_ours():
+  result = _run(_Pairs(dict(flow=_flow(1, 1))), classical=True)
+  assert "epe_dis" not in result and result["epe"] == pytest.approx(5)

@@ -30,9 +30,9 @@ _LAYERS = (
     # 3: everything of one kind together.
     "accumulation hosts objective models.mcjepa data.sources data.pipeline data.convert",
     # 4: what runs on the devices, and looks at the sources.
-    "step evals.flow evals.probe evals.finetune evals.segmentation evals.davis",
+    "step evals.flow evals.probe evals.segmentation evals.davis",
     # 5: from a config to the parts of a run; arrays through a model.
-    """assembly inference evals.linear evals.submit alarms diagnostics dumps
+    """assembly inference evals.linear evals.finetune evals.submit alarms diagnostics dumps
     programs""",
     # 6: what a config has wrong; pictures of what a model gives; a run's parts.
     "validation panels progress",

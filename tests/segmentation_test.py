@@ -345,7 +345,7 @@ def _config(root, **changes):
   )
   for kind in ("segmentation", "upernet"):
     part = cfg[kind]
-    part.update(crop=32, stride=21, batch_size=4, warmup_steps=1)
+    part.update(crop=32, stride=21, batch_size=2, warmup_steps=1)
     part.sets.camvid_val.update(num_steps=3, short_side=0)
   cfg.upernet.update(channels=4, auxiliary_channels=4)
   for key, value in changes.items():
@@ -376,7 +376,7 @@ def test_both_evals_give_every_number_with_its_twins(tmp_path):
   assert suite.check(cfg) == []
   model = assembly.model(cfg)
   params, initial = (mcjepa.init_params(model, seed) for seed in (1, 0))
-  mesh = sharding.make_mesh(2)
+  mesh = sharding.make_mesh(4)  # of which 2 divide the batch
   found, faults = suite.run(
       suite.Subject(cfg, model, params, initial, mesh, tmp_path)
   )
@@ -400,7 +400,6 @@ def test_what_is_wrong_with_the_settings_is_told_before_anything_runs(tmp_path):
   cfg = _config(
       tmp_path,
       segmentation__crop=40,
-      segmentation__batch_size=3,
       segmentation__scale=(2.0, 0.5),
       segmentation__warmup_steps=9,
       upernet__pool_scales=(),
@@ -410,7 +409,6 @@ def test_what_is_wrong_with_the_settings_is_told_before_anything_runs(tmp_path):
   faults = suite.check(cfg)
   for start in (
       "segmentation.crop: expected a multiple of 16",
-      "segmentation.batch_size: expected a multiple of 2 devices, got 3",
       "segmentation.scale: expected (least, most), above 0, got (2.0, 0.5)",
       "segmentation.warmup_steps: expected 0 to segmentation.sets.camvid_val",
       "upernet.pool_scales: expected positive integers, got ()",
@@ -418,7 +416,7 @@ def test_what_is_wrong_with_the_settings_is_told_before_anything_runs(tmp_path):
       "upernet.stride: expected up to crop, 32, got 33",
   ):
     assert any(fault.startswith(start) for fault in faults), (start, faults)
-  assert len(faults) == 7
+  assert len(faults) == 6
 
 
 def test_a_bad_file_of_either_part_is_told_before_anything_runs(tmp_path):
@@ -534,8 +532,9 @@ def test_a_linear_head_fits_three_photographs_on_a_random_encoder(shared_data):
 @pytest.mark.proof
 @pytest.mark.slow
 def test_a_narrow_upernet_trained_end_to_end_fits_them(shared_data):
-  # Atto widths, 64 channels; images of 171x128 to 176x128, tested at that size
-  # without the classes of less than a hundredth of the pixels.
+  # Atto widths at depths that two cores can train, 64 channels; images of
+  # 171x128 to 176x128, tested at that size without the classes of less than a
+  # hundredth of the pixels.
   dataset, batch = _ade20k_sample(shared_data, 128, rare=0.01)
   encoder = convnext.ConvNeXt(
       depths=(1, 1, 2, 1), dims=convnext.VARIANTS["atto"]["dims"],

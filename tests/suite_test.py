@@ -4,13 +4,21 @@ import json
 import pathlib
 import shutil
 
+import cv2
 import numpy as np
 import pytest
 
-from mcjepa_jax import assembly, errors, evaluate, sharding, suite
-from mcjepa_jax.data import sources
+from mcjepa_jax import (
+    assembly,
+    errors,
+    evaluate,
+    inference,
+    sharding,
+    suite,
+)
+from mcjepa_jax.data import flow_io, sources
 from mcjepa_jax.models import mcjepa
-from tests import tiny
+from tests import layouts, tiny
 
 
 @pytest.fixture
@@ -188,6 +196,49 @@ def test_numbers_are_equal_on_1_and_on_4_devices(small):
     if "seconds" not in key:
       # Noise through norms over few channels magnifies rounding.
       np.testing.assert_allclose(four[key], value, rtol=5e-3, err_msg=key)
+
+
+@pytest.mark.slow
+def test_every_kind_shows_its_progress_and_has_its_untrained_twin(
+    small, capsys, tmp_path
+):
+  (tmp_path / "pairs").mkdir()
+  layouts.image(tmp_path / "pairs/a_img1.png", 0)
+  layouts.image(tmp_path / "pairs/a_img2.png", 1)
+  height, width = cv2.imread(str(tmp_path / "pairs/a_img1.png")).shape[:2]
+  flow_io.write_flo(
+      tmp_path / "pairs/a_flow.flo", np.ones((height, width, 2), np.float32)
+  )
+  kinds = ("knn", "linear", "finetune", "rankme")
+  cfg = tiny.config(
+      data_root=str(tmp_path),
+      evals=("flow/pairs", *(f"{kind}/synthetic" for kind in kinds)),
+  )
+  cfg.linear.epochs = cfg.finetune.epochs = 1
+  results, faults = suite.run(_subject(cfg))
+  assert not faults
+  for metric in (
+      "flow/pairs/epe",
+      *(f"{kind}/synthetic/top1" for kind in kinds[:-1]),
+      "rankme/synthetic/rank",
+  ):
+    assert results[f"{metric}_random_init"] >= 0
+  shown = capsys.readouterr().err
+  for bar in (
+      *("flow/pairs:", "features/synthetic:", "linear/synthetic"),
+      *("finetune/synthetic:", "finetune/synthetic random_init:"),
+  ):
+    assert bar in shown
+
+
+def test_flow_compiles_once_for_a_size_whatever_the_last_batch(small):
+  cfg = tiny.config(evals=("flow/synthetic",), eval_batch_size=4)
+  subject = _subject(cfg)
+  forward = inference._flow_forward(subject.model, subject.mesh)
+  forward.clear_cache()
+  results, _ = suite.run(subject)
+  assert results["flow/synthetic/count"] == 7  # batches of 4 and 3
+  assert forward._cache_size() == 1
 
 
 def test_labelled_sets_are_split_as_they_are_published_or_by_fifths(tmp_path):

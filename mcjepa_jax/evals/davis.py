@@ -28,6 +28,7 @@ from mcjepa_jax.evals import masks as measures
 Extractor = Callable[[np.ndarray], Any]
 
 _TILE = 12  # cells a side; 20 took 1.4 times as long, with a radius of 12
+_EACH = {"j_and_f": "j_and_f", "j_mean": "j", "f_mean": "f"}  # of a sequence
 _EACH_LIMIT = 100  # sets up to here report every sequence
 
 
@@ -227,11 +228,13 @@ def follow(
     extractors: Mapping[str, Extractor],
     *,
     batch: int,
+    done: Callable[[int], Any] = lambda frames: None,
     **settings: Any,
 ) -> dict[str, list[dict[str, float]]]:
   """The statistics of each object, for each extractor and `copy_first`.
 
-  Frames are read `batch` at a time, each once; see `Propagation`.
+  Frames are read `batch` at a time, each once; see `Propagation`. `done` hears
+  how many were read.
   """
   count = len(sequence.objects)
   channel_of = np.zeros(256, int)
@@ -247,6 +250,7 @@ def follow(
     # Repeats fill the last batch: one shape, one compilation.
     filled = frames[np.arange(batch) % len(frames)]
     features = {name: extract(filled) for name, extract in extractors.items()}
+    done(len(indices))
     for i in indices:
       labels = sequence.labels(i)
       truth = None if labels is None else channel_of[labels]
@@ -308,29 +312,31 @@ def run(
   """
   totals: dict[str, list[dict[str, float]]] = {}
   rows, measured = {}, 0
-  bar = tqdm.tqdm(
-      range(len(dataset)),
-      desc=f"davis/{name}",
-      unit="sequence",
-      disable=not progress,
-      leave=False,
-  )
-  for i in bar:
-    found = follow(
-        dataset.sequence(i),
-        extractors,
-        batch=batch,
-        context=context,
-        radius=radius,
-        top=top,
-        temperature=temperature,
-    )
+  for i in range(len(dataset)):
+    sequence = dataset.sequence(i)
+    with tqdm.tqdm(
+        total=len(sequence),
+        desc=f"davis/{name} {i + 1}/{len(dataset)}",
+        unit="frame",
+        disable=not progress,
+        leave=False,
+    ) as bar:
+      found = follow(
+          sequence,
+          extractors,
+          batch=batch,
+          done=bar.update,
+          context=context,
+          radius=radius,
+          top=top,
+          temperature=temperature,
+      )
     measured += any(found.values())
     for method, objects in found.items():
       totals[method] = totals.get(method, []) + objects
       for metric, value in _means(objects).items():
-        if metric in ("j_mean", "f_mean"):
-          key = f"davis/{name}/{dataset.record_id(i)}/{metric[0]}"
+        if metric in _EACH:
+          key = f"davis/{name}/{dataset.record_id(i)}/{_EACH[metric]}"
           rows[_suffixed(key, method)] = value
   if not measured:
     raise errors.UserError(

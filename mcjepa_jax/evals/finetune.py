@@ -1,6 +1,7 @@
 """The whole encoder, trained on with a linear head, and its accuracy."""
 
-import math
+from collections.abc import Mapping
+import functools
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import tqdm
 
 from mcjepa_jax import optimizer, sharding
 from mcjepa_jax.data import transforms
+from mcjepa_jax.evals import probe
 from mcjepa_jax.models import mcjepa
 
 _WARM = 0.1  # of the steps
@@ -45,7 +47,7 @@ def _scores(model, state, images, key=None):
 def run(
     name: str,
     model: mcjepa.MCJEPA,
-    params: Params,
+    starts: Mapping[str, Params],
     train: Any,
     test: Any,
     *,
@@ -61,12 +63,13 @@ def run(
 ) -> dict[str, float]:
   """Top-1 in percent after training on, keyed `finetune/NAME/METRIC`.
 
-  AdamW, cosine after a tenth of warm-up, drop path as in pre-training. Training
-  images are random boxes, mirrored or not, test images central squares. The
-  devices used are as many as divide the batch.
+  `starts` are parameters by suffix: "" gives `top1`, "random_init" gives
+  `top1_random_init`. AdamW, cosine after a tenth of warm-up, drop path as in
+  pre-training. Training images are random boxes, mirrored or not, test images
+  central squares. The devices used are as many as divide the batch.
   """
   batch_size = min(batch_size, len(train))
-  mesh = sharding.make_mesh(math.gcd(batch_size, mesh.size))
+  mesh = sharding.dividing(mesh, batch_size)
   steps = len(train) // batch_size
   tx = optimizer.make_optimizer(
       learning_rate=learning_rate,
@@ -75,20 +78,7 @@ def run(
       weight_decay=weight_decay,
       clip_norm=_CLIP,
   )
-  width = jax.eval_shape(
-      lambda p: model.apply(
-          {"params": p}, jnp.zeros((1, size, size, 3)), method=model.pooled
-      ),
-      params,
-  ).shape[-1]
-  head = {
-      "kernel": jnp.zeros((width, num_classes)),
-      "bias": jnp.zeros(num_classes),
-  }
-  # The expander and the estimator are no part of what is trained on.
-  state = {"model": {"encoder": params["encoder"]}, "head": head}
   whole, batch = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-  state, opt_state = jax.device_put((state, tx.init(state)), whole)
 
   def loss_fn(state, images, labels, key):
     scores = _scores(model, state, images, key)
@@ -109,41 +99,56 @@ def run(
       lambda state, images: _scores(model, state, images).argmax(-1),
       in_shardings=(None, batch),
   )
-  bar = tqdm.tqdm(
-      total=epochs * steps,
-      desc=f"finetune/{name}",
-      disable=not progress,
-      leave=False,
-  )
-  for number in range(epochs * steps):
-    images, labels = _batch(
-        train, size, batch_size, seed, *divmod(number, steps)
+  result = {}
+  for suffix, params in starts.items():
+    # The expander and the estimator are no part of what is trained on.
+    encoder = {"encoder": params["encoder"]}
+    state = {"model": encoder, "head": _head(model, encoder, size, num_classes)}
+    state, opt_state = jax.device_put((state, tx.init(state)), whole)
+    bar = functools.partial(
+        tqdm.tqdm,
+        desc=f"finetune/{name} {suffix}".strip(),
+        disable=not progress,
+        leave=False,
     )
-    state, opt_state = step(state, opt_state, images, labels, np.int32(number))
-    bar.update()
-  bar.close()
-  starts = tqdm.tqdm(
-      range(0, len(test), batch_size),
-      desc=f"finetune/{name}",
-      disable=not progress,
-      leave=False,
-  )
-  correct, seen = 0, np.zeros(num_classes, bool)
-  for start in starts:
-    part = [test[i] for i in range(start, min(start + batch_size, len(test)))]
-    images = np.stack(
-        [transforms.center_resize(x["image"], size) for x in part]
-    )
-    labels = np.array([x["label"] for x in part])
-    # Padded with repeats to one shape; the rest is dropped.
-    rows = np.arange(batch_size) % len(part)
-    guesses = np.asarray(predict(state, images[rows]))[: len(part)]
-    correct += int((guesses == labels).sum())
-    seen[labels] = True
-  return {
-      f"finetune/{name}/top1": 100 * correct / len(test),
+    for number in bar(range(epochs * steps)):
+      images, labels = _batch(
+          train, size, batch_size, seed, *divmod(number, steps)
+      )
+      state, opt_state = step(
+          state, opt_state, images, labels, np.int32(number)
+      )
+    correct, seen = 0, np.zeros(num_classes, bool)
+    for first in bar(range(0, len(test), batch_size)):
+      part = [test[i] for i in range(first, min(first + batch_size, len(test)))]
+      images = np.stack(
+          [transforms.center_resize(x["image"], size) for x in part]
+      )
+      labels = np.array([x["label"] for x in part])
+      # Padded with repeats to one shape; the rest is dropped.
+      rows = np.arange(batch_size) % len(part)
+      guesses = np.asarray(predict(state, images[rows]))[: len(part)]
+      correct += int((guesses == labels).sum())
+      seen[labels] = True
+    key = probe.metric(f"finetune/{name}/top1", suffix)
+    result[key] = 100 * correct / len(test)
+  return result | {
       f"finetune/{name}/chance": 100 / int(seen.sum()),
       f"finetune/{name}/count": len(test),
+  }
+
+
+def _head(model, params, size, num_classes):
+  """A linear head of zeros on the pooled features."""
+  width = jax.eval_shape(
+      lambda p: model.apply(
+          {"params": p}, jnp.zeros((1, size, size, 3)), method=model.pooled
+      ),
+      params,
+  ).shape[-1]
+  return {
+      "kernel": jnp.zeros((width, num_classes)),
+      "bias": jnp.zeros(num_classes),
   }
 
 

@@ -1,8 +1,8 @@
 """Optical flow on a set with ground truth, beside what needs no learning.
 
 EPE is in pixels of the original image: the mean over pairs of a pair's mean
-over valid pixels, as both of KITTI's development kits average it. Over all
-valid pixels of the set are, in percent, Fl-all (KITTI 2015) and px1, the share
+over valid pixels, KITTI 2012's average. Over all valid pixels of the set are, in
+percent, Fl-all, as KITTI 2015's development kit counts it, and px1, the share
 off by more than one pixel (the outlier rate that Spring ranks by, arXiv
 2303.01943), and the EPE of the classes: `epe_noc` of what both frames see (not
 marked as occluded, and moving to a place inside frame 2), `epe_occ` of the rest,
@@ -23,7 +23,9 @@ from mcjepa_jax import errors, metrics
 from mcjepa_jax.evals import tiling
 
 _PAIRWISE_LIMIT = 100  # sets up to here report every pair
+_CLASSICAL_SIDE = 16  # pixels: OpenCV 5's DIS may crash on lower frames
 _HELD_PIXELS = 2**26  # of truths in memory, 0.8 GB: larger sets are thinned
+_WAITING = 4  # times the pixels of a batch
 _THINNED = 16  # then every so many rows and columns make the set's constant
 
 
@@ -49,25 +51,29 @@ def _gray(image):
 def batches(
     dataset: Any, *, batch_size: int, max_pixels: int
 ) -> Iterator[list[dict[str, Any]]]:
-  """Runs of neighbouring examples of one shape, each example once.
+  """Runs of examples of one shape, each example once, each shape in order.
 
   At most `batch_size` examples and `max_pixels` pixels of frame 1 in each; a
-  larger pair is alone.
+  larger pair is alone. A batch that is not full waits for more of its shape
+  while what waits is below four times `max_pixels`.
   """
-  held: list[dict[str, Any]] = []
+  held: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+  waiting = 0
   for i in range(len(dataset)):
     example = {"record": dataset.record_id(i), **dataset[i]}
     shape = example["frame_1"].shape
-    if held and (
-        held[0]["frame_1"].shape != shape
-        or len(held) == batch_size
-        or (len(held) + 1) * shape[0] * shape[1] > max_pixels
-    ):
-      yield held
-      held = []
-    held.append(example)
-  if held:
-    yield held
+    group, pixels = held.setdefault(shape, []), shape[0] * shape[1]
+    group.append(example)
+    waiting += pixels
+    if len(group) == batch_size or (len(group) + 1) * pixels > max_pixels:
+      ready = shape
+    elif waiting >= _WAITING * max_pixels:
+      ready = next(iter(held))
+    else:
+      continue
+    waiting -= len(held[ready]) * ready[0] * ready[1]
+    yield held.pop(ready)
+  yield from held.values()
 
 
 def seen_in_both(example: dict[str, Any]) -> Bool[np.ndarray, "h w"] | None:
@@ -152,7 +158,7 @@ def run(
       gives `epe_random_init`.
     batch_size: pairs of one shape.
     max_pixels: of frame 1 in a batch; larger frames are cut into tiles.
-    classical: also Farneback and DIS.
+    classical: also Farneback and DIS, of pairs whose sides they can take.
     train_flows: their mean, one constant vector, gives `epe_train_mean`.
     progress: shows a bar.
 
@@ -192,6 +198,10 @@ def run(
       record, truth = example["record"], example["flow"]
       valid, seen = example["valid"], seen_in_both(example)
       _expect_size(record, truth, example["frame_1"])
+      if not np.any(valid):
+        tqdm.tqdm.write(
+            f"flow/{name}: {record} has no valid pixel: not counted"
+        )
       if thin is None:
         large = truth[..., 0].size * len(dataset) > _HELD_PIXELS
         thin = slice(None, None, _THINNED if large else None)
@@ -205,7 +215,7 @@ def run(
       add(record, "epe_pair_constant", constant, truth, valid)
       if train_mean is not None:
         add(record, "epe_train_mean", train_mean, truth, valid)
-      if classical:
+      if classical and min(truth.shape[:2]) >= _CLASSICAL_SIDE:
         for metric, method in (("epe_farneback", farneback), ("epe_dis", dis)):
           flow = method(example["frame_1"], example["frame_2"])
           add(record, metric, flow, truth, valid)

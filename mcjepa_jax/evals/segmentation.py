@@ -250,17 +250,17 @@ def fit(
       jnp.array,
       (network.params, network.stats, tx.init(network.params), 0),
   )
-  state = jax.device_put(state, replicated)
+  state, fixed = jax.device_put((state, network.fixed), replicated)
   previous = None
   with tqdm.tqdm(total=num_steps, desc=name, unit="step", leave=False) as bar:
     for number in range(num_steps):
-      state, loss = step(state, network.fixed, next(batches))
+      state, loss = step(state, fixed, next(batches))
       # One step late, so that the host prepares a batch meanwhile.
       if previous is not None:
         _show(bar, name, number - 1, previous)
       previous = loss
     _show(bar, name, num_steps - 1, previous)
-  return network._replace(params=state[0], stats=state[1])
+  return network._replace(params=state[0], stats=state[1], fixed=fixed)
 
 
 def _unpacked(batch):
