@@ -10,7 +10,7 @@ from typing import Any
 from mcjepa_jax import step as steps
 
 # What is counted where it happens, and no rule judges.
-EVENTS = ("not_finite", "rollback", "recompilation")
+EVENTS = ("not_finite", "rollback", "recompilation", "checkpoint")
 ACTIONS = ("log", "stop", "rollback")
 
 

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import math
 import os
+import shutil
 import tempfile
 from typing import Any
 
@@ -22,10 +23,17 @@ from mcjepa_jax.errors import UserError
 
 _FOLDER = "checkpoints"
 _SHOWN = 4
+_PARTIAL = ".orbax-checkpoint-tmp"
 # What damaged or missing files raise: tensorstore has no error class.
 _STORAGE_ERRORS = (OSError, ValueError, KeyError)
 # Of these a background write that fails tells the text alone.
-_FULL_DISK = tuple(os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT))
+_REFUSALS = tuple(
+    os.strerror(n)
+    for n in (
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+        *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE),
+    )
+)
 _policies = ocp.checkpoint_managers
 
 
@@ -243,11 +251,13 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _written(self) -> Iterator[None]:
-    """Raises UserError for what a full disk raises inside."""
+    """Raises UserError for what a disk that takes no more raises inside."""
     try:
       yield
     except (OSError, ValueError) as error:
-      reason = next((x for x in _FULL_DISK if x in str(error)), None)
+      reason = next((x for x in _REFUSALS if x in str(error)), None)
+      if reason is None and isinstance(error, OSError):
+        reason = error.strerror or str(error)
       if reason is None:
         raise
       steps = _steps(self._folder)
@@ -255,6 +265,13 @@ class Checkpoints:
       raise UserError(
           f"a checkpoint in {self._folder} cannot be written: {reason}; {left}"
       ) from error
+
+  def _drop_partial(self) -> None:
+    """Makes room of what a failed write left; one that goes on, next time."""
+    if jax.process_index() == 0 and self._folder.is_dir():
+      for path in self._folder.iterdir():
+        if path.name.endswith(_PARTIAL):
+          shutil.rmtree(path, ignore_errors=True)
 
   def latest_step(self) -> int | None:
     """Returns the newest complete step, if there is one."""
@@ -291,6 +308,8 @@ class Checkpoints:
     """
     if step in self._manager.all_steps():
       return False
+    self.wait_until_finished()
+    self._drop_partial()
     with self._written():
       return self._manager.save(
           step,
@@ -333,12 +352,12 @@ class Checkpoints:
     """Waits for the save under way; raises what it failed with."""
     with self._written():
       self._manager.wait_until_finished()
-      self._manager.check_for_errors()
 
   def check_errors(self) -> None:
-    """Raises what the save under way has failed with so far."""
-    with self._written():
-      self._manager.check_for_errors()
+    """Raises, once, what the last save has failed with; waits for nothing."""
+    # The manager's own check finds nothing: the thread that ends a save took it.
+    if not self._manager.is_saving_in_progress():
+      self.wait_until_finished()
 
   def close(self) -> None:
     """Waits as above, and ends the background threads."""

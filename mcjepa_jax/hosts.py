@@ -5,11 +5,12 @@ end every process where one is missing, and name none. What follows goes through
 the key-value store of JAX's own service.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import faulthandler
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
@@ -395,18 +396,33 @@ def log_folder(workdir: pathlib.Path) -> pathlib.Path:
   return folder
 
 
-def on_sigterm(handler: Any) -> Any:
-  """The handler of SIGTERM before this one; of many hosts JAX has its own."""
-  if jax.process_count() > 1:
-    return None
-  return signal.signal(signal.SIGTERM, handler)
+@contextlib.contextmanager
+def on_sigterm(handler: Callable[..., None]) -> Iterator[None]:
+  """Calls `handler` on SIGTERM inside; of many hosts JAX has its own."""
+  if jax.distributed.is_initialized():
+    yield
+    return
+  before = signal.signal(signal.SIGTERM, handler)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, before)
 
 
-def stopping(stop: threading.Event, number: int) -> bool:
-  """Whether this is the step before which all hosts stop, on SIGTERM to any."""
+# How often this process asked whether to stop.
+_asked = itertools.count(1)
+
+
+def stopping(stop: threading.Event) -> bool:
+  """Whether to stop before this step, on SIGTERM to any host.
+
+  All hosts ask as often, and all hear it at the same step.
+  """
   if jax.process_count() == 1:
     return stop.is_set()
-  return multihost_utils.reached_preemption_sync_point(number)
+  # Of a SIGTERM before the first question JAX makes number 1 the last one, so
+  # a resumed run's steps are no numbers to ask by.
+  return multihost_utils.reached_preemption_sync_point(next(_asked))
 
 
 class Watch:

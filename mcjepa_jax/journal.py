@@ -137,12 +137,15 @@ def check_writable(folder: pathlib.Path, key: str) -> None:
 
 
 @contextlib.contextmanager
-def full_disk_told(folder: pathlib.Path) -> Iterator[None]:
-  """Raises UserError for what writing to a full disk raises inside."""
+def refusal_told(folder: pathlib.Path) -> Iterator[None]:
+  """Raises UserError where the folder takes no more of what is written inside."""
   try:
     yield
   except OSError as error:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    # A write to an open file names none.
+    ours = pathlib.Path(error.filename or "/").is_relative_to(folder)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    if not (ours or full):
       raise
     raise errors.UserError(
         f"workdir: cannot write {error.filename or folder}: {error.strerror};"

@@ -1,5 +1,7 @@
 """What the loop does about a step that has run: shows it, judges it, acts."""
 
+from collections.abc import Iterator
+import contextlib
 import dataclasses
 import time
 from typing import Any
@@ -13,6 +15,7 @@ from mcjepa_jax import (
     command,
     diagnostics,
     dumps,
+    errors,
     step as steps,
 )
 from mcjepa_jax.progress import Batch, Progress, Run
@@ -37,6 +40,7 @@ class Watcher:
     self._progress = progress
     self._pending: _Pending | None = None
     self._first = False  # whether no step of this process has run
+    self._newest: int | None = -1  # checkpoint when a write failed
     self._diagnosis = diagnostics.Diagnosis(
         run.model, assembly.recipe(run.config), run.mesh
     )
@@ -63,6 +67,22 @@ class Watcher:
         values = self._diagnosis(state, batch.arrays)
       self._progress.log.scalars(number, values)
       self._act(number, run.watch.judge(number, values), batch.streams)
+
+  @contextlib.contextmanager
+  def writing(self, number: int) -> Iterator[None]:
+    """Notes a checkpoint that failed inside; raises at the second in a row."""
+    checkpoints = self._run.checkpoints
+    try:
+      yield
+    except errors.UserError as error:
+      newest, before = checkpoints.latest_step(), self._newest
+      if newest == before:
+        raise
+      self._newest = newest
+      self._run.watch.count("checkpoint")
+      self._progress.alarm(
+          number, "checkpoint", f"{error}; the next save tries again"
+      )
 
   def dispatched(
       self, number: int, batch: Batch, logs: dict[str, jax.Array]
@@ -101,7 +121,8 @@ class Watcher:
         watch.row = 0
         fired = watch.judge(pending.number, values)
       self._progress.report(pending.number, values)
-      self._run.checkpoints.check_errors()
+      with self.writing(pending.number):
+        self._run.checkpoints.check_errors()
     if values["skipped"]:
       self._skipped(pending, values, total, state, following)
       where = self._run.abstract.skipped.sharding

@@ -375,13 +375,26 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     UserError: the config, the data or the workdir cannot be used.
     Stop: an alarm ends it (76), or SIGTERM came and the state is saved (75).
   """
+  # In the steps the loop's own handler takes its place.
+  with hosts.on_sigterm(_leave):
+    return _train(config, workdir)
+
+
+def _leave(*_: Any) -> None:
+  raise command.Stop(
+      command.EXIT_PREEMPTED,
+      "SIGTERM outside of the steps: what is saved is all there is",
+  )
+
+
+def _train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
   clock = journal.Clock(journal.process_start())
   streams, mesh = set_up_input(config, workdir)
   model, optimizers = assembly.model(config), assembly.optimizers(config)
   abstract = assembly.abstract_state(config, model, optimizers, mesh)
   with (
       sole_owner(workdir) if hosts.first() else contextlib.nullcontext(),
-      journal.full_disk_told(workdir),
+      journal.refusal_told(workdir),
       checkpoint.Checkpoints(
           workdir,
           keep_last=config.keep_last,
@@ -423,6 +436,8 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
           print(f"Resumed at step {newest} of {config.num_steps}.")
       run.began = clock.seconds()
       state = run_loop(run, state)
+      if run.stop.is_set():  # after the last step was saved
+        _leave()
       peak_gb = journal.peak_rss_gb()  # while the workers live
     finally:
       for stream in streams.values():
@@ -476,16 +491,13 @@ def roll_back(run: Run, back: alarms.RollBack) -> steps.TrainState:
 
 def run_loop(run: Run, state: steps.TrainState) -> steps.TrainState:
   """The trained state, by as many ways back as the alarms allow."""
-  handler = hosts.on_sigterm(lambda *_: run.stop.set())
   rolled_back = False
-  try:
+  with hosts.on_sigterm(lambda *_: run.stop.set()):
     while True:
       try:
         return run_steps(run, state, rolled_back)
       except alarms.RollBack as back:
         state, rolled_back = roll_back(run, back), True
-  finally:
-    hosts.on_sigterm(handler)
 
 
 def run_steps(
@@ -514,18 +526,25 @@ def run_steps(
     for number in range(start, config.num_steps):
       watch.step()
       if number > start:
-        stopping = hosts.stopping(run.stop, number)
-        if config.eval_every and number % config.eval_every == 0:
+        stopping = hosts.stopping(run.stop)
+        # What stops has seconds left, and nothing to lose but its state.
+        looks = not stopping
+        if looks and config.eval_every and number % config.eval_every == 0:
           with clock.span("evaluate"):
             progress.log.scalars(number, evaluations_on_the_way(run, state))
-        if config.panel_every and number % config.panel_every == 0:
+        if looks and config.panel_every and number % config.panel_every == 0:
           draw(run, state, progress.log)
         first = rolled_back and number == start + 1
         if stopping or first or number % config.save_every == 0:
           state, _ = watcher.settle(state, queue[0].streams)
           # In a row of skipped updates what was saved before it stays newest.
           if stopping or not run.watch.row:
-            with clock.span("checkpoint"):
+            tolerant = (
+                contextlib.nullcontext()
+                if stopping
+                else watcher.writing(number)
+            )
+            with clock.span("checkpoint"), tolerant:
               save(run, state, queue[0].streams, hurry=stopping)
         if stopping:
           run.checkpoints.wait_until_finished()

@@ -1,11 +1,13 @@
 """What was saved comes back bit for bit, or not at all."""
 
+import errno
 import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import time
 
 from flax import struct
 import jax
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from mcjepa_jax import checkpoint
@@ -339,6 +342,39 @@ def test_a_full_disk_is_named_and_what_was_saved_stays(tmp_path):
     np.testing.assert_array_equal(kept["a"], large["params"]["a"])
   finally:
     subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+def test_a_write_that_fails_is_told_without_waiting_for_the_next(
+    tmp_path, monkeypatch
+):
+  with checkpoint.Checkpoints(tmp_path, keep_last=9) as checkpoints:
+    checkpoints.save(1, make_state(), {}, {})
+    checkpoints.wait_until_finished()
+
+    async def refused(self, x, directory):
+      raise OSError(errno.EROFS, "Read-only file system", str(tmp_path))
+
+    with monkeypatch.context() as patch:
+      patch.setattr(ocp.JsonCheckpointHandler, "_save_fn", refused)
+      checkpoints.save(2, make_state(), {}, {})
+      deadline = time.monotonic() + 60
+      with pytest.raises(UserError, match="Read-only .* step 1 stays"):
+        while True:
+          checkpoints.check_errors()
+          assert time.monotonic() < deadline
+          time.sleep(0.01)
+    assert checkpoints.latest_step() == 1
+    checkpoints.check_errors()  # told once
+    # What the failed write left goes, once its last threads have ended: the
+    # disk may be full.
+    step, left = 2, ["2.orbax-checkpoint-tmp"]
+    while any("tmp" in name for name in left) and step < 60:
+      time.sleep(0.1)
+      step += 1
+      checkpoints.save(step, make_state(), {}, {})
+      checkpoints.wait_until_finished()
+      left = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert checkpoints.all_steps()[-1] == step < 60
 
 
 def test_a_save_that_fails_in_the_background_surfaces(tmp_path):

@@ -185,6 +185,41 @@ def test_sigterm_to_one_process_saves_and_ends_all(config_path, tmp_path):
 
 @pytest.mark.proof
 @pytest.mark.slow
+def test_sigterm_before_the_first_step_of_a_resumed_run_is_heard(
+    config_path, tmp_path
+):
+  endless = ("--config.mode=content", "--config.num_steps=100000")
+
+  def pair():
+    port = _free_port()
+    return [
+        _start(config_path, tmp_path, *endless, index=i, count=2, port=port,
+               PYTHONUNBUFFERED="1")
+        for i in range(2)
+    ]  # fmt: skip
+
+  log, processes = tmp_path / "metrics.jsonl", pair()
+  deadline = time.monotonic() + 400
+  while not (log.exists() and log.read_text().count("\n") > 2):
+    assert time.monotonic() < deadline
+    time.sleep(0.1)
+  processes[1].send_signal(signal.SIGTERM)
+  first = _wait(processes)
+  assert [code for code, _, _ in first] == [75, 75], first
+  step = int(first[0][2].rsplit("saved at step ", 1)[1].split()[0])
+  processes = pair()
+  for line in processes[1].stdout:
+    if line.startswith("Resumed at step"):
+      break
+  processes[1].send_signal(signal.SIGTERM)  # it compiles
+  again = _wait(processes)
+  assert [code for code, _, _ in again] == [75, 75], again
+  saved = int(again[0][2].rsplit("saved at step ", 1)[1].split()[0])
+  assert step < saved <= step + 3
+
+
+@pytest.mark.proof
+@pytest.mark.slow
 def test_a_host_with_another_config_is_shown(config_path, tmp_path):
   port = _free_port()
   processes = [

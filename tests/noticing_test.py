@@ -4,7 +4,11 @@ The fault is a record of one flat colour and an augmentation that divides by an
 image's range, as code without an epsilon does.
 """
 
+import errno
 import json
+import os
+import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +20,7 @@ import pytest
 from mcjepa_jax import (
     command,
     errors,
+    hosts,
     journal,
     photometry,
     replay,
@@ -287,6 +292,72 @@ def test_logs_on_a_full_disk_end_the_run_and_it_goes_on_when_there_is_room(
   # Noticed by the step after the first that could not be logged.
   assert saved and max(saved) <= 4
   assert train.train(_config(data), tmp_path)["meta/step"] == 8
+
+
+def _refused(monkeypatch, steps):
+  """Writing the checkpoints of these steps fails in the background."""
+  written = ocp.JsonCheckpointHandler._save_fn
+
+  async def save(self, x, directory):
+    path = str(directory)
+    if any(f"checkpoints/{step}." in path for step in steps):
+      raise OSError(errno.EACCES, "Permission denied", path)
+    await written(self, x, directory)
+
+  monkeypatch.setattr(ocp.JsonCheckpointHandler, "_save_fn", save)
+
+
+def test_a_checkpoint_that_fails_is_told_and_the_next_is_saved(
+    data, tmp_path, monkeypatch
+):
+  _refused(monkeypatch, {2, 6})
+  workdir = tmp_path / "run"
+  assert train.train(_config(data), workdir)["alarm/checkpoint"] == 2
+  saved = {path.name for path in (workdir / "checkpoints").iterdir()}
+  assert {name for name in saved if name.isdigit()} == {"4", "8"}
+  told = [
+      alarm["text"]
+      for alarm in journal.read_lines(workdir / "alarms.jsonl")
+      if alarm["alarm"] == "checkpoint"
+  ]
+  assert len(told) == 2 and "Permission denied" in told[0]
+
+
+def test_two_checkpoints_in_a_row_that_fail_end_the_run(
+    data, tmp_path, monkeypatch
+):
+  with monkeypatch.context() as patch:
+    _refused(patch, {4, 6})
+    with pytest.raises(errors.UserError, match="Permission denied; step 2 st"):
+      train.train(_config(data), tmp_path / "run")
+  assert train.train(_config(data), tmp_path / "run")["meta/step"] == 8
+
+
+def test_sigterm_in_the_last_evaluation_ends_it_and_the_next_run_evaluates(
+    data, tmp_path, monkeypatch
+):
+  def preempted(run, state, **_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+    raise AssertionError("SIGTERM was not heard")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train, "evaluations", preempted)
+    with pytest.raises(command.Stop) as stop:
+      train.train(_config(data, num_steps=2), tmp_path / "run")
+  assert stop.value.code == 75
+  assert train.train(_config(data, num_steps=2), tmp_path / "run")
+
+
+def test_a_run_that_is_preempted_saves_before_it_evaluates_or_draws(
+    data, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(hosts, "stopping", lambda stop: True)
+  monkeypatch.setattr(train, "draw", None)
+  monkeypatch.setattr(train, "evaluations", None)
+  with pytest.raises(command.Stop, match="saved at step 1") as stop:
+    train.train(_config(data, eval_every=1, panel_every=1), tmp_path / "run")
+  assert stop.value.code == 75
 
 
 @pytest.mark.proof
