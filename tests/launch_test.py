@@ -289,6 +289,18 @@ def test_the_jobset_has_what_main_reads():
   # One pod a host, each once: JAX counts on as many as the slice has.
   assert spec["parallelism"] == spec["completions"] and not spec["backoffLimit"]
   pod = spec["template"]["spec"]
+  # What would fail again ends all; what is preempted is started again.
+  (rule,) = jobset["spec"]["failurePolicy"]["rules"]
+  assert rule["action"] == "FailJobSet"
+  assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+  (final,) = spec["podFailurePolicy"]["rules"]
+  assert final["action"] == "FailJob"
+  assert final["onExitCodes"] == {
+      "containerName": pod["containers"][0]["name"],
+      "operator": "In",
+      "values": [command.EXIT_USER_ERROR, command.EXIT_ALARM],
+  }
+  assert pod["restartPolicy"] == "Never"
   rows, columns = map(
       int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
   )
