@@ -98,14 +98,8 @@ def test_the_gradient_is_that_of_the_whole_batch(count):
   for name in logs:
     if name.startswith(("loss", "content/", "motion/", "feature_std/p")):
       np.testing.assert_allclose(logs[name], whole_logs[name], rtol=2e-5)
-
-
-@pytest.mark.proof
-@pytest.mark.slow
-def test_plain_accumulation_misses_it_by_far():
-  _, grads = _gradient("plain", 2)
-  _, whole = _gradient("plain")
-  assert _distance(grads, whole) > 1e-2
+  if count > 1:  # which plain accumulation misses by far
+    assert _distance(_gradient("plain", count)[1], whole) > 1e-2
 
 
 @pytest.mark.proof
@@ -245,3 +239,13 @@ def test_batch_normalisation_is_refused_with_its_place():
 
   with pytest.raises(errors.UserError, match="got .*expander/norm_0"):
     jax.eval_shape(gradient, params, views)
+
+
+@pytest.mark.proof
+@pytest.mark.slow
+def test_the_loop_that_accelerators_run_gives_the_same(monkeypatch):
+  # Of the images alone: the CPU's compiler spoils the warps' gradient there.
+  monkeypatch.setattr(accumulation, "loops", lambda count: count)
+  _, rolled = _gradient.__wrapped__("exact", 2, tasks=("views",))
+  _, whole = _gradient("plain", tasks=("views",))
+  assert _distance(rolled, whole) < 1e-5
