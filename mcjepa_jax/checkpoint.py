@@ -19,6 +19,7 @@ import jax
 from jax import numpy as jnp
 import orbax.checkpoint as ocp
 
+from mcjepa_jax.data import files
 from mcjepa_jax.errors import UserError
 
 _FOLDER = "checkpoints"
@@ -39,7 +40,10 @@ _policies = ocp.checkpoint_managers
 
 def _absolute(path: str | os.PathLike) -> epath.Path:
   text = os.fspath(path)
-  return epath.Path(text if "://" in text else os.path.abspath(text))
+  if "://" in text:
+    files.prepare(text)
+    return epath.Path(text)
+  return epath.Path(os.path.abspath(text))
 
 
 def _name(path: tuple[Any, ...]) -> str:
@@ -59,6 +63,11 @@ def _on_devices(abstract: Any) -> Any:
 
 def _steps(folder: epath.Path) -> list[int]:
   return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+
+
+def begun(workdir: str | os.PathLike) -> bool:
+  """Returns whether a run has come to the point where it may save."""
+  return (_absolute(workdir) / _FOLDER).exists()
 
 
 def locate(path: str | os.PathLike) -> epath.Path:
@@ -268,7 +277,7 @@ class Checkpoints:
 
   def _drop_partial(self) -> None:
     """Makes room of what a failed write left; one that goes on, next time."""
-    if jax.process_index() == 0 and self._folder.is_dir():
+    if jax.process_index() == 0 and "://" not in str(self._folder):
       for path in self._folder.iterdir():
         if path.name.endswith(_PARTIAL):
           shutil.rmtree(path, ignore_errors=True)

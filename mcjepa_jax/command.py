@@ -250,7 +250,7 @@ def guarded(function: Callable[[], Any], *, debug: bool) -> int:
 
 def run(
     argv: Sequence[str] | None,
-    function: Callable[[Any, pathlib.Path, Mapping[str, list[str]]], None],
+    function: Callable[[Any, str, Mapping[str, list[str]]], None],
     *,
     flags: Sequence[str] = (),
 ) -> int:
@@ -262,7 +262,7 @@ def run(
     file, workdir = single(arguments.flags, config="FILE.py", workdir="FOLDER")
     config = load_config(file, arguments.overrides)
     set_up_jax(config.compilation_cache)
-    function(config, pathlib.Path(workdir).expanduser(), arguments.flags)
+    function(config, workdir, arguments.flags)
 
   return guarded(body, debug="--debug" in argv)
 

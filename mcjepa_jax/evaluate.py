@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import importlib.metadata
+import os
 import pathlib
 import subprocess
 import time
@@ -13,10 +14,12 @@ from mcjepa_jax import (
     checkpoint,
     errors,
     journal,
+    mirror,
     sharding,
     suite,
     validation,
 )
+from mcjepa_jax.data import files
 from mcjepa_jax.models import mcjepa
 
 _RESULTS = "evaluation.json"
@@ -61,7 +64,7 @@ def table(results: Mapping[str, Any]) -> str:
   return "\n".join(f"{key:<{width}}  {value}" for key, value in rows)
 
 
-def evaluate(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
+def evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
   """Restores `config.checkpoint`, runs the evals, writes and returns them.
 
   The model and the seed of the random-init rows are the checkpoint's own. Evals
@@ -72,9 +75,16 @@ def evaluate(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
       anything is loaded; with why an eval did not run, once the others are
       written.
   """
+  with mirror.opened(workdir) as folder:
+    return _evaluate(config, folder)
+
+
+def _evaluate(config: Any, folder: mirror.Folder) -> dict[str, Any]:
   started = time.perf_counter()
-  path = pathlib.Path(config.checkpoint or workdir).expanduser()
-  target = pathlib.Path(config.results or workdir / _RESULTS).expanduser()
+  path = files.path(config.checkpoint or folder.address)
+  target = folder.local / _RESULTS
+  if config.results:
+    target = pathlib.Path(config.results).expanduser()
   found = suite.faults(config)
   runnable = [entry for entry in config.evals if entry not in found.by_eval]
   missing = [f for faults in found.by_eval.values() for f in faults]
@@ -99,7 +109,8 @@ def evaluate(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     config.seed = meta["seed"]
   initial = sharding.call_once(lambda: mcjepa.init_params(model, config.seed))
   results, faults = suite.run(
-      suite.Subject(config, model, params, initial, mesh, workdir), runnable
+      suite.Subject(config, model, params, initial, mesh, folder.local),
+      runnable,
   )
   results |= {
       "meta/config": meta.get("config", ""),
@@ -118,7 +129,7 @@ def evaluate(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def restore_model(
-    path: str | pathlib.Path, *, mesh: jax.sharding.Mesh
+    path: str | os.PathLike, *, mesh: jax.sharding.Mesh
 ) -> tuple[mcjepa.MCJEPA, Params, dict[str, Any]]:
   """The model that a checkpoint describes, its parameters and its meta.
 

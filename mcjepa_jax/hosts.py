@@ -27,7 +27,7 @@ import jax
 from jax._src import clusters, distributed
 from jax.experimental import multihost_utils
 
-from mcjepa_jax import errors, sharding
+from mcjepa_jax import errors, mirror, sharding
 
 FLAGS = ("coordinator", "processes", "process")
 _SHOWN = 8  # differences between two hosts
@@ -330,9 +330,18 @@ def _flat(tree: Any, path: str = "") -> dict[str, Any]:
   return {k: v for item in items for k, v in _flat(item[1], item[0]).items()}
 
 
-def check_shared(workdir: pathlib.Path) -> None:
+def check_shared(folder: mirror.Folder) -> None:
   """Raises UserError unless all hosts see one folder at this path."""
   if jax.process_count() == 1:
+    return
+  workdir = folder.address
+  if isinstance(workdir, str):  # in a bucket, which all see by its name
+    (others := set(exchange("workdir", workdir))).discard(workdir)
+    if others:
+      raise errors.UserError(
+          f"workdir: expected one for all hosts, got {workdir} and"
+          f" {', '.join(sorted(others))}"
+      )
     return
   path = workdir / ".shared"
   if first():

@@ -8,7 +8,14 @@ from typing import Any
 import jax
 import tqdm
 
-from mcjepa_jax import alarms, checkpoint, hosts, journal, step as steps
+from mcjepa_jax import (
+    alarms,
+    checkpoint,
+    hosts,
+    journal,
+    mirror,
+    step as steps,
+)
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.programs import Programs
 
@@ -20,7 +27,8 @@ class Run:
   """What the loop needs; of it only what counts and watches changes."""
 
   config: Any
-  workdir: pathlib.Path
+  workdir: pathlib.Path  # where this host's logs are
+  folder: mirror.Folder
   model: mcjepa.MCJEPA
   optimizers: dict[str, Any]
   abstract: steps.TrainState

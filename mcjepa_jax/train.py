@@ -26,6 +26,7 @@ from mcjepa_jax import (
     goodput,
     hosts,
     journal,
+    mirror,
     noticing,
     panels,
     sharding,
@@ -42,7 +43,7 @@ _NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
 
 
 def set_up_input(
-    config: Any, workdir: pathlib.Path
+    config: Any, folder: mirror.Folder
 ) -> tuple[dict[str, Any], jax.sharding.Mesh]:
   """The streams and the mesh, after every check that needs no compilation.
 
@@ -52,8 +53,8 @@ def set_up_input(
   faults = validation.faults(config, devices=validation.device_count(config))
   streams = {}
   for check in (
-      lambda: journal.check_writable(workdir, "workdir"),
-      lambda: check_resume(config, workdir),
+      lambda: journal.check_writable(folder.local, "workdir"),
+      lambda: check_resume(config, folder),
       lambda: check_init_checkpoint(config),
       lambda: assembly.optimizers(config),
       lambda: streams.update(assembly.streams(config)),
@@ -72,7 +73,7 @@ def set_up_input(
       {"config": command.leaves(config), "data": data},
       list(dict.fromkeys(faults)),
   )
-  hosts.check_shared(workdir)
+  hosts.check_shared(folder)
   if hosts.first():
     for line in assembly.miscounts(config, streams):
       print(f"warning: {line}", file=sys.stderr)
@@ -119,11 +120,11 @@ def resumable_config(config: Any) -> dict[str, Any]:
   }
 
 
-def check_resume(config: Any, workdir: pathlib.Path) -> None:
+def check_resume(config: Any, folder: mirror.Folder) -> None:
   """Raises UserError if the workdir holds a run of another config."""
-  path = workdir / "config.json"
+  path = folder.local / "config.json"
   # A run that ended before its first checkpoint left nothing to resume.
-  if not path.exists() or not (workdir / "checkpoints").exists():
+  if not path.exists() or not checkpoint.begun(folder.address):
     return
   try:
     saved = dict(json.loads(path.read_text()))
@@ -134,7 +135,7 @@ def check_resume(config: Any, workdir: pathlib.Path) -> None:
   # Through JSON, where a tuple is a list.
   ours = json.loads(json.dumps(resumable_config(config)))
   faults = [
-      f"{key}: the run in {workdir} has {saved.get(key)!r}, this config"
+      f"{key}: the run in {folder.address} has {saved.get(key)!r}, this config"
       f" {ours.get(key)!r}; use another workdir"
       for key in sorted(saved.keys() | ours.keys())
       if saved.get(key) != ours.get(key)
@@ -236,6 +237,7 @@ def save(
     # On scenes of their own: what is reported chooses no checkpoint.
     with run.clock.span("evaluate"):
       metrics = evaluations_on_the_way(run, state, config.eval_seed + 1)
+  run.folder.push()  # before: what goes on from here finds its logs
   run.checkpoints.save(
       int(state.step),
       state,
@@ -366,18 +368,19 @@ def read_results(workdir: pathlib.Path) -> dict[str, Any]:
     return {}
 
 
-def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
+def train(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
   """The results of the final evaluation, after training to `num_steps`.
 
-  Resumes what the workdir holds; a finished one is only read.
+  Resumes what the workdir holds, a folder or gs://BUCKET/FOLDER; a finished one
+  is only read.
 
   Raises:
     UserError: the config, the data or the workdir cannot be used.
     Stop: an alarm ends it (76), or SIGTERM came and the state is saved (75).
   """
   # In the steps the loop's own handler takes its place.
-  with hosts.on_sigterm(_leave):
-    return _train(config, workdir)
+  with hosts.on_sigterm(_leave), mirror.opened(workdir) as folder:
+    return _train(config, folder)
 
 
 def _leave(*_: Any) -> None:
@@ -387,16 +390,17 @@ def _leave(*_: Any) -> None:
   )
 
 
-def _train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
+def _train(config: Any, folder: mirror.Folder) -> dict[str, Any]:
   clock = journal.Clock(journal.process_start())
-  streams, mesh = set_up_input(config, workdir)
+  workdir = folder.local
+  streams, mesh = set_up_input(config, folder)
   model, optimizers = assembly.model(config), assembly.optimizers(config)
   abstract = assembly.abstract_state(config, model, optimizers, mesh)
   with (
       sole_owner(workdir) if hosts.first() else contextlib.nullcontext(),
       journal.refusal_told(workdir),
       checkpoint.Checkpoints(
-          workdir,
+          folder.address,
           keep_last=config.keep_last,
           keep_hours=config.keep_hours,
           keep_best=config.keep_best,
@@ -418,8 +422,8 @@ def _train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
         )
     )
     run = Run(
-        config, workdir, model, optimizers, abstract, mesh, streams,
-        checkpoints, clock, alarms.Watch(config),
+        config, workdir, folder, model, optimizers, abstract, mesh,
+        streams, checkpoints, clock, alarms.Watch(config),
         step_programs(config, model, optimizers, abstract, mesh),
     )  # fmt: skip
     try:

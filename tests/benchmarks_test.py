@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import evals
+from benchmarks import evals, seeds
 
 
 @pytest.mark.parametrize(
@@ -118,3 +118,41 @@ def test_the_benchmark_of_input_writes_rows_and_fails_where_a_target_is_missed(
   assert run.returncode == (0 if rate["passed"] else 1), run.stderr
   run = _input("--only=pairs_nowhere")
   assert run.returncode and "--only: expected a part of" in run.stderr
+
+
+def test_seeds_have_one_table_with_their_spread_and_what_is_simpler(
+    tmp_path, capsys
+):
+  flow = {
+      f"flow/{name}/{metric}": value
+      for name, epe, count in (("a", 1.0, 4), ("b", 4.0, 2))
+      for metric, value in {
+          "epe": epe,
+          "count": count,
+          **{f"epe_{end}": 2 * epe for end in (
+              "random_init", "zero", "pair_constant", "farneback", "dis")},
+      }.items()
+  }  # fmt: skip
+  content = {
+      "knn/c/top1": 40.0,
+      "knn/c/top1_random_init": 20.0,
+      "knn/c/top1_pixels": 30.0,
+      "davis/d/j_and_f": 50.0,
+      "davis/d/j_and_f_random_init": 40.0,
+      "davis/d/j_and_f_copy_first": 60.0,
+  }
+  runs = []
+  for seed, more in enumerate((0.0, 2.0)):
+    run = flow | content | {"flow/a/epe": 1 + more, "knn/c/top1": 40 + more}
+    runs.append(tmp_path / f"{seed}.json")
+    runs[-1].write_text(json.dumps(run))
+  assert seeds.main([str(run) for run in runs]) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[2].startswith("| flow/a | 2.00 ± 1.41 | 2.00 | 2.00 |")
+  # (4 * 1 + 2 * 4) / 6 and (4 * 3 + 2 * 4) / 6.
+  assert lines[4].startswith("| all pairs | 2.67 ± 0.94 | 4.00 |")
+  assert lines[-2:] == [
+      "| knn/c/top1 | 41.00 ± 1.41 | 20.00 | 30.00 |  |",
+      "| davis/d/j_and_f | 50.00 | 40.00 |  | 60.00 |",
+  ]
+  assert seeds.main([str(runs[0])]) == 2

@@ -25,7 +25,7 @@ _LAYERS = (
     """flow_losses models.flow_decoder models.segmentation_heads data.flow_datasets
     data.image_datasets data.segmentation_datasets data.mask_datasets
     data.array_records data.cutouts data.feed data.video optimizer sharding checkpoint
-    journal""",
+    journal mirror""",
     "data.frame_folders",
     # 3: everything of one kind together.
     "accumulation hosts objective models.mcjepa data.sources data.pipeline data.convert",
@@ -37,7 +37,7 @@ _LAYERS = (
     # 6: what a config has wrong; pictures of what a model gives; a run's parts.
     "validation panels progress",
     # 7: evals that train, from a config.
-    "dense_evals",
+    "dense_evals sizing",
     # 8: evals by name.
     "suite",
     # 9: what commands share; what is done about what a run logs.

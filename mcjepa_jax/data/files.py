@@ -472,6 +472,22 @@ def forget(folder: Location) -> None:
   _listings.pop(folder, None)
 
 
+def prepare(address: str) -> None:
+  """Settles how the package of an address's store behaves, for its other users."""
+  _store(address.partition("://")[0])
+
+
+def forget_below(folder: Location) -> None:
+  """Makes what other processes write anywhere below a folder seen."""
+  for known in [x for x in _listings if x == folder or folder in _parents(x)]:
+    del _listings[known]
+  _listed_below.difference_update({folder, *_parents(folder)})
+
+
+def _parents(path: Remote) -> set[Remote]:
+  return {path._at(key) for key in path.key.parents}
+
+
 @contextlib.contextmanager
 def _changing(path: Remote) -> Iterator[Any]:
   try:

@@ -1,0 +1,98 @@
+"""A run's folder, which may be one in a bucket.
+
+Checkpoints are written straight to gs://BUCKET/RUN. Logs grow line by line, which
+no object of a bucket does: they are written to a folder of this machine, and
+copied to the bucket before each checkpoint and at the end. So a run that goes on
+from a checkpoint finds its logs up to there, on whatever machine.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import os
+import pathlib
+import shutil
+import tempfile
+import time
+
+from mcjepa_jax.data import files
+
+_CHECKPOINTS = "checkpoints"
+_MARKER = "opened.txt"
+
+
+class Folder:
+  """`local`, where logs are written; `address`, where checkpoints are."""
+
+  def __init__(self, local: pathlib.Path, address: str | pathlib.Path):
+    self.local, self.address = local, address
+
+  def push(self) -> None:
+    """Nothing: what is written is in its place."""
+
+
+class _Mirrored(Folder):
+  """A folder in a bucket, and the local one that its logs are in."""
+
+  def __init__(self, local: pathlib.Path, remote: files.Remote):
+    super().__init__(local, str(remote))
+    self._remote = remote
+    self._sent: dict[pathlib.Path, tuple[int, int]] = {}
+    self._pull()
+    self.push()
+
+  def _pull(self) -> None:
+    files.forget_below(self._remote)
+    for folder, below, names in self._remote.walk():
+      if folder == self._remote and _CHECKPOINTS in below:
+        below.remove(_CHECKPOINTS)
+      for name in names:
+        target = self.local / folder.relative_to(self._remote) / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        copy, spare = files.copied(folder / name)
+        (shutil.move if spare else shutil.copyfile)(copy, target)
+        self._sent[target] = _version(target)
+    # Written anew: a bucket that takes nothing is told now.
+    (self.local / _MARKER).write_text(f"{time.time()}\n")
+
+  def push(self) -> None:
+    """Copies to the bucket what has changed since the last time.
+
+    Raises:
+      Unreachable: it cannot be written.
+    """
+    for path in sorted(self.local.rglob("[!.]*")):  # others are half written
+      version = _version(path)
+      if path.is_dir() or self._sent.get(path) == version:
+        continue
+      handle, part = tempfile.mkstemp()
+      os.close(handle)
+      shutil.copyfile(path, part)  # what is appended meanwhile comes next time
+      files.put(
+          pathlib.Path(part),
+          self._remote.joinpath(*path.relative_to(self.local).parts),
+      )
+      self._sent[path] = version
+
+
+def _version(path: pathlib.Path) -> tuple[int, int]:
+  stat = path.stat()
+  return stat.st_size, stat.st_mtime_ns
+
+
+@contextlib.contextmanager
+def opened(workdir: str | os.PathLike) -> Iterator[Folder]:
+  """Gives the folder of a run; what is in a bucket is copied there at the end.
+
+  Raises:
+    UserError: a bucket that cannot be read or written.
+  """
+  place = files.path(workdir)
+  if not isinstance(place, files.Remote):
+    yield Folder(place, place)
+    return
+  with tempfile.TemporaryDirectory(prefix="mcjepa_run_") as local:
+    folder = _Mirrored(pathlib.Path(local), place)
+    try:
+      yield folder
+    finally:
+      folder.push()

@@ -1,0 +1,175 @@
+"""A run in a bucket: its logs come back, its checkpoints are found, it goes on."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+from gcp_storage_emulator import server as emulator
+import pytest
+
+from mcjepa_jax import compare, errors, mirror
+from mcjepa_jax.data import files
+from tests import workdirs
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_STEPS = 6
+_CONFIG = f"""
+from configs import quickstart
+from tests import tiny
+
+def get_config():
+  config = tiny.config(quickstart, mode="content", num_steps={_STEPS},
+                       mesh__devices=1, save_every=2, keep_last=9, log_every=1,
+                       log_records=True, evals=("rankme/synthetic",))
+  return config.lock()
+"""
+
+
+@pytest.fixture(scope="module")
+def bucket():
+  """The address of a bucket of an emulator, for this and later processes."""
+  server = emulator.create_server("localhost", 0, True, default_bucket="runs")
+  server.start()
+  port = server._api._httpd.server_address[1]
+  with pytest.MonkeyPatch.context() as patch:
+    for key in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
+      patch.setenv(key, f"http://localhost:{port}")
+    files._store.cache_clear()
+    yield "gs://runs"
+  server.stop()
+  files._store.cache_clear()
+
+
+def test_a_local_folder_is_itself(tmp_path):
+  with mirror.opened(tmp_path / "run") as folder:
+    assert folder.local == folder.address == tmp_path / "run"
+    folder.push()
+  assert not list(tmp_path.iterdir())
+
+
+def test_what_a_run_wrote_is_there_for_the_next_on_any_machine(bucket):
+  address = f"{bucket}/logs"
+  with mirror.opened(address) as folder:
+    assert folder.address == address
+    (folder.local / "metrics.jsonl").write_text("1\n")
+    (folder.local / "hosts" / "1").mkdir(parents=True)
+    (folder.local / "hosts" / "1" / "records.jsonl").write_text("a\n")
+    (folder.local / ".partial").write_text("x")
+    folder.push()
+    with (folder.local / "metrics.jsonl").open("a") as file:
+      file.write("2\n")
+  assert not folder.local.exists()
+  files.write(files.path(f"{address}/checkpoints/4/state"), b"large")
+  with mirror.opened(address) as again:
+    found = {
+        str(path.relative_to(again.local)): path.read_text()
+        for path in again.local.rglob("*")
+        if path.is_file()
+    }
+  del found["opened.txt"]
+  # Half-written files stay here, checkpoints there.
+  assert found == {"metrics.jsonl": "1\n2\n", "hosts/1/records.jsonl": "a\n"}
+
+
+def test_only_what_changed_is_copied(bucket, monkeypatch):
+  put, sent = files.put, []
+  monkeypatch.setattr(
+      files, "put", lambda part, path: sent.append(path.name) or put(part, path)
+  )
+  with mirror.opened(f"{bucket}/changes") as folder:
+    (folder.local / "a.txt").write_text("a")
+    (folder.local / "b.txt").write_text("b")
+    folder.push()
+    (folder.local / "b.txt").write_text("bb")
+  with mirror.opened(f"{bucket}/changes"):
+    pass
+  assert sent == ["opened.txt", "a.txt", "b.txt", "b.txt", "opened.txt"]
+
+
+def test_a_bucket_that_is_not_there_is_told_before_anything_runs(bucket):
+  with pytest.raises((errors.UserError, FileNotFoundError), match="nowhere"):
+    with mirror.opened("gs://nowhere/run"):
+      pytest.fail("it was opened")
+
+
+def _start(config_path, workdir, *overrides):
+  return subprocess.Popen(
+      [
+          sys.executable, "-m", "mcjepa_jax.main", f"--config={config_path}",
+          f"--workdir={workdir}", *overrides,
+      ],
+      env=os.environ
+      | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(_ROOT)},
+      cwd=_ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      start_new_session=True,
+  )  # fmt: skip
+
+
+def _ended(process):
+  out, err = process.communicate(timeout=500)
+  assert process.returncode == 0, err[-4000:]
+  return out
+
+
+@pytest.mark.proof
+@pytest.mark.slow
+def test_a_run_in_a_bucket_is_killed_goes_on_and_is_evaluated(bucket, tmp_path):
+  config = tmp_path / "configs" / "tiny_run.py"
+  config.parent.mkdir()
+  config.write_text(_CONFIG)
+  _ended(_start(config, tmp_path / "whole"))
+  address = f"{bucket}/run"
+  process = _start(config, address, "--config.num_steps=100000")
+  deadline = time.monotonic() + 400
+  place = files.path(address)
+  while not {"2", "4"} <= set(place.joinpath("checkpoints").names()):
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.2)
+    files.forget_below(place)
+  os.killpg(process.pid, signal.SIGKILL)
+  process.communicate()
+  # A run of so many steps is another one: what it left is of use to neither.
+  refused = _start(config, address)
+  _, err = refused.communicate(timeout=500)
+  assert refused.returncode == 2 and "num_steps: the run in gs://runs" in err
+
+  address = f"{bucket}/again"
+  process = _start(config, address, "--config.hang_seconds=0.0")
+  place = files.path(address)
+  while "2" not in place.joinpath("checkpoints").names():
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.05)
+    files.forget_below(place)
+  os.killpg(process.pid, signal.SIGKILL)
+  process.communicate()
+  assert "Resumed at step" in _ended(_start(config, address))
+  with mirror.opened(address) as folder:
+    for name in ("metrics.jsonl", "records.jsonl"):
+      steps = [line["step"] for line in workdirs.lines(folder.local / name)]
+      assert sorted(set(steps)) == steps[: _STEPS + 1]
+    whole, cut = (
+        [
+            {k: v for k, v in line.items() if k.startswith(("loss", "content"))}
+            for line in workdirs.lines(path / "metrics.jsonl")
+        ]
+        for path in (tmp_path / "whole", folder.local)
+    )
+    assert whole == cut
+    assert compare.read(folder.local / "results.json")
+  out = tmp_path / "out.json"
+  _ended(
+      _start(
+          config, address, "--config.task=evaluate", f"--config.results={out}"
+      )
+  )
+  results = json.loads(out.read_text())
+  assert results["meta/checkpoint"] == address
+  assert results["meta/step"] == _STEPS
+  assert results["rankme/synthetic/rank"] > 1
