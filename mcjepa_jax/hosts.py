@@ -422,6 +422,11 @@ def log_folder(workdir: pathlib.Path) -> pathlib.Path:
   return folder
 
 
+def shared_folder(folder: pathlib.Path) -> pathlib.Path:
+  """The workdir of a run, from the `log_folder` of this host."""
+  return folder if first() else folder.parents[1]
+
+
 def on_sigterm(handler: Any) -> Any:
   """The handler of SIGTERM before this one; of many hosts JAX has its own."""
   if jax.process_count() > 1:

@@ -12,11 +12,13 @@ import time
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 import pytest
 
-from mcjepa_jax import errors, hosts, sharding
-from tests import workdirs
+from mcjepa_jax import dumps, errors, hosts, photometry, replay, sharding
+from tests import tiny, workdirs
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _STEPS = 3
@@ -66,6 +68,35 @@ if "TEST_CLOCK" in os.environ:
   true = time.time
   time.time = lambda: true() + float(os.environ["TEST_CLOCK"])
 """
+
+
+# One record of one flat colour, and a view stretched to its own range: 0 / 0.
+_POISONED = """
+from configs import quickstart
+from mcjepa_jax import photometry
+from tests import hosts_test, tiny
+
+photometry.content_views = hosts_test.stretched(photometry.content_views)
+
+def get_config():
+  config = tiny.config(quickstart, mode="content", num_steps=8, save_every=2,
+                       content__sources=(("images", 1.0),),
+                       content__batch_size=4, content__jitter__p=0.0,
+                       log_every=1, log_records=True, keep_last=9,
+                       alarms__diagnose_every=0, alarms__skips_in_a_row=1)
+  return config.lock()
+"""
+
+
+def stretched(plain):
+  """The views that a photometry gives, each stretched to its own range."""
+
+  def views(*args, **kwargs):
+    x = plain(*args, **kwargs)
+    least = jnp.min(x, axis=(1, 2, 3), keepdims=True)
+    return (x - least) / (jnp.max(x, axis=(1, 2, 3), keepdims=True) - least)
+
+  return views
 
 
 @pytest.fixture(scope="module")
@@ -300,6 +331,57 @@ def test_a_fault_of_one_host_in_training_ends_both_with_it(
       if line.startswith("warning: clock")
   )
   assert f"process 1 ({host}) is 3600 s {relation} process 0 ({host}):" in line
+
+
+@pytest.mark.proof
+@pytest.mark.slow
+def test_two_hosts_skip_dump_and_roll_back_as_one(
+    tmp_path, monkeypatch, capsys
+):
+  path = tmp_path / "configs" / "poisoned.py"
+  path.parent.mkdir()
+  path.write_text(_POISONED)
+  for i in range(23):
+    tiny.save_image(tmp_path / "data" / "images" / f"{i:02d}.png", seed=i)
+  flat = Image.fromarray(np.full((40, 48, 3), 90, np.uint8))
+  flat.save(tmp_path / "data" / "images" / "flat.png")
+  one, many = tmp_path / "one", tmp_path / "many"
+  option = f"--config.data_root={tmp_path / 'data'}"
+  _run(path, one, option)
+  _run(path, many, option, count=2)
+  # Past the poisoned batch, with all that comes after it.
+  assert _records(many, 2) == _records(one, 1)
+  alarms = [workdirs.lines(w / "alarms.jsonl") for w in (one, many)]
+  for lines in alarms:
+    assert {line["alarm"] for line in lines} == {"not_finite", "rollback"}
+  assert [[line["step"] for line in lines] for lines in alarms][1:] == [
+      [line["step"] for line in alarms[0]]
+  ]
+  counts = [
+      {k: v for k, v in results.items() if k.startswith("alarm/")}
+      for results in (
+          json.loads((w / "results.json").read_text()) for w in (one, many)
+      )
+  ]
+  assert counts[0] == counts[1] and counts[0]["alarm/rollback"] >= 1
+  # One dump of both, which one process runs again.
+  folders = [sorted((w / "dumps").iterdir()) for w in (one, many)]
+  assert [f.name for f in folders[0]] == [f.name for f in folders[1]]
+  whole, parted = folders[0][0], folders[1][0]
+  np.testing.assert_array_equal(
+      dumps.read_arrays(parted, "content", 2)["views"],
+      np.load(whole / "views.0.npy"),
+  )
+  metas = [dumps.read_meta(folder)[0] for folder in (whole, parted)]
+  assert metas[0]["records"] == metas[1]["records"]
+  assert "images/flat.png" in metas[1]["records"]["content"]
+  assert (metas[0]["hosts"], metas[1]["hosts"]) == (1, 2)
+  plain = photometry.content_views
+  monkeypatch.setattr(photometry, "content_views", stretched(plain))
+  capsys.readouterr()
+  assert replay.main([f"--dump={parted}"]) == 0
+  report = json.loads(capsys.readouterr().out.splitlines()[-1])
+  assert "loss" in report["terms"] and "nan" in report["operation"]
 
 
 @pytest.mark.proof
