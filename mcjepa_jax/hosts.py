@@ -1,8 +1,9 @@
 """Several hosts as one run: they find each other, agree, and notice a hang.
 
 Process 0 calls the roll on the coordinator's port before JAX uses it: JAX would
-end every process where one is missing, and name none. What follows goes through
-the key-value store of JAX's own service.
+end every process where one is missing, and name none. The connections of the
+roll stay open, as the lifeline; facts go through the key-value store of JAX's
+own service.
 """
 
 from collections.abc import Mapping, Sequence
