@@ -13,9 +13,11 @@ from typing import Any
 
 from mcjepa_jax.errors import UserError, collect
 
+EXIT_CRASHED = 1  # as Python has it
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75
 EXIT_ALARM = 76
+EXIT_LOST = 77  # another host of the run
 EXIT_INTERRUPTED = 130  # as shells have it
 
 

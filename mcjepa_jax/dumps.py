@@ -1,11 +1,12 @@
 """Steps that a run kept to look at: WORKDIR/dumps/step_STEP.
 
 A dump holds the parameters from before the step as a checkpoint, the batch as
-NAME.npy, and in the checkpoint's meta the config, the records and what was
-logged.
+NAME.HOST.npy with each host's rows, and in the checkpoint's meta the config, the
+records of all hosts and what was logged.
 """
 
 from collections.abc import Mapping
+import itertools
 import pathlib
 from typing import Any
 
@@ -13,10 +14,20 @@ import jax
 import ml_collections
 import numpy as np
 
-from mcjepa_jax import checkpoint, errors, step as steps
+from mcjepa_jax import checkpoint, errors, hosts, step as steps
 
 _NAMES = ("frames", "views")
-_META = ("step", "kind", "key", "records", "logs")
+_META = ("step", "kind", "key", "records", "logs", "hosts")
+# Of the calls of `save`, the same on all hosts.
+_numbers = itertools.count()
+
+
+def _own_rows(x: jax.Array) -> np.ndarray:
+  """This host's rows of a batch; they lie together."""
+  rows = {
+      shard.index[0].start or 0: shard.data for shard in x.addressable_shards
+  }
+  return np.concatenate([jax.device_get(rows[start]) for start in sorted(rows)])
 
 
 def save(
@@ -33,17 +44,19 @@ def save(
 ) -> pathlib.Path | None:
   """The folder of the new dump; None where the workdir has `limit` already.
 
-  None too on several hosts, of which none holds the whole batch.
+  All hosts of a run call this, with the workdir that they share.
   """
-  if jax.process_count() > 1:
-    return None
   folder = workdir / "dumps" / f"step_{step}"
   others = [path for path in folder.parent.glob("*") if path != folder]
-  if len(others) >= limit or (folder / "checkpoints").exists():
+  full = len(others) >= limit or (folder / "checkpoints").exists()
+  told = hosts.exchange(f"dump {next(_numbers)}", [full, dict(records)])
+  # What the first found: the others may have come after its folder.
+  if told[0][0]:
     return None
   folder.mkdir(parents=True, exist_ok=True)
   for name, x in arrays.items():
-    np.save(folder / f"{name}.npy", jax.device_get(x), allow_pickle=False)
+    path = folder / f"{name}.{jax.process_index()}.npy"
+    np.save(path, _own_rows(x), allow_pickle=False)
   with checkpoint.Checkpoints(folder) as kept:
     kept.save(
         step,
@@ -52,7 +65,12 @@ def save(
         {
             "kind": kind,
             "key": jax.device_get(state.key).tolist(),
-            "records": dict(records),
+            # As the rows of the batch: host after host.
+            "records": {
+                task: sum((own[task] for _, own in told), [])
+                for task in records
+            },
+            "hosts": len(told),
             "logs": dict(logs),
             "config": config.to_dict(),
         },
@@ -77,6 +95,8 @@ def read_meta(folder: pathlib.Path) -> tuple[dict[str, Any], Any]:
   try:
     config = ml_collections.ConfigDict(_tuples(meta["config"])).lock()
     steps.tasks(meta["kind"])
+    if type(meta["hosts"]) is not int or meta["hosts"] < 1:
+      raise ValueError(f"hosts: {meta['hosts']}")
     np.asarray(meta["key"], np.uint32)
     return {k: meta[k] for k in _META}, config
   except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -86,8 +106,10 @@ def read_meta(folder: pathlib.Path) -> tuple[dict[str, Any], Any]:
     ) from error
 
 
-def read_arrays(folder: pathlib.Path, kind: str) -> dict[str, np.ndarray]:
-  """The batch of a dump.
+def read_arrays(
+    folder: pathlib.Path, kind: str, host_count: int = 1
+) -> dict[str, np.ndarray]:
+  """The batch of a dump, of all hosts.
 
   Raises:
     UserError: a file is missing, or is no array of u8[n, h, w, 3].
@@ -96,18 +118,30 @@ def read_arrays(folder: pathlib.Path, kind: str) -> dict[str, np.ndarray]:
   for task, name in zip(("motion", "content"), _NAMES, strict=True):
     if task not in steps.tasks(kind):
       continue
-    path = folder / f"{name}.npy"
-    try:
-      # Mapped: no more is allocated than the file has.
-      x = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
+    parts = [
+        _read(folder / f"{name}.{host}.npy", name) for host in range(host_count)
+    ]
+    shapes = {part.shape[1:] for part in parts}
+    if len(shapes) > 1:
       raise errors.UserError(
-          f"{path}: expected the {name} of a dump, came: {error}"
-      ) from error
-    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3:
-      raise errors.UserError(
-          f"{path}: expected u8 with 4 axes, the last of 3, came {x.dtype}"
-          f" {x.shape}"
+          f"{folder}: expected {name} of one size from all hosts, came"
+          f" {sorted(shapes)}"
       )
-    arrays[name] = np.array(x)
+    arrays[name] = np.concatenate(parts)
   return arrays
+
+
+def _read(path: pathlib.Path, name: str) -> np.ndarray:
+  """The rows of one host, mapped: no more is allocated than the file has."""
+  try:
+    x = np.load(path, mmap_mode="r", allow_pickle=False)
+  except (OSError, ValueError, EOFError, SyntaxError) as error:
+    raise errors.UserError(
+        f"{path}: expected the {name} of a dump, came: {error}"
+    ) from error
+  if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3:
+    raise errors.UserError(
+        f"{path}: expected u8 with 4 axes, the last of 3, came {x.dtype}"
+        f" {x.shape}"
+    )
+  return x

@@ -1,8 +1,9 @@
 """Several hosts as one run: they find each other, agree, and notice a hang.
 
 Process 0 calls the roll on the coordinator's port before JAX uses it: JAX would
-end every process where one is missing, and name none. What follows goes through
-the key-value store of JAX's own service.
+end every process where one is missing, and name none. The connections of the
+roll stay open, as the lifeline; facts go through the key-value store of JAX's
+own service.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ import jax
 from jax._src import clusters, distributed
 from jax.experimental import multihost_utils
 
-from mcjepa_jax import errors, mirror, sharding
+from mcjepa_jax import errors, lifeline, mirror, sharding
 
 FLAGS = ("coordinator", "processes", "process")
 _SHOWN = 8  # differences between two hosts
@@ -35,6 +36,7 @@ _SHOWN = 8  # differences between two hosts
 _OWN = ("config.data_root", "config.compilation_cache", "config.workers")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 _LONGEST = 1024  # bytes of a line of the roll call
+_LATER = 40  # seconds after which JAX itself misses a host that is silent
 
 
 class Place(NamedTuple):
@@ -116,15 +118,25 @@ def _given_place(given: Mapping[str, str]) -> Place | None:
   return Place(given["coordinator"], count, int(given["process"]))
 
 
-def start(where: Place | None, *, seconds: float = 300.0) -> None:
+def start(
+    where: Place | None,
+    *,
+    seconds: float = 300.0,
+    silence: float = lifeline.SILENCE,
+) -> None:
   """Makes this process one of a run's, once all have answered the roll.
+
+  One that is silent for `silence` seconds then counts as lost.
 
   Raises:
     UserError: some did not come within `seconds`; they are named.
   """
   if where is None:
     return
-  roll_call(where, seconds)
+  names, connections = roll_call(where, seconds)
+  lifeline.hold(
+      lifeline.Lifeline(where.index, names, connections, silence=silence)
+  )
   if where.index:
     # Read where tqdm is imported: one bar is enough.
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -134,13 +146,19 @@ def start(where: Place | None, *, seconds: float = 300.0) -> None:
       process_id=where.index,
       cluster_detection_method=None if where.cluster else "deactivate",
       initialization_timeout=int(max(seconds, 60)),
+      # The lifeline is to notice first: JAX aborts, and names no host.
+      heartbeat_timeout_seconds=int(silence) + _LATER,
       # One that ends with an error is not to hold the others up for long.
       shutdown_timeout_seconds=30,
   )
 
 
-def roll_call(where: Place, seconds: float) -> None:
-  """Returns once every process of the run has come.
+def roll_call(
+    where: Place, seconds: float
+) -> tuple[list[str], dict[int, socket.socket]]:
+  """The names of all hosts, once they have come, and this one's connections.
+
+  Process 0 has one to each of the others, they have one to process 0.
 
   Raises:
     UserError: some did not, within `seconds`, or two have the same place.
@@ -148,15 +166,20 @@ def roll_call(where: Place, seconds: float) -> None:
   host, _, port = where.address.rpartition(":")
   deadline = time.monotonic() + seconds
   if where.index:
-    fault = _answer(where, host.strip("[]"), int(port), deadline)
-  else:
-    fault = _call(where, int(port), deadline)
-  if fault:
-    raise errors.UserError(fault)
+    return _answer(where, host.strip("[]"), int(port), deadline)
+  return _call(where, int(port), deadline)
 
 
-def _call(where: Place, port: int, deadline: float) -> str:
-  """What is wrong with the roll, told to all that came; process 0's part."""
+def _line_of(connection: socket.socket, longest: int) -> str:
+  """The next line; no byte after it is read."""
+  with connection.makefile("rb", buffering=0) as file:
+    return file.readline(longest).decode()
+
+
+def _call(
+    where: Place, port: int, deadline: float
+) -> tuple[list[str], dict[int, socket.socket]]:
+  """The roll call of process 0; what is wrong is told to all that came."""
   present = {0: socket.gethostname()}
   fault, waiting = "", []
   began, both = time.monotonic(), socket.has_dualstack_ipv6()
@@ -168,7 +191,9 @@ def _call(where: Place, port: int, deadline: float) -> str:
         dualstack_ipv6=both,
     )
   except OSError as error:
-    return f"--coordinator: cannot listen on port {port}: {error.strerror}"
+    raise errors.UserError(
+        f"--coordinator: cannot listen on port {port}: {error.strerror}"
+    ) from error
   with contextlib.ExitStack() as stack:
     stack.enter_context(server)
     while len(present) < where.count and not fault:
@@ -180,14 +205,14 @@ def _call(where: Place, port: int, deadline: float) -> str:
       stack.enter_context(connection)
       connection.settimeout(5)
       try:
-        answer = connection.makefile("rb").readline(_LONGEST).decode()
+        answer = _line_of(connection, _LONGEST)
         word, count, index, name = answer.split()
         count, index = int(count), int(index)
       except (OSError, ValueError):
         continue  # a stranger
       if word != "mcjepa":
         continue
-      waiting.append(connection)
+      waiting.append((index, connection))
       if count != where.count or not 0 < index < count:
         fault = (
             f"{name} says it is process {index} of {count}, process 0 expects"
@@ -202,14 +227,20 @@ def _call(where: Place, port: int, deadline: float) -> str:
           f"waited {time.monotonic() - began:.0f} s for {where.count} processes;"
           f" these did not come: {', '.join(map(where.name, absent))}"
       )
-    for connection in waiting:
+    names = [present.get(i, "") for i in range(where.count)]
+    for _, connection in waiting:
       with contextlib.suppress(OSError):
-        connection.sendall(f"{fault or 'go'}\n".encode())
-  return fault
+        connection.sendall(f"{fault or f'go {json.dumps(names)}'}\n".encode())
+    if fault:
+      raise errors.UserError(fault)
+    # The others are closed here; these stay open.
+    return names, {i: connection.dup() for i, connection in waiting}
 
 
-def _answer(where: Place, host: str, port: int, deadline: float) -> str:
-  """What process 0 says is wrong with the roll."""
+def _answer(
+    where: Place, host: str, port: int, deadline: float
+) -> tuple[list[str], dict[int, socket.socket]]:
+  """The roll call of another process than 0."""
   reason = "no answer"
   while time.monotonic() < deadline:
     try:
@@ -219,14 +250,18 @@ def _answer(where: Place, host: str, port: int, deadline: float) -> str:
         connection.sendall(line.encode())
         # Process 0 may have begun to wait later, by as much as it waits.
         connection.settimeout(max(deadline - time.monotonic(), 0) + 600)
-        answer = connection.makefile("rb").readline(64 * _LONGEST).decode()
+        answer = _line_of(connection, _LONGEST * (where.count + 64))
+        if answer.startswith("go "):
+          return json.loads(answer[3:]), {0: connection.dup()}
         if answer.endswith("\n"):
-          return "" if answer == "go\n" else answer.strip()
+          raise errors.UserError(answer.strip())
         reason = "the connection was closed"
     except OSError as error:
       reason = error.strerror or str(error)
     time.sleep(0.2)
-  return f"{where.name(0)} at {where.address} did not call the roll: {reason}"
+  raise errors.UserError(
+      f"{where.name(0)} at {where.address} did not call the roll: {reason}"
+  )
 
 
 def first() -> bool:
@@ -259,12 +294,7 @@ def exchange(name: str, value: Any, *, seconds: float = 600.0) -> list[Any]:
     else:
       values.append(json.loads(text))
   if absent:
-    names = ", ".join(
-        client.key_value_try_get(f"mcjepa/host/{i}")
-        if name != "host"
-        else f"process {i}"
-        for i in absent
-    )
+    names = ", ".join(map(lifeline.name, absent))
     raise errors.UserError(
         f"{name}: waited {seconds:.0f} s for all hosts; these did not come:"
         f" {names}"
@@ -284,11 +314,9 @@ def agree(
     if faults:
       raise errors.UserError(*faults)
     return
-  name = f"process {jax.process_index()} ({socket.gethostname()})"
-  exchange("host", name, seconds=seconds)
   flat = _flat({**facts, "code": code()})
   ours = {
-      "name": name,
+      "name": lifeline.name(jax.process_index()),
       "faults": list(faults),
       "facts": {k: v for k, v in flat.items() if k not in _OWN},
   }
@@ -352,8 +380,8 @@ def check_shared(folder: mirror.Folder) -> None:
     seen = path.read_text()
   except OSError:
     seen = ""
-  names = exchange("shared", "" if seen == token else socket.gethostname())
-  apart = [f"process {i} ({name})" for i, name in enumerate(names) if name]
+  same = exchange("shared", seen == token)
+  apart = [lifeline.name(i) for i, fits in enumerate(same) if not fits]
   if apart:
     raise errors.UserError(
         f"workdir: expected one folder that all hosts share, got another"
@@ -403,6 +431,11 @@ def log_folder(workdir: pathlib.Path) -> pathlib.Path:
   folder = workdir / "hosts" / str(jax.process_index())
   folder.mkdir(parents=True, exist_ok=True)
   return folder
+
+
+def shared_folder(folder: pathlib.Path) -> pathlib.Path:
+  """The workdir of a run, from the `log_folder` of this host."""
+  return folder if first() else folder.parents[1]
 
 
 @contextlib.contextmanager

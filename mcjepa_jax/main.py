@@ -8,20 +8,21 @@ SLURM job is one run. Elsewhere each host also gets
   --coordinator=HOST:PORT --processes=N --process=I
 
 or MCJEPA_COORDINATOR, MCJEPA_PROCESSES and MCJEPA_PROCESS; HOST is that of
-process 0. MCJEPA_START_SECONDS is how long they wait for each other, 300.
+process 0. MCJEPA_START_SECONDS is how long they wait for each other, 300;
+MCJEPA_LOST_SECONDS how long a host may be silent before it counts as lost, 60.
 """
 
 import contextlib
 import os
 
-from mcjepa_jax import command, errors
+from mcjepa_jax import command, errors, lifeline
 
 _FLAGS = ("coordinator", "processes", "process")
 
 
 def main(argv: list[str] | None = None) -> int:
   """The exit code of the run that the arguments describe."""
-  return command.run(argv, _run, flags=_FLAGS)
+  return lifeline.end(command.run(argv, _run, flags=_FLAGS))
 
 
 def _run(config, workdir, flags) -> None:
@@ -33,12 +34,17 @@ def _run(config, workdir, flags) -> None:
     raise errors.UserError(
         f"task: evaluate runs on one host, got {where.count}"
     )
-  hosts.start(
-      where, seconds=float(os.environ.get("MCJEPA_START_SECONDS") or 300)
-  )
-  from mcjepa_jax import evaluate, train
-
   with contextlib.ExitStack() as stack:
+    stack.enter_context(lifeline.together())
+    hosts.start(
+        where,
+        seconds=float(os.environ.get("MCJEPA_START_SECONDS") or 300),
+        silence=float(
+            os.environ.get("MCJEPA_LOST_SECONDS") or lifeline.SILENCE
+        ),
+    )
+    from mcjepa_jax import evaluate, train
+
     if not hosts.first():
       quiet = stack.enter_context(open(os.devnull, "w"))
       stack.enter_context(contextlib.redirect_stdout(quiet))

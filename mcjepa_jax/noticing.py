@@ -16,6 +16,7 @@ from mcjepa_jax import (
     diagnostics,
     dumps,
     errors,
+    hosts,
     step as steps,
 )
 from mcjepa_jax.progress import Batch, Progress, Run
@@ -144,7 +145,7 @@ class Watcher:
     bad = sorted(name for name, x in values.items() if not np.isfinite(x))
     text = f"update skipped, not finite: {', '.join(bad)}"
     folder = dumps.save(
-        run.workdir,
+        hosts.shared_folder(run.workdir),
         state,
         step=pending.number,
         kind=pending.batch.kind,

@@ -83,7 +83,7 @@ def replay(folder: pathlib.Path) -> dict[str, Any]:
         *(f"{folder}: its config cannot be used: {fault}" for fault in faults)
     )
   kind = meta["kind"]
-  arrays = dumps.read_arrays(folder, kind)
+  arrays = dumps.read_arrays(folder, kind, meta["hosts"])
   mesh = sharding.make_mesh(config.mesh.devices)
   model, recipe = assembly.model(config), assembly.recipe(config)
   abstract = assembly.abstract_state(

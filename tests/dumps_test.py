@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mcjepa_jax import checkpoint, dumps, errors, replay, step as steps
+from mcjepa_jax import (
+    checkpoint,
+    dumps,
+    errors,
+    replay,
+    sharding,
+    step as steps,
+)
 from tests import tiny
 
 
@@ -69,7 +76,7 @@ def test_a_workdir_has_so_many_dumps_and_no_more(tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut", "text", "pickle", "gone", "type"])
 def test_a_damaged_batch_is_refused_by_its_name(tmp_path, damage):
-  path = _save(tmp_path) / "views.npy"
+  path = _save(tmp_path) / "views.0.npy"
   if damage == "cut":
     path.write_bytes(path.read_bytes()[:1000])
   elif damage == "text":
@@ -80,8 +87,33 @@ def test_a_damaged_batch_is_refused_by_its_name(tmp_path, damage):
     path.unlink()
   else:
     np.save(path, np.zeros((2, 8, 8, 3), np.float32))
-  with pytest.raises(errors.UserError, match="views.npy: expected"):
+  with pytest.raises(errors.UserError, match="views.0.npy: expected"):
     dumps.read_arrays(path.parent, "content")
+
+
+def test_the_rows_of_all_hosts_are_one_batch_and_those_of_each_are_needed(
+    tmp_path,
+):
+  folder = _save(tmp_path)
+  whole = np.load(folder / "views.0.npy")
+  np.save(folder / "views.0.npy", whole[:3])
+  np.save(folder / "views.1.npy", whole[3:])
+  arrays = dumps.read_arrays(folder, "content", 2)
+  np.testing.assert_array_equal(arrays["views"], whole)
+  with pytest.raises(errors.UserError, match="views.2.npy: expected"):
+    dumps.read_arrays(folder, "content", 3)
+  np.save(folder / "views.1.npy", whole[3:, :8])
+  with pytest.raises(errors.UserError, match="views of one size"):
+    dumps.read_arrays(folder, "content", 2)
+
+
+def test_rows_over_devices_are_kept_in_their_order(tmp_path):
+  mesh = sharding.make_mesh(8)
+  rows = np.arange(16 * 3, dtype=np.uint8).reshape(16, 1, 1, 3)
+  x = sharding.to_global({"views": rows}, mesh)["views"]
+  np.testing.assert_array_equal(dumps._own_rows(x), rows)
+  whole = jax.device_put(rows, sharding.replicated(mesh))
+  np.testing.assert_array_equal(dumps._own_rows(whole), rows)
 
 
 def test_replay_names_what_is_no_dump(tmp_path, capsys, untrained):

@@ -1,5 +1,6 @@
 """Processes as hosts: the same run as one process, and what is said if not."""
 
+import json
 import os
 import pathlib
 import signal
@@ -10,11 +11,14 @@ import threading
 import time
 import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 import pytest
 
-from mcjepa_jax import errors, hosts, sharding
-from tests import workdirs
+from mcjepa_jax import dumps, errors, hosts, photometry, replay, sharding
+from tests import tiny, workdirs
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _STEPS = 3
@@ -41,6 +45,65 @@ def config_path(tmp_path_factory):
   path = tmp_path_factory.mktemp("hosts") / "configs" / "tiny_run.py"
   path.parent.mkdir()
   path.write_text(_CONFIG)
+  return path
+
+
+# A worker that dies, and a clock that is wrong, each on one host.
+_FAULTY = f"""{_CONFIG}
+import os
+import time
+
+if "TEST_FAULT" in os.environ:
+  from mcjepa_jax.data import feed
+
+  take = feed.Stream._take
+
+  def dying(self):
+    if self._next_batch == 3:
+      raise feed.UserError("a worker of the content stream died")
+    return take(self)
+
+  feed.Stream._take = dying
+if "TEST_CLOCK" in os.environ:
+  true = time.time
+  time.time = lambda: true() + float(os.environ["TEST_CLOCK"])
+"""
+
+
+# One record of one flat colour, and a view stretched to its own range: 0 / 0.
+_POISONED = """
+from configs import quickstart
+from mcjepa_jax import photometry
+from tests import hosts_test, tiny
+
+photometry.content_views = hosts_test.stretched(photometry.content_views)
+
+def get_config():
+  config = tiny.config(quickstart, mode="content", num_steps=8, save_every=2,
+                       content__sources=(("images", 1.0),),
+                       content__batch_size=4, content__jitter__p=0.0,
+                       log_every=1, log_records=True, keep_last=9,
+                       alarms__diagnose_every=0, alarms__skips_in_a_row=1)
+  return config.lock()
+"""
+
+
+def stretched(plain):
+  """The views that a photometry gives, each stretched to its own range."""
+
+  def views(*args, **kwargs):
+    x = plain(*args, **kwargs)
+    least = jnp.min(x, axis=(1, 2, 3), keepdims=True)
+    return (x - least) / (jnp.max(x, axis=(1, 2, 3), keepdims=True) - least)
+
+  return views
+
+
+@pytest.fixture(scope="module")
+def faulty_path(tmp_path_factory):
+  path = tmp_path_factory.mktemp("faulty") / "configs" / "faulty_run.py"
+  path.parent.mkdir()
+  path.write_text(_FAULTY)
   return path
 
 
@@ -162,20 +225,29 @@ def test_four_processes_are_one_run(config_path, tmp_path):
   )  # fmt: skip
 
 
+def _two_in_training(config_path, workdir, *overrides, **env):
+  """Two processes of a run that has saved and trains."""
+  port = _free_port()
+  processes = [
+      _start(config_path, workdir, "--config.mode=content", *overrides,
+             index=i, count=2, port=port, **env)
+      for i in range(2)
+  ]  # fmt: skip
+  log, deadline = workdir / "metrics.jsonl", time.monotonic() + 400
+  while not (log.exists() and log.read_text().count("\n") > 4):
+    assert time.monotonic() < deadline
+    if any(p.poll() is not None for p in processes):
+      raise AssertionError(_wait(processes))
+    time.sleep(0.05)
+  return processes
+
+
 @pytest.mark.proof
 @pytest.mark.slow
 def test_sigterm_to_one_process_saves_and_ends_all(config_path, tmp_path):
-  port = _free_port()
-  processes = [
-      _start(config_path, tmp_path, "--config.num_steps=100000",
-             "--config.mode=content", index=i, count=2, port=port)
-      for i in range(2)
-  ]  # fmt: skip
-  log, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 400
-  while not (log.exists() and log.read_text().count("\n") > 2):
-    assert time.monotonic() < deadline
-    assert all(p.poll() is None for p in processes)
-    time.sleep(0.1)
+  processes = _two_in_training(
+      config_path, tmp_path, "--config.num_steps=100000"
+  )
   processes[1].send_signal(signal.SIGTERM)
   results = _wait(processes)
   assert [code for code, _, _ in results] == [75, 75], results
@@ -208,7 +280,7 @@ def test_sigterm_before_the_first_step_of_a_resumed_run_is_heard(
   assert [code for code, _, _ in first] == [75, 75], first
   step = int(first[0][2].rsplit("saved at step ", 1)[1].split()[0])
   processes = pair()
-  for line in processes[1].stdout:
+  for line in processes[0].stdout:
     if line.startswith("Resumed at step"):
       break
   processes[1].send_signal(signal.SIGTERM)  # it compiles
@@ -216,6 +288,135 @@ def test_sigterm_before_the_first_step_of_a_resumed_run_is_heard(
   assert [code for code, _, _ in again] == [75, 75], again
   saved = int(again[0][2].rsplit("saved at step ", 1)[1].split()[0])
   assert step < saved <= step + 3
+
+
+@pytest.mark.proof
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_host_is_named_by_the_other_and_the_run_goes_on(
+    config_path, tmp_path, lost
+):
+  options = ["--config.num_steps=100", "--config.save_every=2"]
+  processes = _two_in_training(config_path, tmp_path, *options)
+  processes[lost].kill()
+  began = time.monotonic()
+  results = _wait(processes)
+  assert time.monotonic() - began < 15
+  code, _, err = results[1 - lost]
+  text = f"process {lost} ({socket.gethostname()}) is lost: its connection was"
+  assert code == 77 and text in err, (code, err[-3000:])
+  again = _run(
+      config_path, tmp_path, "--config.mode=content", *options, count=2
+  )
+  assert "Resumed at step " in again[0][1]
+  assert json.loads((tmp_path / "results.json").read_text())["meta/step"] == 100
+
+
+@pytest.mark.proof
+@pytest.mark.slow
+def test_a_silent_host_is_lost(config_path, tmp_path):
+  processes = _two_in_training(
+      config_path, tmp_path, "--config.num_steps=100000",
+      MCJEPA_LOST_SECONDS="6",
+  )  # fmt: skip
+  processes[1].send_signal(signal.SIGSTOP)
+  began = time.monotonic()
+  code = processes[0].wait(60)
+  seconds = time.monotonic() - began
+  processes[1].kill()
+  (_, _, err), _ = _wait(processes)
+  assert code == 77 and 5 < seconds < 20, (code, seconds)
+  assert "is lost: nothing came from it for 6 s; started again" in err
+
+
+@pytest.mark.proof
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_fault_of_one_host_in_training_ends_both_with_it(
+    faulty_path, tmp_path, which
+):
+  port = _free_port()
+  processes = [
+      _start(faulty_path, tmp_path, index=i, count=2, port=port,
+             **({"TEST_FAULT": "1"} if i == which else {"TEST_CLOCK": "3600"}))
+      for i in range(2)
+  ]  # fmt: skip
+  ended = {}
+  deadline = time.monotonic() + 400
+  while len(ended) < 2 and time.monotonic() < deadline:
+    for i, process in enumerate(processes):
+      if process.poll() is not None:
+        ended.setdefault(i, time.monotonic())
+    time.sleep(0.05)
+  results = _wait(processes)
+  assert [code for code, _, _ in results] == [2, 2], results
+  assert abs(ended[0] - ended[1]) < 15
+  own, other = results[which][2], results[1 - which][2]
+  assert "\nerror: a worker of the content stream died" in own
+  host = socket.gethostname()
+  assert (
+      f"\nerror: process {which} ({host}) ended with exit code 2: a worker of"
+      " the content stream died" in other
+  )
+  # The other one's clock is an hour ahead: told from the start on.
+  relation = "ahead of" if which == 0 else "behind"
+  (line,) = (
+      line
+      for line in results[0][2].splitlines()
+      if line.startswith("warning: clock")
+  )
+  assert f"process 1 ({host}) is 3600 s {relation} process 0 ({host}):" in line
+
+
+@pytest.mark.proof
+@pytest.mark.slow
+def test_two_hosts_skip_dump_and_roll_back_as_one(
+    tmp_path, monkeypatch, capsys
+):
+  path = tmp_path / "configs" / "poisoned.py"
+  path.parent.mkdir()
+  path.write_text(_POISONED)
+  for i in range(23):
+    tiny.save_image(tmp_path / "data" / "images" / f"{i:02d}.png", seed=i)
+  flat = Image.fromarray(np.full((40, 48, 3), 90, np.uint8))
+  flat.save(tmp_path / "data" / "images" / "flat.png")
+  one, many = tmp_path / "one", tmp_path / "many"
+  option = f"--config.data_root={tmp_path / 'data'}"
+  _run(path, one, option)
+  _run(path, many, option, count=2)
+  # Past the poisoned batch, with all that comes after it.
+  assert _records(many, 2) == _records(one, 1)
+  alarms = [workdirs.lines(w / "alarms.jsonl") for w in (one, many)]
+  for lines in alarms:
+    assert {line["alarm"] for line in lines} == {"not_finite", "rollback"}
+  assert [[line["step"] for line in lines] for lines in alarms][1:] == [
+      [line["step"] for line in alarms[0]]
+  ]
+  counts = [
+      {k: v for k, v in results.items() if k.startswith("alarm/")}
+      for results in (
+          json.loads((w / "results.json").read_text()) for w in (one, many)
+      )
+  ]
+  assert counts[0] == counts[1] and counts[0]["alarm/rollback"] >= 1
+  # One dump of both, which one process runs again.
+  folders = [sorted((w / "dumps").iterdir()) for w in (one, many)]
+  assert [f.name for f in folders[0]] == [f.name for f in folders[1]]
+  whole, parted = folders[0][0], folders[1][0]
+  np.testing.assert_array_equal(
+      dumps.read_arrays(parted, "content", 2)["views"],
+      np.load(whole / "views.0.npy"),
+  )
+  metas = [dumps.read_meta(folder)[0] for folder in (whole, parted)]
+  assert metas[0]["records"] == metas[1]["records"]
+  assert "images/flat.png" in metas[1]["records"]["content"]
+  assert (metas[0]["hosts"], metas[1]["hosts"]) == (1, 2)
+  plain = photometry.content_views
+  monkeypatch.setattr(photometry, "content_views", stretched(plain))
+  capsys.readouterr()
+  assert replay.main([f"--dump={parted}"]) == 0
+  report = json.loads(capsys.readouterr().out.splitlines()[-1])
+  assert "loss" in report["terms"] and "nan" in report["operation"]
 
 
 @pytest.mark.proof
@@ -282,7 +483,13 @@ def _call_all(places, seconds=5.0):
 
   def one(i, place):
     try:
-      hosts.roll_call(place, seconds)
+      names, connections = hosts.roll_call(place, seconds)
+      for connection in connections.values():
+        connection.close()
+      assert names == [socket.gethostname()] * place.count
+      assert connections.keys() == (
+          {0} if place.index else set(range(1, place.count))
+      )
       results[i] = "all here"
     except errors.UserError as error:
       results[i] = str(error)
@@ -417,6 +624,118 @@ def test_a_slice_of_gke_gives_the_place_and_the_names(monkeypatch):
   place = hosts.place({})
   assert place.address.startswith("pod-0.first:")
   assert (place.count, place.index, place.names) == (4, 3, ())
+
+
+def test_a_slice_of_compute_engine_gives_the_place_and_the_names(monkeypatch):
+  module = hosts.clusters.cloud_tpu_cluster
+  metadata = {
+      "agent-worker-number": "1",
+      # As queued resources have it; older ones name:id:address.
+      "worker-network-endpoints": "a:0:10.0.0.2,b:1:10.0.0.3",
+      "tpu-env": "ACCELERATOR_TYPE: 'v5litepod-8'\nZONE: 'us-east5-b'",
+  }
+  monkeypatch.setattr(module, "running_in_cloud_tpu_vm", True)
+  monkeypatch.setattr(
+      module,
+      "get_metadata",
+      lambda key: (metadata[key], 200) if key in metadata else ("", 404),
+  )
+  cluster = hosts.clusters.GceTpuCluster
+  monkeypatch.setattr(cluster, "wait_for_coordinator", lambda *_: None)
+  for name in os.environ:
+    if name.startswith(("TPU_", "MEGASCALE_")):
+      monkeypatch.delenv(name)
+  place = hosts.place({})
+  assert place.address.startswith("10.0.0.2:")
+  assert (place.count, place.index, place.cluster) == (2, 1, "gcetpu")
+  assert place.name(0) == "process 0 (10.0.0.2)"
+  # The second of two slices.
+  metadata["worker-network-endpoints"] = "c,d"
+  metadata["tpu-env"] += (
+      "\nMEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'"
+      "\nMEGASCALE_COORDINATOR_ADDRESS: 'a:8080'"
+  )
+  place = hosts.place({})
+  assert place.address.startswith("a:") and not place.address.endswith("8080")
+  assert (place.count, place.index, place.names) == (4, 3, ())
+  # One host is no run of several.
+  metadata["worker-network-endpoints"] = "c"
+  metadata["tpu-env"] = ""
+  assert hosts.place({}) is None
+  # A machine without a TPU.
+  del metadata["agent-worker-number"]
+  assert hosts.place({}) is None
+
+
+class _Store:
+  """JAX's key-value store, of two hosts, of which this is the first."""
+
+  def __init__(self, theirs):
+    self._values = {}
+    self._theirs = theirs  # what the other says, by the exchange's name
+
+  def key_value_set(self, key, value):
+    self._values[key] = value
+
+  def blocking_key_value_get(self, key, milliseconds):
+    _, name, index = key.split("/")
+    if index == "0":
+      return self._values[key]
+    if name not in self._theirs:
+      time.sleep(milliseconds / 1000)
+      raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: no such key")
+    return json.dumps(self._theirs[name])
+
+
+@pytest.fixture
+def two(monkeypatch):
+  """Of two hosts the first; sets what the other says."""
+
+  def set_up(**theirs):
+    client = _Store(theirs)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    monkeypatch.setattr(hosts.distributed.global_state, "client", client)
+    held = types.SimpleNamespace(names=["process 0 (a)", "process 1 (b)"])
+    monkeypatch.setattr(hosts.lifeline, "_held", held)
+
+  return set_up
+
+
+def test_a_host_that_does_not_come_to_an_exchange_is_named(two):
+  two(here=[1, 2])
+  assert hosts.exchange("here", "x", seconds=5.0) == ["x", [1, 2]]
+  began = time.monotonic()
+  with pytest.raises(errors.UserError) as caught:
+    hosts.exchange("start", 1, seconds=0.3)
+  assert 0.2 < time.monotonic() - began < 2
+  assert str(caught.value) == (
+      "start: waited 0 s for all hosts; these did not come: process 1 (b)"
+  )
+
+
+def test_hosts_of_another_code_or_other_data_are_shown(two):
+  def start(**changes):
+    facts = {"data.ids": "ab"} | {
+        f"code.{k}": v for k, v in hosts.code().items()
+    }
+    return {"name": "process 1 (b)", "faults": [], "facts": facts | changes}
+
+  two(start=start())
+  hosts.agree({"data": {"ids": "ab"}}, [])
+  changed = {"code.mcjepa_jax": "0123456789ab", "code.jax": "0.1"}
+  two(start=start(**changed, **{"data.ids": "cd"}))
+  with pytest.raises(errors.UserError) as caught:
+    hosts.agree({"data": {"ids": "ab"}}, [])
+  ours = hosts.code()
+  assert list(caught.value.messages) == [
+      f"{key}: process 0 (a) has {own!r}, process 1 (b) {theirs!r}"
+      for key, own, theirs in (
+          ("code.jax", ours["jax"], "0.1"),
+          ("code.mcjepa_jax", ours["mcjepa_jax"], "0123456789ab"),
+          ("data.ids", "ab", "cd"),
+      )
+  ]
 
 
 def test_a_mesh_of_many_hosts_keeps_each_hosts_devices_together():

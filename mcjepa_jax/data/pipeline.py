@@ -17,6 +17,7 @@ that replaces what it makes an element of tells so in the element's `faults`.
 from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
+import hashlib
 from typing import Any
 
 import grain
@@ -30,6 +31,9 @@ from mcjepa_jax.errors import UserError
 # lies from the next: damage comes in runs. A prime, so that all are reached.
 _ATTEMPTS = 10
 _STRIDE = 104_729
+
+# Records of a set, spread over it, whose names are in its fingerprint.
+_SPREAD = 256
 
 # First word of what is added to the seed, so that no two streams draw the same
 # numbers.
@@ -89,11 +93,14 @@ class _Source:
     return f"{self.name}/{self.dataset.record_id(index)}"
 
   def fingerprint(self) -> dict[str, Any]:
+    spread = np.linspace(0, len(self) - 1, min(len(self), _SPREAD)).round()
+    ids = [self.record(int(index)) for index in spread]
     return {
         "name": self.name,
         "weight": self.weight,
         "length": len(self),
-        "ends": [self.record(0), self.record(len(self) - 1)],
+        "ends": [ids[0], ids[-1]],
+        "digest": hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16],
     } | {
         # As JSON gives it back.
         k: list(v) if isinstance(v, tuple) else v
