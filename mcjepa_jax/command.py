@@ -261,7 +261,12 @@ def run(
 
   def body():
     arguments = split(argv, ("config", "workdir", *flags))
-    file, workdir = single(arguments.flags, config="FILE.py", workdir="FOLDER")
+    file, workdir = single(
+        arguments.flags,
+        remote=("workdir",),
+        config="FILE.py",
+        workdir="FOLDER",
+    )
     config = load_config(file, arguments.overrides)
     set_up_jax(config.compilation_cache)
     function(config, workdir, arguments.flags)

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import time
 
+from mcjepa_jax import errors
 from mcjepa_jax.data import files
 
 _CHECKPOINTS = "checkpoints"
@@ -90,6 +91,10 @@ def opened(workdir: str | os.PathLike) -> Iterator[Folder]:
   if not isinstance(place, files.Remote):
     yield Folder(place, place)
     return
+  if place.scheme != "gs":
+    raise errors.UserError(
+        f"workdir: expected a local folder or gs://BUCKET/FOLDER, got {place}"
+    )
   with tempfile.TemporaryDirectory(prefix="mcjepa_run_") as local:
     folder = _Mirrored(pathlib.Path(local), place)
     try:

@@ -91,7 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   def body():
     flags = command.split(argv, ("checkpoint", "inputs", "output")).flags
     checkpoint_path, output = command.single(
-        flags, checkpoint="WORKDIR or one step in it", output="FOLDER"
+        flags,
+        remote=("checkpoint",),
+        checkpoint="WORKDIR or one step in it",
+        output="FOLDER",
     )
     files = predict(
         checkpoint_path=checkpoint_path,

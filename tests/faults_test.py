@@ -171,10 +171,10 @@ def test_a_config_file_that_is_none(capsys, tmp_path, text, words):
   assert words in lines[0]
 
 
-@pytest.mark.parametrize("value", ["", "gs://bucket/run"])
-def test_a_workdir_that_is_no_local_path(capsys, value):
+@pytest.mark.parametrize("value", ["", "s3://bucket/run"])
+def test_a_workdir_that_nothing_can_be_written_to(capsys, value):
   (line,) = _faults(capsys, _QUICKSTART, f"--workdir={value}")
-  assert line.startswith("error: --workdir: expected")
+  assert "workdir: expected" in line
 
 
 @pytest.mark.slow

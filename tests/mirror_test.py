@@ -6,9 +6,10 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
-from gcp_storage_emulator import server as emulator
+from gcp_storage_emulator import server as emulator, storage
 import pytest
 
 from mcjepa_jax import compare, errors, mirror
@@ -29,6 +30,29 @@ def get_config():
 """
 
 
+def _with_generations(patch):
+  """Has the emulator name an object's generation where GCS does, on reading.
+
+  Tensorstore writes on the condition that what it read is still there. The
+  emulator does not look at conditions: here one process writes.
+  """
+  seen = threading.local()
+  find, close = storage.Storage.get_file_obj, emulator.Response.close
+
+  def found(self, bucket_name, file_name, *args):
+    obj = find(self, bucket_name, file_name, *args)
+    seen.generation = obj.get("generation")
+    return obj
+
+  def answered(response):
+    if generation := seen.__dict__.pop("generation", None):
+      response["x-goog-generation"] = generation
+    close(response)
+
+  patch.setattr(storage.Storage, "get_file_obj", found)
+  patch.setattr(emulator.Response, "close", answered)
+
+
 @pytest.fixture(scope="module")
 def bucket():
   """The address of a bucket of an emulator, for this and later processes."""
@@ -36,6 +60,7 @@ def bucket():
   server.start()
   port = server._api._httpd.server_address[1]
   with pytest.MonkeyPatch.context() as patch:
+    _with_generations(patch)
     for key in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
       patch.setenv(key, f"http://localhost:{port}")
     files._store.cache_clear()
@@ -173,3 +198,9 @@ def test_a_run_in_a_bucket_is_killed_goes_on_and_is_evaluated(bucket, tmp_path):
   assert results["meta/checkpoint"] == address
   assert results["meta/step"] == _STEPS
   assert results["rankme/synthetic/rank"] > 1
+
+
+def test_a_store_that_no_run_was_written_to_is_refused():
+  with pytest.raises(errors.UserError, match="got s3://bucket/run"):
+    with mirror.opened("s3://bucket/run"):
+      pytest.fail("it was opened")
