@@ -49,8 +49,10 @@ def set_up_input(
   Raises:
     UserError: with all that is wrong with config, data and workdir.
   """
-  faults = validation.faults(config, devices=validation.device_count(config))
-  streams = {}
+  sharding.all_devices()  # where there are none, nothing below can be told
+  mesh, streams = [], {}
+  faults = errors.collect(lambda: mesh.append(assembly.mesh(config)))
+  faults += validation.faults(config, devices=mesh[0].size if mesh else None)
   for check in (
       lambda: journal.check_writable(workdir, "workdir"),
       lambda: check_resume(config, workdir),
@@ -76,7 +78,7 @@ def set_up_input(
   if hosts.first():
     for line in assembly.miscounts(config, streams):
       print(f"warning: {line}", file=sys.stderr)
-  return streams, sharding.make_mesh(config.mesh.devices)
+  return streams, mesh[0]
 
 
 @contextlib.contextmanager

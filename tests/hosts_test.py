@@ -390,7 +390,7 @@ def test_a_mesh_of_many_hosts_keeps_each_hosts_devices_together():
       types.SimpleNamespace(id=i, process_index=i // 8 * 2 + i % 4 // 2)
       for i in range(16)
   ]
-  order = sorted(devices, key=sharding.host_order)
+  order = sorted(devices, key=sharding.device_order)
   assert [d.process_index for d in order] == [i // 4 for i in range(16)]
 
 

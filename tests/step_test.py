@@ -158,6 +158,27 @@ def test_large_parameters_are_sharded_and_the_state_keeps_its_shardings():
 
 
 @pytest.mark.slow
+def test_parameters_sharded_in_each_half_of_the_devices_learn_the_same():
+  results = []
+  for data in (1, 2):
+    state, function, mesh = tiny.state_and_step(
+        tiny.config(), "both", devices=8, data=data, min_mib=0.0005
+    )
+    state, logs = function(state, sharding.to_global(tiny.batch(), mesh))
+    assert mesh.devices.shape == (data, 8 // data)
+    specs = [x.sharding.spec for x in jax.tree.leaves(state)]
+    assert {name for spec in specs for name in spec} == {None, "shard"}
+    kernel = state.params["expander"]["fc_1"]["kernel"]
+    shard = kernel.addressable_shards[0].data
+    assert shard.size == kernel.size // (8 // data)
+    results.append(_host((float(logs["loss"]), state.params)))
+  (loss, params), (other_loss, others) = results
+  assert abs(other_loss - loss) / loss < 1e-5
+  difference = jax.tree.map(np.subtract, params, others)
+  assert _norm(difference) / _norm(params) < 1e-5
+
+
+@pytest.mark.slow
 def test_the_old_state_is_donated():
   state, function, mesh = tiny.state_and_step(tiny.config(), "content")
   old = state.params["encoder"]["stem_0"]["kernel"]
