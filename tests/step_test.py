@@ -171,11 +171,13 @@ def test_parameters_sharded_in_each_half_of_the_devices_learn_the_same():
     kernel = state.params["expander"]["fc_1"]["kernel"]
     shard = kernel.addressable_shards[0].data
     assert shard.size == kernel.size // (8 // data)
-    results.append(_host((float(logs["loss"]), state.params)))
-  (loss, params), (other_loss, others) = results
-  assert abs(other_loss - loss) / loss < 1e-5
-  difference = jax.tree.map(np.subtract, params, others)
-  assert _norm(difference) / _norm(params) < 1e-5
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
+    results.append((float(logs["loss"]), _host(moments), _host(state.params)))
+  # Adam's first step is the gradient's sign: where that is zero but for noise,
+  # a parameter moves by a whole step, up or down.
+  for one, other, most in zip(*results, (1e-5, 1e-5, 1e-4), strict=True):
+    difference = jax.tree.map(np.subtract, one, other)
+    assert _norm(difference) / _norm(one) < most
 
 
 @pytest.mark.slow
