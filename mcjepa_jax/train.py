@@ -301,10 +301,16 @@ def draw(run: Run, state: steps.TrainState, log: journal.Journal) -> None:
   with run.clock.span("pictures"):
     number = int(state.step)
     # Not the loop's own iteration: pictures leave the order of data alone.
-    firsts = {task: stream[0].arrays for task, stream in run.streams.items()}
-    params, mesh = hosts.local(state.params, run.mesh)
+    firsts = {
+        task: sharding.to_global(stream[0].arrays, run.mesh)
+        for task, stream in run.streams.items()
+    }
+    # Of all hosts' rows: one's own may be the half of a pair.
+    firsts = jax.tree.map(lambda x: x[: panels.ROWS], firsts)
+    (params, firsts), mesh = hosts.local((state.params, firsts), run.mesh)
     if not hosts.first():
       return
+    firsts = jax.device_get(firsts)
     pictures = panels.of_state(run.model, params, mesh, firsts)
     for name, picture in pictures.items():
       log.picture(number, name, picture)
