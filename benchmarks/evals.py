@@ -94,7 +94,7 @@ def _subject(config: Any, checkpoint: str, workdir: pathlib.Path) -> Any:
   from mcjepa_jax import assembly, evaluate, sharding, suite
   from mcjepa_jax.models import mcjepa
 
-  mesh = sharding.make_mesh(config.mesh.devices)
+  mesh = assembly.mesh(config)
   model, params = assembly.model(config), None
   if checkpoint:
     path = pathlib.Path(checkpoint).expanduser()

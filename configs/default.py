@@ -69,7 +69,12 @@ def get_config() -> ConfigDict:
   config.mesh = ConfigDict(
       dict(
           devices=-1,  # how many; -1 is all
-          shard_min_mib=4.0,  # larger parameters are sharded over the devices
+          # The axes, whose product is the devices; -1 is what is left, of both
+          # the slices and the devices of a slice: of a TPU's, or of a host's
+          # GPUs. A batch is split over both, a parameter over `shard`.
+          data=-1,
+          shard=-1,
+          shard_min_mib=4.0,  # larger parameters are sharded
       )
   )
 

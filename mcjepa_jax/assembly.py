@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mcjepa_jax import optimizer, step
+from mcjepa_jax import optimizer, sharding, step
 from mcjepa_jax.data import catalog, pipeline, sources
 from mcjepa_jax.models import mcjepa
 
@@ -41,6 +41,12 @@ def optimizers(config: Any) -> dict[str, optax.GradientTransformation]:
         num_steps=num_steps, **values, **shared
     )
   return result
+
+
+def mesh(config: Any) -> jax.sharding.Mesh:
+  """The mesh of `config.mesh` over the devices here."""
+  sizes = config.mesh
+  return sharding.make_mesh(sizes.devices, sizes.data, sizes.shard)
 
 
 def abstract_state(
@@ -125,7 +131,7 @@ def streams(config: Any) -> dict[str, pipeline.Stream]:
   No worker runs yet. Of many hosts each reads its own rows.
   """
   result = {}
-  host = dict(host_index=jax.process_index(), host_count=jax.process_count())
+  host = dict(host_index=sharding.host_index(), host_count=jax.process_count())
   reads = step.tasks_of_mode(config.mode)
   root = sources.data_root(config.data_root, config.data_cache)
   if "motion" in reads:

@@ -103,7 +103,7 @@ def _evaluate(config: Any, folder: mirror.Folder) -> dict[str, Any]:
     raise errors.UserError(*dict.fromkeys(faults))
   for entry, reasons in found.by_eval.items():
     print("\n".join(f"{entry} cannot run: {reason}" for reason in reasons))
-  mesh = sharding.make_mesh(config.mesh.devices)
+  mesh = assembly.mesh(config)
   model, params, meta = restore_model(path, mesh=mesh)
   with config.unlocked():
     config.seed = meta["seed"]

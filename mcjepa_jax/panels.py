@@ -11,8 +11,8 @@ import numpy as np
 from mcjepa_jax import inference, objective, visualize
 from mcjepa_jax.models import mcjepa
 
+ROWS = 16  # of each task's arrays that are looked at
 _PAIRS = 4
-_VIEWS = 8
 _PCA_STRIDE = 8
 _LEAST_HEIGHT = 128  # of one image in a picture
 
@@ -29,7 +29,7 @@ def of_state(
     frames = arrays["motion"]["frames"][: 2 * _PAIRS]
     pictures["flow"] = _flow_rows(model, params, mesh, frames)
   if "content" in arrays:
-    views = arrays["content"]["views"][: 2 * _VIEWS : 2]
+    views = arrays["content"]["views"][:ROWS:2]
     pictures["features"] = _feature_rows(model, params, views)
   return pictures
 

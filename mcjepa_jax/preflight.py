@@ -5,8 +5,9 @@
 
     [--mfu=PERCENT] [--price=DEVICE=USD ...]
 
-Topologies are a TPU's kind and layout (v4:2x2x2, v5e:4x4, v5p:2x2x1, v6e:2x4)
-or `cpu:N`, N emulated devices. The last line of stdout is a JSON object:
+Topologies are a TPU's kind and layout (v4:2x2x2, v5e:4x4, v5p:2x2x1, v6e:2x4),
+several slices of it (2xv5e:4x4) or `cpu:N`, N emulated devices. The last line
+of stdout is a JSON object:
 
   topology, devices    as asked; how many devices that is
   step                 the kind of step: the one that needs most memory
@@ -17,7 +18,8 @@ or `cpu:N`, N emulated devices. The last line of stdout is a JSON object:
   fits                 whether it does
   flops_per_step       of all devices together
   hbm_bytes            read and written per device, as the compiler counts
-  collective_bytes     per device and kind of collective
+  collective_bytes     per device and kind of collective; not what slices send
+                       to each other
   compile_seconds, host_peak_gb
 
 and with --mfu, the share of their peak that devices are supposed to reach,
@@ -81,30 +83,33 @@ _OUT_OF_MEMORY = re.compile(r"(?:Used |memory required[^(]*\()([\d.]+)([KMGT])")
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """A number of devices of one kind, in a layout."""
+  """A number of devices of one kind, in slices of a layout."""
 
   name: str
+  slices: int
   kind: str
-  layout: tuple[int, ...]
+  layout: tuple[int, ...]  # of a slice
 
   @property
   def devices(self) -> int:
     """How many devices there are."""
-    return math.prod(self.layout)
+    return self.slices * math.prod(self.layout)
 
 
 def parse_topology(name: str) -> Topology:
-  """The topology that a name such as `v5e:4x4` or `cpu:8` stands for.
+  """The topology that a name such as `v5e:4x4` or `2xv5e:4x4` stands for.
 
   Raises:
     UserError: it is none, or its compiler is not installed.
   """
-  kind, _, layout = name.partition(":")
+  slices, kind, layout = re.match(
+      r"(?:([1-9]\d{0,2})x(?!cpu))?([^:]*):?(.*)", name, re.ASCII
+  ).groups()
   axes = {"cpu": 1} | {kind: chip.axes for kind, chip in _CHIPS.items()}
   if kind not in axes or not re.fullmatch(
       r"[1-9]\d*" + r"x[1-9]\d*" * (axes[kind] - 1), layout
   ):
-    examples = ["cpu:8"] + [
+    examples = ["cpu:8", "2xv5e:4x4"] + [
         f"{kind}:" + "x".join(["2"] * chip.axes)
         for kind, chip in _CHIPS.items()
     ]
@@ -117,7 +122,8 @@ def parse_topology(name: str) -> Topology:
         f"--topology: {name} needs libtpu, which is not installed:"
         " pip install 'jax[tpu]' (Linux on x86-64 only)"
     )
-  return Topology(name, kind, tuple(int(n) for n in layout.split("x")))
+  shape = tuple(int(n) for n in layout.split("x"))
+  return Topology(name, int(slices or 1), kind, shape)
 
 
 def _devices(topology: Topology) -> list[Any]:
@@ -139,11 +145,15 @@ def _devices(topology: Topology) -> list[Any]:
   options = {}
   if _CHIPS[topology.kind].megacore:
     options["chip_config_name"] = "megacore"
-  if topology.devices == 1:
+  if math.prod(topology.layout) == 1:
     options["chips_per_host_bounds"] = (1, 1, 1)
+  if topology.slices > 1:
+    options["num_slices"] = topology.slices
   try:
     description = topologies.get_topology_desc(
-        platform="tpu", topology_name=topology.name, **options
+        platform="tpu",
+        topology_name=topology.name.removeprefix(f"{topology.slices}x"),
+        **options,
     )
   except jax.errors.JaxRuntimeError as error:
     raise errors.UserError(f"--topology: {error}") from error
@@ -215,12 +225,8 @@ def _compiled(
 
 def _report(config: Any, topology: Topology) -> dict[str, Any]:
   """The report, made in a process that has used no backend yet."""
-  mesh = jax.make_mesh(
-      (topology.devices,),
-      (sharding.AXIS,),
-      axis_types=(jax.sharding.AxisType.Auto,),
-      devices=_devices(topology),
-  )
+  sizes = config.mesh
+  mesh = sharding.mesh_of(_devices(topology), sizes.data, sizes.shard)
   start = config.motion.start_step
   # The steps before flow starts need less than those that follow.
   kinds = {steps.kind_at(config.mode, start + i, start) for i in (0, 1)}
@@ -253,6 +259,9 @@ def preflight(config: Any, topology: str) -> dict[str, Any]:
   parsed = []
   faults = errors.collect(lambda: parsed.append(parse_topology(topology)))
   devices = parsed[0].devices if parsed else None
+  if parsed:
+    sizes = devices // parsed[0].slices, config.mesh.data, config.mesh.shard
+    faults += errors.collect(lambda: sharding.mesh_shape(devices, *sizes))
   faults += validation.faults(config, devices=devices)
   if faults:
     raise errors.UserError(*faults)

@@ -84,7 +84,7 @@ def replay(folder: pathlib.Path) -> dict[str, Any]:
     )
   kind = meta["kind"]
   arrays = dumps.read_arrays(folder, kind, meta["hosts"])
-  mesh = sharding.make_mesh(config.mesh.devices)
+  mesh = assembly.mesh(config)
   model, recipe = assembly.model(config), assembly.recipe(config)
   abstract = assembly.abstract_state(
       config, model, assembly.optimizers(config), mesh

@@ -50,8 +50,10 @@ def set_up_input(
   Raises:
     UserError: with all that is wrong with config, data and workdir.
   """
-  faults = validation.faults(config, devices=validation.device_count(config))
-  streams = {}
+  sharding.all_devices()  # where there are none, nothing below can be told
+  mesh, streams = [], {}
+  faults = errors.collect(lambda: mesh.append(assembly.mesh(config)))
+  faults += validation.faults(config, devices=mesh[0].size if mesh else None)
   for check in (
       lambda: journal.check_writable(folder.local, "workdir"),
       lambda: check_resume(config, folder),
@@ -77,7 +79,7 @@ def set_up_input(
   if hosts.first():
     for line in assembly.miscounts(config, streams):
       print(f"warning: {line}", file=sys.stderr)
-  return streams, sharding.make_mesh(config.mesh.devices)
+  return streams, mesh[0]
 
 
 @contextlib.contextmanager
@@ -301,10 +303,16 @@ def draw(run: Run, state: steps.TrainState, log: journal.Journal) -> None:
   with run.clock.span("pictures"):
     number = int(state.step)
     # Not the loop's own iteration: pictures leave the order of data alone.
-    firsts = {task: stream[0].arrays for task, stream in run.streams.items()}
-    params, mesh = hosts.local(state.params, run.mesh)
+    firsts = {
+        task: sharding.to_global(stream[0].arrays, run.mesh)
+        for task, stream in run.streams.items()
+    }
+    # Of all hosts' rows: one's own may be the half of a pair.
+    firsts = jax.tree.map(lambda x: x[: panels.ROWS], firsts)
+    (params, firsts), mesh = hosts.local((state.params, firsts), run.mesh)
     if not hosts.first():
       return
+    firsts = jax.device_get(firsts)
     pictures = panels.of_state(run.model, params, mesh, firsts)
     for name, picture in pictures.items():
       log.picture(number, name, picture)

@@ -5,8 +5,6 @@ import math
 import pathlib
 from typing import Any
 
-import jax
-
 from mcjepa_jax import alarms, command, errors, journal, objective, step
 from mcjepa_jax.data import sources
 from mcjepa_jax.models import convnext
@@ -354,17 +352,3 @@ def _batch_faults(
           f" a micro-batch, which {devices} devices do not divide"
       )
   return found
-
-
-def device_count(config: Any) -> int:
-  """How many devices the mesh of this config has here.
-
-  Raises:
-    UserError: JAX finds none of the platforms it was told to use.
-  """
-  try:
-    jax.devices()
-  except RuntimeError as error:
-    reason = str(error).splitlines()[0]
-    raise errors.UserError(f"JAX_PLATFORMS: {reason}") from error
-  return jax.device_count() if config.mesh.devices < 0 else config.mesh.devices

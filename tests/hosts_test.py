@@ -169,9 +169,13 @@ def _run(config_path, workdir, *overrides, count=1, **env):
   return results
 
 
-def _records(workdir, count):
-  """Per step and task the ids of all hosts' rows, host after host."""
+def _records(workdir, count, readers=1):
+  """Per step and task the ids of all hosts' rows, host after host.
+
+  Of `readers` neighbours that read the same, those of the first.
+  """
   folders = [workdir] + [workdir / "hosts" / str(i) for i in range(1, count)]
+  folders = folders[::readers]
   return [
       {
           key: sum((line[key] for line in lines), [])
@@ -184,11 +188,11 @@ def _records(workdir, count):
   ]
 
 
-def _same_as_one(config_path, tmp_path, count, *overrides):
+def _same_as_one(config_path, tmp_path, count, *overrides, readers=1):
   one, many = tmp_path / "one", tmp_path / "many"
   _run(config_path, one, *overrides)
   results = _run(config_path, many, *overrides, count=count)
-  assert _records(many, count) == _records(one, 1)
+  assert _records(many, count, readers) == _records(one, 1)
   losses = [
       [line["loss"] for line in workdirs.lines(w / "metrics.jsonl")]
       for w in (one, many)
@@ -240,6 +244,18 @@ def _two_in_training(config_path, workdir, *overrides, **env):
       raise AssertionError(_wait(processes))
     time.sleep(0.05)
   return processes
+
+
+@pytest.mark.proof
+@pytest.mark.slow
+def test_four_processes_share_two_pairs_by_their_frames(config_path, tmp_path):
+  many = _same_as_one(
+      config_path, tmp_path, 4, "--config.mode=motion",
+      "--config.motion.batch_size=2", readers=2,
+  )  # fmt: skip
+  halves = [_records(many / "hosts" / str(i), 1) for i in (2, 3)]
+  assert halves[0] == halves[1]
+  assert (many / "pictures" / "flow.png").exists()
 
 
 @pytest.mark.proof
@@ -744,7 +760,7 @@ def test_a_mesh_of_many_hosts_keeps_each_hosts_devices_together():
       types.SimpleNamespace(id=i, process_index=i // 8 * 2 + i % 4 // 2)
       for i in range(16)
   ]
-  order = sorted(devices, key=sharding.host_order)
+  order = sorted(devices, key=sharding.device_order)
   assert [d.process_index for d in order] == [i // 4 for i in range(16)]
 
 

@@ -174,6 +174,44 @@ def test_the_parts_of_the_hosts_are_the_batch_of_one_host(stream, hosts):
     assert_same(joined([s[k] for s in streams]), stream()[k])
 
 
+@pytest.mark.parametrize("pairs, hosts", [(4, 8), (1, 2), (6, 4), (9, 6)])
+@pytest.mark.parametrize("stream", [motion, content, mixed])
+def test_hosts_that_share_a_pair_read_it_both_and_keep_a_part(
+    stream, pairs, hosts
+):
+  one = stream(batch_size=pairs)
+  streams = [
+      stream(batch_size=pairs, host_index=h, host_count=hosts)
+      for h in range(hosts)
+  ]
+  assert all(s.state() == one.state() for s in streams)
+  for k in (0, 3, 7):
+    parts = [s[k] for s in streams]
+    # Two neighbours tell the same records: each pair once, of every other.
+    assert [p.records for p in parts[::2]] == [p.records for p in parts[1::2]]
+    arrays, _ = joined(parts)
+    assert_same((arrays, joined(parts[::2])[1]), one[k])
+    rows = {len(x) for part in parts for x in part.arrays.values()}
+    assert rows == {2 * pairs // hosts}
+
+
+def test_both_readers_of_an_unreadable_record_replace_it_alike():
+  source = pipeline.MotionSource("holed", Holed(10, (3, 4)), (16, 16))
+  one, *two = (
+      pipeline.motion_stream([source], batch_size=1, seed=0, **host)
+      for host in (
+          {},
+          dict(host_index=0, host_count=2),
+          dict(host_index=1, host_count=2),
+      )
+  )
+  for k in range(10):
+    parts = [stream[k] for stream in two]
+    assert_same((joined(parts)[0], parts[0].records), one[k])
+    assert parts[0].records == parts[1].records
+    assert parts[0].faults == parts[1].faults == one[k].faults
+
+
 @pytest.mark.parametrize("stream", [motion, content, mixed])
 def test_in_mid_epoch_other_hosts_go_on_with_the_same_batches(stream):
   # 10 records in fours: batch 4 lies in the second epoch.
@@ -403,13 +441,13 @@ def test_what_no_stream_can_have_is_refused_at_once():
       pipeline.MotionSource("a", Records(1), (8, 8), weight=0.0),
   ]
   with pytest.raises(UserError) as caught:
-    pipeline.motion_stream(sources, batch_size=3, seed=0, host_count=2)
+    pipeline.motion_stream(sources, batch_size=3, seed=0, host_count=4)
   assert [m.split('"a" ')[-1] for m in caught.value.messages] == [
       "is named twice",
       "is empty",
       "needs a positive weight, got 0.0",
-      "batch size of the motion stream must be a positive multiple of the "
-      "number of hosts, 2, got 3",
+      "batch size of the motion stream must be positive, and its double a "
+      "multiple of the number of hosts, 4, got 3",
   ]
   with pytest.raises(UserError, match="at least one source"):
     pipeline.motion_stream([], batch_size=2, seed=0)

@@ -49,7 +49,13 @@ def _small_config(mode: str) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "devices"),
-    [("cpu:8", 8), ("v5e:4x4", 16), ("v4:2x2x4", 16), ("v6e:1x1", 1)],
+    [
+        ("cpu:8", 8),
+        ("v5e:4x4", 16),
+        ("v4:2x2x4", 16),
+        ("v6e:1x1", 1),
+        ("2xv5e:4x4", 32),
+    ],
 )
 @needs_libtpu
 def test_topology_knows_its_devices(name: str, devices: int):
@@ -58,7 +64,19 @@ def test_topology_knows_its_devices(name: str, devices: int):
 
 @pytest.mark.parametrize(
     "name",
-    ["", "v5e", "v5e:", "v5e:2x2x2", "v4:2x2", "v9:2x2", "cpu:0", "v5e:0x2"],
+    [
+        "",
+        "v5e",
+        "v5e:",
+        "v5e:2x2x2",
+        "v4:2x2",
+        "v9:2x2",
+        "cpu:0",
+        "v5e:0x2",
+        "2xcpu:4",
+        "0xv5e:2x2",
+        "2xv5e",
+    ],
 )
 def test_no_topology_is_a_fault_that_names_the_known(name: str):
   with pytest.raises(UserError, match="--topology: expected .*v5e:2x2"):
@@ -95,6 +113,14 @@ def test_reads_what_the_compiler_asked_for(message: str, gib: float):
 def test_batch_that_the_devices_do_not_divide_is_a_fault():
   with pytest.raises(UserError, match="content.batch_size: 8 .*3 devices"):
     preflight.preflight(_small_config("content"), "cpu:3")
+
+
+@needs_libtpu
+def test_shards_over_slices_are_a_fault_before_anything_is_compiled():
+  config = _small_config("content")
+  config.mesh.shard = 8
+  with pytest.raises(UserError, match="mesh.shard: expected a divisor of 4"):
+    preflight.preflight(config, "2xv5e:2x2")
 
 
 def test_reports_on_emulated_devices():
@@ -198,6 +224,17 @@ def test_too_large_a_batch_does_not_fit():
   report = preflight.preflight(config, "v5e:2x2")
   assert not report["fits"]
   assert report["gib_per_device"] > report["gib_limit"]
+
+
+@needs_libtpu
+@pytest.mark.proof
+@pytest.mark.slow
+def test_two_slices_gather_parameters_in_each():
+  config = _small_config("content")
+  config.mesh.shard_min_mib = 0.0005
+  report = preflight.preflight(config, "2xv5e:2x2")
+  assert report["fits"] and report["devices"] == 8
+  assert report["collective_bytes"]["all-gather"] > 0
 
 
 @needs_libtpu

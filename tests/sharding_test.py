@@ -1,5 +1,7 @@
 """The mesh, the rule of its parameters, and batches on it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -14,8 +16,8 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_mesh_takes_all_devices_or_the_first_few():
-  assert sharding.make_mesh().devices.tolist() == jax.devices()
-  assert sharding.make_mesh(3).devices.tolist() == jax.devices()[:3]
+  assert sharding.make_mesh().devices.tolist() == [jax.devices()]
+  assert sharding.make_mesh(3).devices.tolist() == [jax.devices()[:3]]
 
 
 @pytest.mark.parametrize("devices", [0, -2, 1000])
@@ -25,15 +27,89 @@ def test_a_mesh_of_devices_that_are_not_there_is_refused(devices):
 
 
 @pytest.mark.parametrize(
+    "sizes, expected",
+    [
+        ((-1, -1), (1, 8)),
+        ((2, -1), (2, 4)),
+        ((-1, 2), (4, 2)),
+        ((8, 1), (8, 1)),
+    ],
+    ids=str,
+)
+def test_of_the_axes_one_is_what_the_other_leaves(sizes, expected):
+  mesh = sharding.make_mesh(-1, *sizes)
+  assert mesh.devices.shape == expected
+  assert mesh.devices.flatten().tolist() == jax.devices()
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ((0, -1), "mesh.data: expected -1 or 1 to 8, the devices, got 0"),
+        ((-1, 9), "mesh.shard: expected -1 or 1 to 8, the devices, got 9"),
+        ((3, -1), "mesh: .* to be 8, the devices, got data=3 and shard=-1"),
+        ((2, 2), "mesh: .* to be 8, the devices, got data=2 and shard=2"),
+    ],
+    ids=str,
+)
+def test_axes_that_do_not_fill_the_devices_are_refused(sizes, message):
+  with pytest.raises(errors.UserError, match=message):
+    sharding.make_mesh(-1, *sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Device:
+  id: int
+  process_index: int
+  slice_index: int
+
+
+def _slices(order=(0, 1)):
+  """Of two slices with two hosts of two devices, as JAX may list them."""
+  return [
+      _Device(id=i, process_index=i // 2, slice_index=order[i // 4])
+      for i in (7, 2, 3, 0, 1, 6, 5, 4)
+  ]
+
+
+def test_shards_lie_in_a_slice_and_slices_split_the_batch_alone():
+  # A mesh of fakes has no shardings: only its layout can be looked at.
+  mesh = sharding.mesh_of(_slices())
+  ids = [[device.id for device in row] for row in mesh.devices]
+  assert ids == [[0, 1, 2, 3], [4, 5, 6, 7]]
+  ids = [d.id for d in sharding.mesh_of(_slices((1, 0))).devices.flat]
+  assert ids == [4, 5, 6, 7, 0, 1, 2, 3]
+  assert sharding.mesh_of(_slices(), data=4).devices.shape == (4, 2)
+  for sizes in (dict(data=1), dict(shard=8), dict(data=1, shard=8)):
+    with pytest.raises(errors.UserError, match="mesh.shard: .* of 4, the dev"):
+      sharding.mesh_of(_slices(), **sizes)
+
+
+def test_hosts_count_in_the_order_of_their_rows(monkeypatch):
+  # As where a cluster gives neighbouring numbers to other nodes.
+  devices = [
+      _Device(id=i, process_index=i, slice_index=i % 2) for i in range(4)
+  ]
+  monkeypatch.setattr(jax, "devices", lambda: devices)
+  places = []
+  for process in range(4):
+    monkeypatch.setattr(jax, "process_index", lambda p=process: p)
+    places.append(sharding.host_index())
+  assert places == [0, 2, 1, 3]
+  order = [d.process_index for d in sharding.mesh_of(devices).devices.flat]
+  assert [order.index(process) for process in range(4)] == places
+
+
+@pytest.mark.parametrize(
     "shape, expected",
     [
-        ((64, 128), (None, "data")),
-        ((128, 64), ("data",)),
+        ((64, 128), (None, "shard")),
+        ((128, 64), ("shard",)),
         # The largest axis that divides, not the largest axis.
-        ((1001, 64), (None, "data")),
-        ((7, 7, 1, 160), (None, None, None, "data")),
+        ((1001, 64), (None, "shard")),
+        ((7, 7, 1, 160), (None, None, None, "shard")),
         # Of two equal axes the contiguous one.
-        ((64, 64), (None, "data")),
+        ((64, 64), (None, "shard")),
         ((7, 9), ()),
         ((), ()),
     ],
@@ -61,6 +137,11 @@ def test_moments_are_split_as_their_parameter():
   assert found["params"] == found["opt"]["mu"] == found["opt"]["nu"]
   assert found["params"].shard_shape((16, 32)) == (16, 4)
   assert found["opt"]["n"].is_fully_replicated
+  found = sharding.state_shardings(
+      state, sharding.make_mesh(8, data=2), min_bytes=1024
+  )
+  assert found["params"].shard_shape((16, 32)) == (16, 8)
+  assert found["params"].spec == PartitionSpec(None, "shard")
 
 
 def test_a_state_made_into_its_shardings_holds_a_part_on_each_device():
@@ -76,8 +157,9 @@ def test_a_state_made_into_its_shardings_holds_a_part_on_each_device():
   np.testing.assert_array_equal(state["kernel"], init()["kernel"])
 
 
-def test_batch_is_split_by_its_first_axis_in_order():
-  mesh = sharding.make_mesh(8)
+@pytest.mark.parametrize("data", [1, 2, 8])
+def test_batch_is_split_by_its_first_axis_in_order(data):
+  mesh = sharding.make_mesh(8, data)
   frames = np.arange(16 * 2 * 3, dtype=np.uint8).reshape(16, 2, 3)
   batch = sharding.to_global({"frames": frames, "view": frames[:8, 0]}, mesh)
   assert batch["frames"].sharding == sharding.batch_sharding(mesh)

@@ -158,6 +158,29 @@ def test_large_parameters_are_sharded_and_the_state_keeps_its_shardings():
 
 
 @pytest.mark.slow
+def test_parameters_sharded_in_each_half_of_the_devices_learn_the_same():
+  results = []
+  for data in (1, 2):
+    state, function, mesh = tiny.state_and_step(
+        tiny.config(), "both", devices=8, data=data, min_mib=0.0005
+    )
+    state, logs = function(state, sharding.to_global(tiny.batch(), mesh))
+    assert mesh.devices.shape == (data, 8 // data)
+    specs = [x.sharding.spec for x in jax.tree.leaves(state)]
+    assert {name for spec in specs for name in spec} == {None, "shard"}
+    kernel = state.params["expander"]["fc_1"]["kernel"]
+    shard = kernel.addressable_shards[0].data
+    assert shard.size == kernel.size // (8 // data)
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
+    results.append((float(logs["loss"]), _host(moments), _host(state.params)))
+  # Adam's first step is the gradient's sign: where that is zero but for noise,
+  # a parameter moves by a whole step, up or down.
+  for one, other, most in zip(*results, (1e-5, 1e-5, 1e-4), strict=True):
+    difference = jax.tree.map(np.subtract, one, other)
+    assert _norm(difference) / _norm(one) < most
+
+
+@pytest.mark.slow
 def test_the_old_state_is_donated():
   state, function, mesh = tiny.state_and_step(tiny.config(), "content")
   old = state.params["encoder"]["stem_0"]["kernel"]

@@ -67,9 +67,9 @@ def batch(pairs: int = 4, images: int = 4) -> dict[str, np.ndarray]:
   return streams["motion"][0][0] | streams["content"][0][0]
 
 
-def state_and_step(cfg, kind, *, devices=1, min_mib=4.0):
+def state_and_step(cfg, kind, *, devices=1, data=-1, min_mib=4.0):
   """A new state over a mesh, the jitted step of a kind, and the mesh."""
-  mesh = sharding.make_mesh(devices)
+  mesh = sharding.make_mesh(devices, data)
   model, optimizers = assembly.model(cfg), assembly.optimizers(cfg)
   abstract = steps.abstract_state(
       model, optimizers, mesh, min_bytes=int(min_mib * 2**20)

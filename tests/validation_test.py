@@ -3,7 +3,8 @@ import math
 import pytest
 
 from configs import mcjepa_convnext_tiny, quickstart
-from mcjepa_jax import validation
+from mcjepa_jax import errors, validation
+from mcjepa_jax.data import pipeline, synthetic
 from tests import tiny
 
 
@@ -99,6 +100,23 @@ def test_eight_pairs_fill_sixteen_devices_and_three_do_not_divide_four():
       "motion.batch_size: 3 give 6 frames a micro-batch, which 4 devices do not"
       " divide"
   ]
+
+
+@pytest.mark.parametrize("pairs", [1, 2, 3, 6, 8])
+@pytest.mark.parametrize("hosts", [1, 2, 3, 4, 16])
+def test_a_batch_that_the_devices_divide_feeds_as_many_hosts(pairs, hosts):
+  faults = validation.faults(
+      tiny.config(motion__batch_size=pairs, mode="motion"), devices=hosts
+  )
+  source = pipeline.MotionSource(
+      "made", synthetic.Pairs(seed=0, num_examples=2), (32, 32)
+  )
+  refused = errors.collect(
+      lambda: pipeline.motion_stream(
+          [source], batch_size=pairs, seed=0, host_count=hosts
+      )
+  )
+  assert bool(faults) == bool(refused) == bool(2 * pairs % hosts)
 
 
 def test_what_a_resumed_run_may_change_are_keys_of_the_config():

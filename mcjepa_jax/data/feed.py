@@ -40,7 +40,7 @@ class Part(NamedTuple):
   """This host's rows of a batch."""
 
   arrays: Arrays
-  records: list[str]  # of each row's pair or image
+  records: list[str]  # each pair or image that was read
   faults: list[tuple[str, str]]  # (record, fault) of those that were replaced
 
 

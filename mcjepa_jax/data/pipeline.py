@@ -6,6 +6,9 @@ holds, and no label enters a batch of the training:
   motion   {"frames": u8[2b h w 3]}  frame_1, frame_2 of pair 0, of pair 1, ...
   content  {"views": u8[2n h w 3]}   view_1, view_2 of image 0, of image 1, ...
 
+The hosts share the rows out, in order. Where that cuts a pair in two both hosts
+read it.
+
 An evaluation that trains on labels reads
 
   crops    {"crops": u8[n s s 4]}    RGB and, last, the labels of each image
@@ -139,9 +142,12 @@ class _Cut:
     raise UserError(*(f"{record}: {fault}" for record, fault in faults))
 
 
-def _stack(parts: Sequence[Part]) -> Part:
+def _stack(parts: Sequence[Part], *, number: int, count: int) -> Part:
+  """Returns the rows of host `number` of the `count` that read these parts."""
   (key,) = parts[0].arrays
   images = [image for part in parts for image in part.arrays[key]]
+  rows = len(images) // count
+  images = images[number * rows : (number + 1) * rows]
   batch = handover.empty((len(images), *images[0].shape))
   return Part(
       # The only copy of what was cut.
@@ -165,6 +171,10 @@ def _batches(
   # Grain adds the epoch to the seed: with the config's own seed, epoch 1 of
   # seed 0 would be epoch 0 of seed 1.
   shuffle_seed = int(_random(seed, place).generate_state(1)[0])
+  # Twice the records are a multiple of the hosts: where they are none, two
+  # neighbours read the same and keep half the rows each.
+  readers = 2 if batch_size % host_count else 1
+  groups = host_count // readers
   return (
       grain.MapDataset.range(len(source))
       .shuffle(seed=shuffle_seed)
@@ -173,14 +183,16 @@ def _batches(
       # epoch.
       .map_with_index(_Cut(source, key, seed, place))
       .batch(
-          batch_size // host_count,
+          batch_size // groups,
           # Grain's length of the other kind overflows at one row.
           drop_remainder=True,
-          batch_fn=_stack,
+          batch_fn=functools.partial(
+              _stack, number=host_index % readers, count=readers
+          ),
       )
-      # Part h of batch k is small batch k * host_count + h: consecutive rows,
-      # so that the hosts' parts in order are the batch of a single host.
-      .slice(slice(host_index, None, host_count))
+      # Part g of batch k is small batch k * groups + g: consecutive rows, so
+      # that the hosts' parts in order are the batch of a single host.
+      .slice(slice(host_index // readers, None, groups))
   )
 
 
@@ -200,10 +212,10 @@ def _check(
       faults.append(f"{who} is empty")
     if source.weight <= 0:
       faults.append(f"{who} needs a positive weight, got {source.weight}")
-  if batch_size < 1 or batch_size % host_count:
+  if batch_size < 1 or 2 * batch_size % host_count:
     faults.append(
-        f"batch size of the {kind} stream must be a positive multiple of the "
-        f"number of hosts, {host_count}, got {batch_size}"
+        f"batch size of the {kind} stream must be positive, and its double a "
+        f"multiple of the number of hosts, {host_count}, got {batch_size}"
     )
   if faults:
     raise UserError(*dict.fromkeys(faults))
