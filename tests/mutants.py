@@ -299,8 +299,8 @@ MUTANTS = (
         "evals_test.py",
         (
             "last_batch_dropped",
-            "  if held:\n    yield held",
-            "  if len(held) == batch_size:\n    yield held",
+            "  yield from held.values()",
+            "  yield from (g for g in held.values() if len(g) == batch_size)",
         ),
     ),
     *_mutants(
