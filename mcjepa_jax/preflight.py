@@ -3,7 +3,7 @@
   python -m mcjepa_jax.preflight --config=configs/quickstart.py \
     --topology=v5e:2x2
 
-    [--mfu=PERCENT] [--price=DEVICE=USD ...]
+    [--mfu=PERCENT] [--price=DEVICE=USD ...] [--search] [--host-gb=N]
 
 Topologies are a TPU's kind and layout (v4:2x2x2, v5e:4x4, v5p:2x2x1, v6e:2x4),
 several slices of it (2xv5e:4x4) or `cpu:N`, N emulated devices. The last line
@@ -14,6 +14,7 @@ of stdout is a JSON object:
   images, pairs        a step, of all devices together
   finest_stride        of the estimated flow
   gib_per_device       arguments, results, temporaries and program
+  state_gib            of these the train state
   gib_limit            what the compiler lets a program use
   fits                 whether it does
   flops_per_step       of all devices together
@@ -28,10 +29,21 @@ and with --mfu, the share of their peak that devices are supposed to reach,
   device_hours         of all steps, on each device whose bf16 peak is known
   usd                  the same at the --price of an hour of one device
 
+--search looks for the largest batch in the config's proportion: a compile without
+rematerialisation and one with remat=block foretell it, a third confirms it. The
+JSON object then holds
+
+  foretold             by remat: times the smallest batch that the devices divide,
+                       images, pairs, gib_per_device, flops beside remat=none's
+  remat                none if the config's own batch fits so, else block
+  confirmed            the report above on that batch
+
+--host-gb ends a compiler that takes more of this machine's memory.
+
 Exit code: 0 if it fits, 1 if it does not, 2 for a fault of the input.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import concurrent.futures
 from concurrent.futures import process
 import dataclasses
@@ -47,6 +59,7 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
+import tqdm
 
 from mcjepa_jax import (
     accumulation,
@@ -57,6 +70,7 @@ from mcjepa_jax import (
     hlo,
     journal,
     sharding,
+    sizing,
     step as steps,
     validation,
 )
@@ -180,6 +194,17 @@ def _gib(memory: Any) -> float:
   return size / 2**30
 
 
+def _state_gib(abstract: steps.TrainState) -> float:
+  """What a device holds of the train state."""
+  return (
+      sum(
+          math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+          for leaf in jax.tree.leaves(abstract)
+      )
+      / 2**30
+  )
+
+
 def _compiled(
     config: Any, mesh: jax.sharding.Mesh, kind: str
 ) -> dict[str, Any]:
@@ -195,6 +220,7 @@ def _compiled(
   frame_size = max(assembly.motion_sizes(config), key=math.prod)
   batch = assembly.batch_shapes(config, kind, frame_size)
   report = {
+      "state_gib": _state_gib(abstract),
       "step": kind,
       "images": config.content.batch_size if "views" in batch else 0,
       "pairs": config.motion.batch_size if "frames" in batch else 0,
@@ -250,8 +276,17 @@ def _report(config: Any, topology: Topology) -> dict[str, Any]:
   )
 
 
-def preflight(config: Any, topology: str) -> dict[str, Any]:
+def preflight(
+    config: Any,
+    topology: str,
+    *,
+    host_gb: float = math.inf,
+    wait: Callable[[], Any] = lambda: None,
+) -> dict[str, Any]:
   """The report on a config's step on a topology, compiled in a new process.
+
+  `wait` is called each second. A compiler that takes more than `host_gb` of this
+  machine's memory is ended.
 
   Raises:
     UserError: the topology is none, or the config does not fit it.
@@ -267,8 +302,17 @@ def preflight(config: Any, topology: str) -> dict[str, Any]:
     raise errors.UserError(*faults)
   context = multiprocessing.get_context("spawn")
   with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+    report = pool.submit(_report, config, parsed[0])
+    while not concurrent.futures.wait([report], timeout=1).done:
+      wait()
+      if journal.peak_rss_gb() > host_gb:
+        for compiler in multiprocessing.active_children():
+          compiler.kill()
+        raise command.Stop(
+            1, f"The compiler took more than --host-gb={host_gb} GB: ended."
+        )
     try:
-      return pool.submit(_report, config, parsed[0]).result()
+      return report.result()
     except process.BrokenProcessPool as error:
       raise command.Stop(
           1, "The compiler was killed: it may want more memory than is here."
@@ -298,8 +342,8 @@ def estimate(
 
 def _assumptions(
     flags: Mapping[str, Sequence[str]],
-) -> tuple[float | None, dict[str, float]]:
-  """The MFU and the prices of the command line."""
+) -> tuple[float | None, dict[str, float], float]:
+  """The MFU, the prices and the limit of memory of the command line."""
 
   def positive(text):
     try:
@@ -323,9 +367,33 @@ def _assumptions(
       )
   if prices and "mfu" not in flags:
     faults.append("--price: expected --mfu=PERCENT beside it, got none")
+  host_gb = math.inf
+  if "host-gb" in flags:
+    (text,) = command.single(flags, **{"host-gb": "N"})
+    host_gb = positive(text)
+    if host_gb is None:
+      faults.append(f"--host-gb: expected a positive number, got {text!r}")
+  if flags.get("search"):
+    faults.append(f"--search: expected no value, got {flags['search'][0]!r}")
+  if "search" in flags and mfu is not None:
+    faults.append("--search: expected no --mfu beside it")
   if faults:
     raise errors.UserError(*faults)
-  return mfu, prices
+  return mfu, prices, host_gb
+
+
+def _search(config: Any, topology: str, host_gb: float) -> dict[str, Any]:
+  """What `sizing.search` finds, with a bar of its compiles."""
+  bar = tqdm.tqdm(total=len(sizing.POLICIES) + 1, unit="compile")
+
+  def compiled(config, told):
+    bar.set_description(told)
+    report = preflight(config, topology, host_gb=host_gb, wait=bar.refresh)
+    bar.update()
+    return report
+
+  with bar:
+    return sizing.search(config, parse_topology(topology).devices, compiled)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -333,18 +401,26 @@ def main(argv: Sequence[str] | None = None) -> int:
   argv = sys.argv[1:] if argv is None else argv
 
   def body():
-    arguments = command.split(argv, ("config", "topology", "mfu", "price"))
+    arguments = command.split(
+        argv, ("config", "topology", "mfu", "price", "search", "host-gb")
+    )
     file, topology = command.single(
         arguments.flags, config="FILE.py", topology="KIND:LAYOUT"
     )
-    mfu, prices = _assumptions(arguments.flags)
+    mfu, prices, host_gb = _assumptions(arguments.flags)
     config = command.load_config(file, arguments.overrides)
-    report = preflight(config, topology)
+    if "search" in arguments.flags:
+      found = _search(config, topology, host_gb)
+      report = found["confirmed"]
+      print(json.dumps(found), flush=True)
+    else:
+      report = preflight(config, topology, host_gb=host_gb)
     if mfu and report["flops_per_step"]:
       report |= estimate(
           report["flops_per_step"], config.num_steps, mfu, prices
       )
-    print(json.dumps(report), flush=True)
+    if "search" not in arguments.flags:
+      print(json.dumps(report), flush=True)
     if not report["fits"]:
       raise command.Stop(
           1,

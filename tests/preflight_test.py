@@ -21,6 +21,7 @@ _KEYS = {
     "pairs",
     "finest_stride",
     "gib_per_device",
+    "state_gib",
     "gib_limit",
     "fits",
     "flops_per_step",
@@ -152,7 +153,7 @@ def _exit_code(monkeypatch, *flags: str, fits: bool) -> int:
       # One second of a whole v5e.
       "flops_per_step": 197e12,
   }
-  monkeypatch.setattr(preflight, "preflight", lambda *_: report)
+  monkeypatch.setattr(preflight, "preflight", lambda *_, **__: report)
   return preflight.main([*_COMMAND, *flags])
 
 

@@ -1,0 +1,113 @@
+"""The largest batch that fits: foretold from two compiles, confirmed by a third.
+
+A device holds what the batch does not change, the train state and its gradient,
+and what is in proportion to the batch. One compile that keeps all activations
+and one that keeps only the inputs of the encoder's blocks (remat=block) give the
+two proportions, and what the second costs.
+"""
+
+from collections.abc import Callable
+import math
+from typing import Any, NamedTuple
+
+from mcjepa_jax import command, errors, validation
+
+POLICIES = ("none", "block")
+_MARGIN = 0.95  # of what a program may use: the foretold is not exact
+# Parameters and two moments are the state; the gradient is one of the three.
+_GRADIENT = 1 / 3
+
+
+class Batch(NamedTuple):
+  """Images and pairs of a step, of all devices together."""
+
+  images: int
+  pairs: int
+
+
+def sized(config: Any, batch: Batch, policy: str) -> Any:
+  """The config with another batch and another rematerialisation."""
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.content.batch_size, config.motion.batch_size = batch
+    config.remat = policy
+  return config
+
+
+def smallest(config: Any, devices: int) -> Batch:
+  """The smallest batch in the config's proportion that the devices divide.
+
+  Raises:
+    UserError: not even the config's own does.
+  """
+  images, pairs = config.content.batch_size, config.motion.batch_size
+  parts = math.gcd(images, pairs)
+  for part in range(1, parts + 1):
+    batch = Batch(images // parts * part, pairs // parts * part)
+    faults = validation.faults(
+        sized(config, batch, config.remat), devices=devices
+    )
+    if not faults:
+      return batch
+  raise errors.UserError(*faults)
+
+
+def foretold(report: dict[str, Any], batch: Batch) -> dict[str, Any]:
+  """The largest batch by the report on one: `times` it, and the memory then."""
+  fixed = (1 + _GRADIENT) * report["state_gib"]
+  each = max(report["gib_per_device"] - fixed, 2.0**-20)
+  times = max(0, int((_MARGIN * report["gib_limit"] - fixed) / each))
+  return {
+      "times": times,
+      "images": times * batch.images,
+      "pairs": times * batch.pairs,
+      "gib_per_device": fixed + times * each,
+  }
+
+
+def search(
+    config: Any,
+    devices: int,
+    compiled: Callable[[Any, str], dict[str, Any]],
+) -> dict[str, Any]:
+  """What fits: `foretold` by policy, the `remat` chosen, the `confirmed` report.
+
+  The policy is none where the config's own batch fits so, else the one with the
+  larger batch. `compiled` gives preflight's report on a config; it is told what
+  it compiles.
+
+  Raises:
+    UserError: the config does not fit the devices.
+    Stop: not even the smallest batch fits.
+  """
+  batch = smallest(config, devices)
+  reports = {
+      policy: compiled(
+          sized(config, batch, policy),
+          f"{policy}, {batch.images}+{batch.pairs}",
+      )
+      for policy in POLICIES
+  }
+  rows = {policy: foretold(report, batch) for policy, report in reports.items()}
+  flops = reports["none"]["flops_per_step"]
+  for policy, row in rows.items():
+    own = reports[policy]["flops_per_step"]
+    row["flops"] = own / flops if own and flops else None
+  wanted = config.content.batch_size // batch.images
+  policy = "none"
+  if rows["none"]["times"] < min(wanted, rows["block"]["times"]):
+    policy = "block"
+  times = rows[policy]["times"]
+  if not times:
+    raise command.Stop(
+        1,
+        f"Does not fit: {batch.images} images and {batch.pairs} pairs, which the"
+        " devices divide, take"
+        f" {reports['block']['gib_per_device']:.2f} GiB of"
+        f" {reports['block']['gib_limit']:.2f} with remat=block.",
+    )
+  batch = Batch(times * batch.images, times * batch.pairs)
+  report = compiled(
+      sized(config, batch, policy), f"{policy}, {batch.images}+{batch.pairs}"
+  )
+  return {"foretold": rows, "remat": policy, "confirmed": report}

@@ -1,0 +1,82 @@
+"""The search for the largest batch, on a compiler whose memory is a line."""
+
+import pytest
+
+from configs import mcjepa_convnext_tiny
+from mcjepa_jax import command, errors, sizing
+
+_STATE = 0.6  # GiB, and its gradient a third of that
+_GIB = {"none": 0.05, "block": 0.02}  # an image's share of the rest
+
+
+def _compiler(limit=15.75, more=0.0):
+  """Reports as preflight's; `more` GiB are held by what nobody foretold."""
+  asked = []
+
+  def compiled(config, told):
+    images = config.content.batch_size
+    asked.append((config.remat, images, config.motion.batch_size))
+    gib = 0.8 + _GIB[config.remat] * images
+    if len(asked) == 3:
+      gib += more
+    return {
+        "state_gib": _STATE,
+        "gib_per_device": gib,
+        "gib_limit": limit,
+        "fits": gib <= limit,
+        "flops_per_step": images * (4.0 if config.remat == "block" else 3.0),
+    }
+
+  return compiled, asked
+
+
+@pytest.mark.parametrize(
+    ("devices", "batch"), [(16, (384, 8)), (4, (96, 2)), (1, (48, 1))]
+)
+def test_the_smallest_batch_keeps_the_proportion_and_divides(devices, batch):
+  config = mcjepa_convnext_tiny.get_config()
+  assert sizing.smallest(config, devices) == batch
+
+
+def test_a_batch_that_no_part_of_divides_is_refused():
+  config = mcjepa_convnext_tiny.get_config()
+  with pytest.raises(errors.UserError, match="32 devices"):
+    sizing.smallest(config, 32)
+
+
+def test_without_rematerialisation_where_the_configs_own_batch_fits():
+  config = mcjepa_convnext_tiny.get_config()
+  config.content.batch_size, config.motion.batch_size = 96, 2
+  compiled, asked = _compiler()
+  found = sizing.search(config, 4, compiled)
+  # 0.8 and 96 * 0.05 each time: (0.95 * 15.75 - 0.8) / 4.8 = 2.95.
+  assert found["remat"] == "none"
+  assert found["foretold"]["none"]["times"] == 2
+  assert found["foretold"]["none"]["gib_per_device"] == pytest.approx(10.4)
+  assert found["foretold"]["block"]["flops"] == pytest.approx(4 / 3)
+  assert asked == [("none", 96, 2), ("block", 96, 2), ("none", 192, 4)]
+  assert found["confirmed"]["fits"]
+
+
+def test_with_it_where_that_alone_fits_the_configs_own():
+  config = mcjepa_convnext_tiny.get_config()
+  compiled, asked = _compiler()
+  found = sizing.search(config, 4, compiled)
+  # Of 384 images without it 192 would fit.
+  assert found["remat"] == "block"
+  assert found["foretold"]["block"]["images"] == asked[-1][1] == 672
+  assert config.remat == "none" and config.content.batch_size == 384
+
+
+def test_what_was_foretold_wrongly_is_seen_in_the_report():
+  compiled, _ = _compiler(more=9.0)
+  config = mcjepa_convnext_tiny.get_config()
+  assert not sizing.search(config, 4, compiled)["confirmed"]["fits"]
+
+
+def test_nothing_that_fits_is_an_end_with_the_memory_it_takes():
+  compiled, asked = _compiler(limit=2.0)
+  config = mcjepa_convnext_tiny.get_config()
+  with pytest.raises(command.Stop, match="96 images and 2 pairs.* 2.72 GiB"):
+    sizing.search(config, 4, compiled)
+  assert len(asked) == 2
