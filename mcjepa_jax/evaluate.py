@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from mcjepa_jax import (
+    assembly,
     checkpoint,
     errors,
     journal,
