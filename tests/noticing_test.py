@@ -323,6 +323,7 @@ def test_a_checkpoint_that_fails_is_told_and_the_next_is_saved(
   assert len(told) == 2 and "Permission denied" in told[0]
 
 
+@pytest.mark.proof
 def test_two_checkpoints_in_a_row_that_fail_end_the_run(
     data, tmp_path, monkeypatch
 ):
@@ -333,6 +334,7 @@ def test_two_checkpoints_in_a_row_that_fail_end_the_run(
   assert train.train(_config(data), tmp_path / "run")["meta/step"] == 8
 
 
+@pytest.mark.proof
 def test_sigterm_in_the_last_evaluation_ends_it_and_the_next_run_evaluates(
     data, tmp_path, monkeypatch
 ):

@@ -788,6 +788,7 @@ def get_config():
 """
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_a_run_on_a_bucket_is_the_run_on_the_folder(gs, tmp_path):
   for scene in ("a", "b"):

@@ -124,6 +124,7 @@ def test_loss_and_gradient_do_not_depend_on_the_number_of_devices(devices):
   assert _norm(difference) / _norm(one) < 1e-5
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_statistics_of_each_shard_would_miss_by_far(monkeypatch):
   cfg, batch = tiny.config(), {"views": tiny.batch()["views"]}
@@ -157,6 +158,7 @@ def test_large_parameters_are_sharded_and_the_state_keeps_its_shardings():
   assert jax.tree.all(jax.tree.map(lambda a, b: a == b, before, after))
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_parameters_sharded_in_each_half_of_the_devices_learn_the_same():
   results = []

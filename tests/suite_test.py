@@ -198,6 +198,7 @@ def test_numbers_are_equal_on_1_and_on_4_devices(small):
       np.testing.assert_allclose(four[key], value, rtol=5e-3, err_msg=key)
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_every_kind_shows_its_progress_and_has_its_untrained_twin(
     small, capsys, tmp_path
