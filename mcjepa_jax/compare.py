@@ -20,6 +20,7 @@ import statistics
 import sys
 
 from mcjepa_jax import command, errors
+from mcjepa_jax.data import catalog
 
 _FILES = ("results.json", "evaluation.json")  # of training, of an evaluation
 _MAX_BYTES = 2**26
@@ -40,16 +41,7 @@ PAPER = {
     "upernet/ade20k/miou": 44.2,
     "davis/2017/j_and_f": 70.5,
 }
-# Pairs, validation images and validation sequences that were published.
-_COUNTS = {
-    "sintel_clean": 1041,
-    "sintel_final": 1041,
-    "kitti_2015": 200,
-    "voc2012": 1449,
-    "cityscapes": 500,
-    "ade20k": 2000,
-    "2017": 30,
-}
+_DAVIS_SEQUENCES = 30  # of DAVIS 2017's val.txt; the catalog has no count
 
 Number = float | int
 Results = Mapping[str, Number]
@@ -184,7 +176,8 @@ def table(columns: Mapping[str, Results]) -> list[list[str]]:
 def _whole_set(key: str, results: Results) -> bool:
   """Whether a result is of as many examples as the set has."""
   eval_set = key.rpartition("/")[0]
-  count = _COUNTS[eval_set.partition("/")[2]]
+  fact = catalog.published(eval_set.replace("upernet/", "segmentation/"))
+  count = fact.value if fact else _DAVIS_SEQUENCES
   return key in results and results.get(f"{eval_set}/count") == count
 
 

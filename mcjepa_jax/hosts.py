@@ -364,8 +364,7 @@ def check_shared(folder: mirror.Folder) -> None:
     return
   workdir = folder.address
   if isinstance(workdir, str):  # in a bucket, which all see by its name
-    (others := set(exchange("workdir", workdir))).discard(workdir)
-    if others:
+    if others := set(exchange("workdir", workdir)) - {workdir}:
       raise errors.UserError(
           f"workdir: expected one for all hosts, got {workdir} and"
           f" {', '.join(sorted(others))}"

@@ -143,7 +143,7 @@ def refusal_told(folder: pathlib.Path) -> Iterator[None]:
     yield
   except OSError as error:
     # A write to an open file names none.
-    ours = pathlib.Path(error.filename or "/").is_relative_to(folder)
+    ours = pathlib.Path(str(error.filename or "/")).is_relative_to(folder)
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
     if not (ours or full):
       raise

@@ -479,9 +479,11 @@ def prepare(address: str) -> None:
 
 def forget_below(folder: Location) -> None:
   """Makes what other processes write anywhere below a folder seen."""
-  for known in [x for x in _listings if x == folder or folder in _parents(x)]:
+  for known in [x for x in _listings if folder in (x, *_parents(x))]:
     del _listings[known]
-  _listed_below.difference_update({folder, *_parents(folder)})
+  for known in list(_listed_below):
+    if folder in (known, *_parents(known)) or known in _parents(folder):
+      _listed_below.discard(known)
 
 
 def _parents(path: Remote) -> set[Remote]:
