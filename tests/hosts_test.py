@@ -13,7 +13,6 @@ import time
 import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
@@ -41,12 +40,16 @@ def _free_port():
     return listener.getsockname()[1]
 
 
+def _written(tmp_path_factory, name, text):
+  path = tmp_path_factory.mktemp(name) / "configs" / f"{name}_run.py"
+  path.parent.mkdir()
+  path.write_text(text)
+  return path
+
+
 @pytest.fixture(scope="module")
 def config_path(tmp_path_factory):
-  path = tmp_path_factory.mktemp("hosts") / "configs" / "tiny_run.py"
-  path.parent.mkdir()
-  path.write_text(_CONFIG)
-  return path
+  return _written(tmp_path_factory, "tiny", _CONFIG)
 
 
 # A worker that dies, and a clock that is wrong, each on one host.
@@ -75,9 +78,9 @@ if "TEST_CLOCK" in os.environ:
 _POISONED = """
 from configs import quickstart
 from mcjepa_jax import photometry
-from tests import hosts_test, tiny
+from tests import tiny
 
-photometry.content_views = hosts_test.stretched(photometry.content_views)
+photometry.content_views = tiny.stretched(photometry.content_views)
 
 def get_config():
   config = tiny.config(quickstart, mode="content", num_steps=8, save_every=2,
@@ -89,23 +92,9 @@ def get_config():
 """
 
 
-def stretched(plain):
-  """The views that a photometry gives, each stretched to its own range."""
-
-  def views(*args, **kwargs):
-    x = plain(*args, **kwargs)
-    least = jnp.min(x, axis=(1, 2, 3), keepdims=True)
-    return (x - least) / (jnp.max(x, axis=(1, 2, 3), keepdims=True) - least)
-
-  return views
-
-
 @pytest.fixture(scope="module")
 def faulty_path(tmp_path_factory):
-  path = tmp_path_factory.mktemp("faulty") / "configs" / "faulty_run.py"
-  path.parent.mkdir()
-  path.write_text(_FAULTY)
-  return path
+  return _written(tmp_path_factory, "faulty", _FAULTY)
 
 
 def _start(config_path, workdir, *overrides, index=0, count=1, port=0, **env):
@@ -433,7 +422,7 @@ def test_two_hosts_skip_dump_and_roll_back_as_one(
   assert "images/flat.png" in metas[1]["records"]["content"]
   assert (metas[0]["hosts"], metas[1]["hosts"]) == (1, 2)
   plain = photometry.content_views
-  monkeypatch.setattr(photometry, "content_views", stretched(plain))
+  monkeypatch.setattr(photometry, "content_views", tiny.stretched(plain))
   capsys.readouterr()
   assert replay.main([f"--dump={parted}"]) == 0
   report = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -49,13 +49,7 @@ def data(tmp_path):
 def no_epsilon(monkeypatch):
   """Stretches each view to its own range: 0 / 0 for a flat one."""
   plain = photometry.content_views
-
-  def stretched(views, *args, **kwargs):
-    x = plain(views, *args, **kwargs)
-    least = jnp.min(x, axis=(1, 2, 3), keepdims=True)
-    return (x - least) / (jnp.max(x, axis=(1, 2, 3), keepdims=True) - least)
-
-  monkeypatch.setattr(photometry, "content_views", stretched)
+  monkeypatch.setattr(photometry, "content_views", tiny.stretched(plain))
 
 
 def _config(data, **changes):

@@ -4,6 +4,7 @@ import functools
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -100,3 +101,14 @@ def save_checkpoint(workdir: pathlib.Path) -> pathlib.Path:
   with checkpoint.Checkpoints(workdir) as checkpoints:
     checkpoints.save(3, state, {}, meta)
   return workdir
+
+
+def stretched(plain):
+  """The views that a photometry gives, each stretched to its own range."""
+
+  def views(*args, **kwargs):
+    x = plain(*args, **kwargs)
+    least = jnp.min(x, axis=(1, 2, 3), keepdims=True)
+    return (x - least) / (jnp.max(x, axis=(1, 2, 3), keepdims=True) - least)
+
+  return views
