@@ -40,6 +40,7 @@ from mcjepa_jax.progress import Batch, Progress, Run
 
 # What a file system without locks answers: then nothing keeps two runs apart.
 _NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
+_MISSING = "meta/not_evaluated"  # in results: why evals did not end
 
 
 def set_up_input(
@@ -322,11 +323,13 @@ def finish(run: Run, state: steps.TrainState, peak_gb: float) -> dict[str, Any]:
   """Evaluates the trained parameters and writes the results.
 
   `peak_gb` is the memory of training, its workers included.
+
+  Raises:
+    UserError: with why an eval did not end, once the others are written. Started
+      again, the run evaluates again.
   """
   with run.clock.span("evaluate"):
     results, faults = evaluations(run, state)
-  if faults:  # started again, the run evaluates again
-    raise errors.UserError(*faults)
   if hosts.first():
     lines = journal.read_lines(run.workdir / "metrics.jsonl")
     for name, picture in panels.of_logs(lines).items():
@@ -363,17 +366,22 @@ def finish(run: Run, state: steps.TrainState, peak_gb: float) -> dict[str, Any]:
       "meta/devices": evaluate.describe_devices(),
       "meta/versions": evaluate.versions(),
   }
+  if faults:
+    results[_MISSING] = "; ".join(faults)
   if hosts.first():
     journal.write_json(run.workdir / "results.json", results)
+  if faults:
+    raise errors.UserError(*faults)
   return results
 
 
 def read_results(workdir: pathlib.Path) -> dict[str, Any]:
-  """What `finish` wrote; nothing if it did not."""
+  """What `finish` wrote; nothing if it did not, or if an eval is missing."""
   try:
-    return dict(json.loads((workdir / "results.json").read_text()))
+    results = dict(json.loads((workdir / "results.json").read_text()))
   except (OSError, TypeError, ValueError):
     return {}
+  return {} if _MISSING in results else results
 
 
 def train(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:

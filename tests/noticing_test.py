@@ -345,6 +345,31 @@ def test_sigterm_in_the_last_evaluation_ends_it_and_the_next_run_evaluates(
   assert train.train(_config(data, num_steps=2), tmp_path / "run")
 
 
+def test_an_eval_that_fails_at_the_end_leaves_the_others_their_results(
+    data, tmp_path, monkeypatch
+):
+  plain = train.evaluations
+
+  def evaluations(run, state, **options):
+    results, _ = plain(run, state, **options)
+    return results | {"knn/fine/top1": 50.0}, ["broken/a: damaged", "b: too"]
+
+  workdir = tmp_path / "run"
+  with monkeypatch.context() as patch:
+    patch.setattr(train, "evaluations", evaluations)
+    with pytest.raises(errors.UserError) as error:
+      train.train(_config(data, num_steps=2), workdir)
+  assert error.value.messages == ("broken/a: damaged", "b: too")
+  written = json.loads((workdir / "results.json").read_text())
+  assert written["knn/fine/top1"] == 50.0 and written["meta/step"] == 2
+  assert written["meta/not_evaluated"] == "broken/a: damaged; b: too"
+  # It is not taken for finished: the next start evaluates, and trains nothing.
+  lines = workdirs.lines(workdir / "metrics.jsonl")
+  results = train.train(_config(data, num_steps=2), workdir)
+  assert "meta/not_evaluated" not in results
+  assert workdirs.lines(workdir / "metrics.jsonl") == lines
+
+
 def test_a_run_that_is_preempted_saves_before_it_evaluates_or_draws(
     data, tmp_path, monkeypatch
 ):
