@@ -14,7 +14,7 @@ import pytest
 
 from mcjepa_jax import compare, errors, mirror
 from mcjepa_jax.data import files
-from tests import workdirs
+from tests import buckets, workdirs
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _STEPS = 6
@@ -56,16 +56,10 @@ def _with_generations(patch):
 @pytest.fixture(scope="module")
 def bucket():
   """The address of a bucket of an emulator, for this and later processes."""
-  server = emulator.create_server("localhost", 0, True, default_bucket="runs")
-  server.start()
-  port = server._api._httpd.server_address[1]
-  with pytest.MonkeyPatch.context() as patch:
+  with buckets.emulated("runs", "TENSORSTORE_GCS_HTTP_URL") as patch:
     _with_generations(patch)
-    for key in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
-      patch.setenv(key, f"http://localhost:{port}")
     files._store.cache_clear()
     yield "gs://runs"
-  server.stop()
   files._store.cache_clear()
 
 

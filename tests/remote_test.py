@@ -30,6 +30,7 @@ from mcjepa_jax.data import (
 from mcjepa_jax.errors import UserError
 from mcjepa_jax.evals import submit
 from tests import (
+    buckets,
     layouts,
     mask_clips,
     segmentation_datasets_test as label_maps,
@@ -66,11 +67,7 @@ def _forget():
 @pytest.fixture(scope="module")
 def gs():
   """A bucket of gs://, in the environment of this and of later processes."""
-  server = emulator.create_server("localhost", 0, True, default_bucket="b")
-  server.start()
-  port = server._api._httpd.server_address[1]
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("STORAGE_EMULATOR_HOST", f"http://localhost:{port}")
+  with buckets.emulated("b") as patch:
     bucket = _Bucket("gs://b", files._store("gs"))
     handle = emulator.RequestHandler.do_GET
 
@@ -80,7 +77,6 @@ def gs():
 
     patch.setattr(emulator.RequestHandler, "do_GET", counted)
     yield bucket
-  server.stop()
 
 
 @pytest.fixture(scope="module")
