@@ -29,14 +29,15 @@ PAPER_NAME = "MC-JEPA, arXiv 2307.12698"
 # Bardes, Ponce, LeCun, 2023, with ConvNeXt-T: EPE on the training sets of Sintel
 # and KITTI 2015, mIoU of a linear head on the frozen encoder and of UperNet, J&F
 # of DAVIS 2017. Its Fl-all is of KITTI's test set, which has no published truth.
+# VOC's training images are the augmented ones, as in VICRegL's configs.
 PAPER = {
     "flow/sintel_clean/epe": 2.81,
     "flow/sintel_final/epe": 3.51,
     "flow/kitti_2015/epe": 2.67,
-    "segmentation/voc2012/miou": 67.1,
+    "segmentation/voc2012_aug/miou": 67.1,
     "segmentation/cityscapes/miou": 65.5,
     "segmentation/ade20k/miou": 30.8,
-    "upernet/voc2012/miou": 79.9,
+    "upernet/voc2012_aug/miou": 79.9,
     "upernet/cityscapes/miou": 78.4,
     "upernet/ade20k/miou": 44.2,
     "davis/2017/j_and_f": 70.5,

@@ -72,6 +72,15 @@ def test_the_paper_is_left_out_beside_a_part_of_its_set(capsys, tmp_path):
     assert compare.PAPER_NAME not in _printed(capsys, run)
 
 
+def test_the_papers_voc_is_that_of_the_augmented_training_set(capsys, tmp_path):
+  for name, told in (("voc2012", False), ("voc2012_aug", True)):
+    key = f"segmentation/{name}/miou"
+    results = {key: 60.0, f"segmentation/{name}/count": 1449}
+    text = _printed(capsys, _workdir(tmp_path, name, results))
+    assert (compare.PAPER_NAME in text) == told
+    assert ("67.100" in text) == told
+
+
 def test_the_paper_is_left_out_where_it_has_no_row(capsys, tmp_path):
   run = _workdir(tmp_path, "run", {"knn/synthetic/top1": 40.9})
   assert _printed(capsys, run).splitlines()[1:] == [
