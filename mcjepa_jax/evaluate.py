@@ -86,7 +86,7 @@ def _evaluate(config: Any, folder: mirror.Folder) -> dict[str, Any]:
   target = folder.local / _RESULTS
   if config.results:
     target = pathlib.Path(config.results).expanduser()
-  found = suite.faults(config)
+  found = suite.faults(config, folder.local)
   runnable = [entry for entry in config.evals if entry not in found.by_eval]
   missing = [f for faults in found.by_eval.values() for f in faults]
   faults = validation.faults(config) + found.mistakes
@@ -109,20 +109,26 @@ def _evaluate(config: Any, folder: mirror.Folder) -> dict[str, Any]:
   with config.unlocked():
     config.seed = meta["seed"]
   initial = sharding.call_once(lambda: mcjepa.init_params(model, config.seed))
-  results, faults = suite.run(
-      suite.Subject(config, model, params, initial, mesh, folder.local),
-      runnable,
-  )
-  results |= {
+  about = {
       "meta/config": meta.get("config", ""),
       "meta/checkpoint": str(path),
       "meta/step": meta["step"],
       "meta/commit": commit(),
       "meta/devices": describe_devices(),
       "meta/versions": versions(),
-      "meta/seconds": time.perf_counter() - started,
   }
-  journal.write_json(target, results)
+
+  def write(results):
+    about["meta/seconds"] = time.perf_counter() - started
+    journal.write_json(target, results | about)
+
+  results, faults = suite.run(
+      suite.Subject(config, model, params, initial, mesh, folder.local),
+      runnable,
+      ended=write,
+  )
+  write(results)
+  results |= about
   print(table(results))
   if missing or faults:
     raise errors.UserError(*dict.fromkeys(missing + faults))
@@ -135,7 +141,8 @@ def restore_model(
   """The model that a checkpoint describes, its parameters and its meta.
 
   Raises:
-    UserError: no checkpoint there, or one that cannot be read.
+    UserError: no checkpoint there, one that cannot be read, or one whose
+      parameters are not finite.
   """
   meta = checkpoint.read_meta(path)
   try:
@@ -151,7 +158,9 @@ def restore_model(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
       jax.eval_shape(lambda: mcjepa.init_params(model, seed)),
   )
-  return model, checkpoint.restore_params(path, abstract), meta
+  params = checkpoint.restore_params(path, abstract)
+  checkpoint.check_finite(path, params)
+  return model, params, meta
 
 
 def describe_devices() -> str:

@@ -71,6 +71,15 @@ def _pooled_forward(model: mcjepa.MCJEPA, mesh: jax.sharding.Mesh):
   return forward
 
 
+def _finite(features):
+  """The features; raises UserError for those that no metric is of."""
+  if not jnp.isfinite(features).all():
+    raise errors.UserError(
+        "features: expected finite ones of the encoder, got NaN or infinity"
+    )
+  return features
+
+
 def embedder(
     model: mcjepa.MCJEPA, params: Params, mesh: jax.sharding.Mesh
 ) -> probe.Embedder:
@@ -84,7 +93,7 @@ def embedder(
       part = images[start : start + size]
       rows = np.arange(size) % len(part)
       parts.append(np.asarray(forward(params, part[rows]))[: len(part)])
-    return np.concatenate(parts)
+    return _finite(np.concatenate(parts))
 
   return embed
 
@@ -136,7 +145,7 @@ def dense_extractor(
     grid = davis.feature_grid(
         frames.shape[1:3], size=size, multiple=strides[-1]
     )
-    features = forward(params, frames, grid, stride)
+    features = _finite(forward(params, frames, grid, stride))
     return jax.device_put(features, mesh.devices.flat[0])
 
   return extract

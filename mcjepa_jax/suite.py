@@ -20,9 +20,11 @@ _TRAIN_PAIRS = 512
 _KNN_BANK = 2000
 _KNN_QUERIES = 1000
 _DECODED_WHOLE = 100
+_SUBMISSIONS = "submissions"  # a folder of the workdir
 _JUDGED = 4  # pairs of a set whose true flow is held against the frames
 
 Params = Any
+Results = dict[str, float | int]  # by EVAL/SET/METRIC
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Eval(NamedTuple):
   """A kind of eval: functions of (config or subject, the set's name)."""
 
   examples: Callable[[Any, str], Any]  # what it reads; finds all that is wrong
-  run: Callable[[Subject, str], dict[str, float]]
+  run: Callable[[Subject, str], Results]
   between_steps: bool = False  # cheap enough to run as a training goes on
 
 
@@ -209,7 +211,7 @@ def _test_frames(config, name):
 
 
 def _submit_eval(subject, name):
-  folder = subject.workdir / "submissions"
+  folder = subject.workdir / _SUBMISSIONS
   journal.check_writable(folder, f"submit/{name}")
   config = subject.config
   result = submit.run(
@@ -258,8 +260,8 @@ class Faults:
   by_eval: dict[str, list[str]]  # why an eval cannot run; the others can
 
 
-def faults(config: Any) -> Faults:
-  """What is wrong with the evals of a config and the data they need."""
+def faults(config: Any, workdir: pathlib.Path | None = None) -> Faults:
+  """What is wrong with the evals of a config, their data and what they write."""
   found, seen = Faults([], {}), {}
   for entry in config.evals:
     kind, _, name = str(entry).partition("/")
@@ -280,6 +282,12 @@ def faults(config: Any) -> Faults:
       found.mistakes.extend(error.messages)
     elif error:
       found.by_eval[entry] = list(error.messages)
+    elif kind == "submit" and workdir:
+      writable = functools.partial(
+          journal.check_writable, workdir / _SUBMISSIONS, entry
+      )
+      if refused := errors.collect(writable):
+        found.by_eval[entry] = refused
   metric = config.best_metric.partition("/")[0]
   if config.keep_best and metric in _EVALS:
     if not _EVALS[metric].between_steps:
@@ -291,9 +299,9 @@ def faults(config: Any) -> Faults:
   return found
 
 
-def check(config: Any) -> list[str]:
-  """All that is wrong with the evals of a config and the data they need."""
-  found = faults(config)
+def check(config: Any, workdir: pathlib.Path | None = None) -> list[str]:
+  """All of `faults` in one list."""
+  found = faults(config, workdir)
   return [*found.mistakes, *(f for v in found.by_eval.values() for f in v)]
 
 
@@ -324,11 +332,13 @@ def run(
     evals: Sequence[str] | None = None,
     *,
     between_steps: bool = False,
-) -> tuple[dict[str, float], list[str]]:
+    ended: Callable[[Results], None] = lambda results: None,
+) -> tuple[Results, list[str]]:
   """Results, keyed `EVAL/SET/METRIC`, and why an eval did not end.
 
   Of `evals`, or all of the config's; with `between_steps` of the cheap kinds
-  alone. `meta/seconds/EVAL` is the wall time of each.
+  alone. `meta/seconds/EVAL` is the wall time of each. `ended` gets all results
+  so far as each ends: what comes after it may be killed.
   """
   results, found = {}, []
   for entry in subject.config.evals if evals is None else evals:
@@ -342,4 +352,5 @@ def run(
       found.extend(error.messages)
       continue
     results[f"meta/seconds/{entry}"] = time.perf_counter() - started
+    ended(results)
   return results, found

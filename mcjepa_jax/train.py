@@ -64,7 +64,7 @@ def set_up_input(
       # The first batches: what of them cannot be decoded or cut is told before
       # anything is compiled.
       lambda: [stream[0] for stream in streams.values()],
-      lambda: faults.extend(suite.check(config)),
+      lambda: faults.extend(suite.check(config, folder.local)),
   ):
     try:
       faults.extend(errors.collect(check))
@@ -265,7 +265,7 @@ def evaluations(
     *,
     eval_seed: int | None = None,
     between_steps: bool = False,
-) -> tuple[dict[str, float], list[str]]:
+) -> tuple[suite.Results, list[str]]:
   """The evals of the config for a state, and why one did not end."""
   config = run.config
   if eval_seed is not None:
@@ -286,7 +286,7 @@ def evaluations(
 
 def evaluations_on_the_way(
     run: Run, state: steps.TrainState, eval_seed: int | None = None
-) -> dict[str, float]:
+) -> suite.Results:
   """The evals between two steps; a note of those that cannot run.
 
   The training goes on: data that cannot be read end that evaluation alone.

@@ -6,7 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from mcjepa_jax import errors, suite
+from mcjepa_jax import errors, evaluate, suite
 from mcjepa_jax.data import flow_io, sources
 from mcjepa_jax.evals import submit
 from tests import layouts, tiny
@@ -105,6 +105,66 @@ def test_kitti_takes_16_bit_pngs(tmp_path, year, archive, images, place):
   wanted = _predict(np.stack([pair["frame_1"], pair["frame_2"]]))[0]
   np.testing.assert_allclose(flow, wanted, atol=1 / 128)
   assert valid.all()
+
+
+def test_flow_beyond_the_format_is_cut_and_counted(tmp_path):
+  layouts.kitti(tmp_path / "kitti/data_scene_flow")
+  result = submit.run(
+      "kitti", _kitti(tmp_path), lambda frames: 600 + 0 * _predict(frames),
+      tmp_path / "out", batch_size=4, max_pixels=10**6, progress=False,
+  )  # fmt: skip
+  assert result["submit/kitti/largest_change"] == 600 - 511
+  path = tmp_path / "out/kitti/flow/000007_10.png"
+  assert (flow_io.read_kitti_flow(path)[0] == 511).all()
+
+
+@pytest.mark.parametrize("fault", ["changed", "holes"])
+def test_a_file_that_does_not_hold_what_was_written_is_named(
+    tmp_path, monkeypatch, fault
+):
+  layouts.kitti(tmp_path / "kitti/data_scene_flow")
+  plain = flow_io.write_kitti_flow
+
+  def damaged(path, field):
+    if fault == "changed":
+      return plain(path, field + 0.1)
+    return plain(path, field, np.zeros((*field.shape[:2], 1), np.float32))
+
+  monkeypatch.setattr(flow_io, "write_kitti_flow", damaged)
+  with pytest.raises(errors.UserError, match="0_10.png: expected the flow"):
+    _run("kitti", _kitti(tmp_path), tmp_path / "out")
+  assert not (tmp_path / "out/kitti.zip").exists()
+
+
+def _whole_kitti(root):
+  """KITTI 2012's test set, its 195 pairs of small noise."""
+  for i in range(195):
+    for number in (10, 11):
+      layouts.image(
+          root / "kitti/data_stereo_flow/testing/colored_0"
+          / f"{i:06d}_{number}.png",
+          i, number, size=(16, 24),
+      )  # fmt: skip
+
+
+def test_an_archive_comes_out_of_the_suite_or_is_refused_before(
+    tmp_path, untrained
+):
+  _whole_kitti(tmp_path)
+  cfg = tiny.config(
+      task="evaluate", evals=("submit/kitti_2012",), data_root=str(tmp_path),
+      checkpoint=str(untrained), mesh__devices=1, eval_batch_size=65,
+  )  # fmt: skip
+  workdir = tmp_path / "w"
+  results = evaluate.evaluate(cfg.copy_and_resolve_references(), workdir)
+  assert results["submit/kitti_2012/count"] == 195
+  with zipfile.ZipFile(workdir / "submissions/kitti_2012.zip") as archive:
+    assert len(archive.namelist()) == 195
+  blocked = tmp_path / "blocked"
+  blocked.mkdir()
+  (blocked / "submissions").touch()
+  found = suite.faults(cfg, blocked)
+  assert "submit/kitti_2012: cannot write" in found.by_eval[cfg.evals[0]][0]
 
 
 def test_files_of_an_earlier_archive_do_not_stay(tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import tqdm
 
-from mcjepa_jax import optimizer, sharding
+from mcjepa_jax import errors, optimizer, sharding
 from mcjepa_jax.data import transforms
 from mcjepa_jax.evals import probe
 from mcjepa_jax.models import mcjepa
@@ -67,6 +67,9 @@ def run(
   `top1_random_init`. AdamW, cosine after a tenth of warm-up, drop path as in
   pre-training. Training images are random boxes, mirrored or not, test images
   central squares. The devices used are as many as divide the batch.
+
+  Raises:
+    UserError: the training went astray.
   """
   batch_size = min(batch_size, len(train))
   mesh = sharding.dividing(mesh, batch_size)
@@ -95,10 +98,12 @@ def run(
   step = jax.jit(
       step, in_shardings=(whole, whole, batch, batch, None), out_shardings=whole
   )
-  predict = jax.jit(
-      lambda state, images: _scores(model, state, images).argmax(-1),
-      in_shardings=(None, batch),
-  )
+
+  def guess(state, images):
+    scores = _scores(model, state, images)
+    return scores.argmax(-1), jnp.isfinite(scores).all()
+
+  predict = jax.jit(guess, in_shardings=(None, batch))
   result = {}
   for suffix, params in starts.items():
     # The expander and the estimator are no part of what is trained on.
@@ -127,7 +132,13 @@ def run(
       labels = np.array([x["label"] for x in part])
       # Padded with repeats to one shape; the rest is dropped.
       rows = np.arange(batch_size) % len(part)
-      guesses = np.asarray(predict(state, images[rows]))[: len(part)]
+      guesses, finite = predict(state, images[rows])
+      if not finite:
+        raise errors.UserError(
+            f"finetune/{name}: expected finite scores after the training, got NaN or"
+            " infinity; a lower finetune.learning_rate may cure it"
+        )
+      guesses = np.asarray(guesses)[: len(part)]
       correct += int((guesses == labels).sum())
       seen[labels] = True
     key = probe.metric(f"finetune/{name}/top1", suffix)
