@@ -81,6 +81,7 @@ def tables(runs: Sequence[Results]) -> str:
       for key in runs[0]
       if key.endswith("_random_init")
       and not key.startswith("flow/")
+      and "/learning_rate" not in key  # what was chosen, no result
       and key in shared
   }
   content = {
