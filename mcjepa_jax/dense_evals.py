@@ -74,7 +74,7 @@ def examples(kind: str, config: Any, name: str) -> _Both:
     )
   if config.task == "train":  # an evaluation's model is the checkpoint's
     coarsest = 4 * 2 ** (len(config.model.encoder.depths) - 1)
-    faults += _crop_faults(kind, options.crop, coarsest)
+    faults += crop_faults(kind, options.crop, coarsest)
   own = sources.choice(dict(options.sets), name, f"evals: {kind}")
   if own.num_steps < 1 or not 0 <= options.warmup_steps <= own.num_steps:
     faults.append(
@@ -96,7 +96,8 @@ def _parts(config: Any, name: str) -> segmentation_datasets.Parts:
   return sources.segmentation(name, root)
 
 
-def _crop_faults(kind: str, crop: int, coarsest: int) -> list[str]:
+def crop_faults(kind: str, crop: int, coarsest: int) -> list[str]:
+  """What is wrong with a crop for an encoder of a coarsest stride."""
   if crop % coarsest == 0:
     return []
   return [
@@ -108,7 +109,7 @@ def _crop_faults(kind: str, crop: int, coarsest: int) -> list[str]:
 def run(kind: str, subject: Any, name: str) -> dict[str, float]:
   """The results of an eval of a kind, keyed `KIND/SET/METRIC`."""
   options = subject.config[kind]
-  faults = _crop_faults(kind, options.crop, subject.model.encoder.strides[-1])
+  faults = crop_faults(kind, options.crop, subject.model.encoder.strides[-1])
   if faults:
     raise errors.UserError(*faults)
   parts = _parts(subject.config, name)

@@ -13,7 +13,9 @@ import jax
 from mcjepa_jax import (
     assembly,
     checkpoint,
+    dense_evals,
     errors,
+    inference,
     journal,
     mirror,
     sharding,
@@ -86,10 +88,14 @@ def _evaluate(config: Any, folder: mirror.Folder) -> dict[str, Any]:
   target = folder.local / _RESULTS
   if config.results:
     target = pathlib.Path(config.results).expanduser()
+  described = []
+  unreadable = errors.collect(lambda: described.append(_described(path)))
   found = suite.faults(config, folder.local)
   runnable = [entry for entry in config.evals if entry not in found.by_eval]
   missing = [f for faults in found.by_eval.values() for f in faults]
-  faults = validation.faults(config) + found.mistakes
+  faults = validation.faults(config) + found.mistakes + unreadable
+  for model, _ in described:
+    faults += _stride_faults(config, model.encoder.strides)
   if not runnable:
     faults += missing
   if not config.evals:
@@ -97,8 +103,7 @@ def _evaluate(config: Any, folder: mirror.Folder) -> dict[str, Any]:
   if target.is_dir():
     faults.append(f"results: expected a file to write, got the folder {target}")
   faults += errors.collect(
-      lambda: journal.check_writable(target.parent, "results"),
-      lambda: checkpoint.locate(path),
+      lambda: journal.check_writable(target.parent, "results")
   )
   if faults:
     raise errors.UserError(*dict.fromkeys(faults))
@@ -135,6 +140,36 @@ def _evaluate(config: Any, folder: mirror.Folder) -> dict[str, Any]:
   return results
 
 
+def _stride_faults(config: Any, strides: tuple[int, ...]) -> list[str]:
+  """What of the config the evals cannot do with an encoder of these strides."""
+  kinds = {entry.partition("/")[0] for entry in config.evals}
+  found = []
+  if "davis" in kinds:
+    found += errors.collect(
+        lambda: inference.check_stride(config.davis.stride, strides)
+    )
+  for kind in kinds.intersection(dense_evals.KINDS):
+    found += dense_evals.crop_faults(kind, config[kind].crop, strides[-1])
+  return found
+
+
+def _described(
+    path: str | os.PathLike,
+) -> tuple[mcjepa.MCJEPA, dict[str, Any]]:
+  """The model of a checkpoint and its meta; no array is read."""
+  meta = checkpoint.read_meta(path)
+  try:
+    model = mcjepa.build(**meta["model"])
+    meta["seed"] = int(meta["seed"])
+    _ = model.encoder.strides
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise errors.UserError(
+        f"checkpoint {path}: expected the model and the seed in its meta, got"
+        f" {sorted(meta)} ({type(error).__name__}: {error})"
+    ) from error
+  return model, meta
+
+
 def restore_model(
     path: str | os.PathLike, *, mesh: jax.sharding.Mesh
 ) -> tuple[mcjepa.MCJEPA, Params, dict[str, Any]]:
@@ -144,19 +179,11 @@ def restore_model(
     UserError: no checkpoint there, one that cannot be read, or one whose
       parameters are not finite.
   """
-  meta = checkpoint.read_meta(path)
-  try:
-    model = mcjepa.build(**meta["model"])
-    seed = int(meta["seed"])
-  except (AttributeError, KeyError, TypeError, ValueError) as error:
-    raise errors.UserError(
-        f"checkpoint {path}: expected the model and the seed in its meta, got"
-        f" {sorted(meta)} ({type(error).__name__}: {error})"
-    ) from error
+  model, meta = _described(path)
   replicated = sharding.replicated(mesh)
   abstract = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
-      jax.eval_shape(lambda: mcjepa.init_params(model, seed)),
+      jax.eval_shape(lambda: mcjepa.init_params(model, 0)),
   )
   params = checkpoint.restore_params(path, abstract)
   checkpoint.check_finite(path, params)

@@ -118,6 +118,14 @@ def _dense_forward(model: mcjepa.MCJEPA, mesh: jax.sharding.Mesh):
   return forward
 
 
+def check_stride(stride: int, strides: tuple[int, ...]) -> None:
+  """Raises UserError for a stride at which the encoder has no level."""
+  if stride not in strides:
+    raise errors.UserError(
+        f"davis.stride: expected one of {strides}, the encoder's, got {stride}"
+    )
+
+
 def dense_extractor(
     model: mcjepa.MCJEPA,
     params: Params,
@@ -135,10 +143,7 @@ def dense_extractor(
     UserError: the encoder has no such stride.
   """
   strides = model.encoder.strides
-  if stride not in strides:
-    raise errors.UserError(
-        f"davis.stride: expected one of {strides}, the encoder's, got {stride}"
-    )
+  check_stride(stride, strides)
   forward = _dense_forward(model, mesh)
 
   def extract(frames):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import quickstart
 from mcjepa_jax import checkpoint, errors, evaluate, inference, sharding, suite
 from mcjepa_jax.evals import finetune
 from tests import tiny
@@ -56,6 +57,29 @@ def test_features_that_are_not_finite_have_no_metric(untrained):
   for features in (embed, extract):
     with pytest.raises(errors.UserError, match="got NaN or infinity"):
       features(images)
+
+
+def test_the_checkpoints_own_strides_are_held_against_the_config(
+    tmp_path, untrained, monkeypatch
+):
+  """The encoder there has the strides 2, 4, 8 and 16, the config's to 32."""
+  monkeypatch.setattr(evaluate, "restore_model", None)  # nothing is loaded
+  cfg = tiny.config(
+      quickstart, task="evaluate", checkpoint=str(untrained),
+      model__encoder__depths=(1, 1, 1, 1),
+      model__encoder__dims=(8, 8, 16, 16), davis__stride=32,
+      segmentation__crop=40, upernet__crop=32, segmentation__stride=20,
+      upernet__stride=20,
+      evals=("davis/2016", "segmentation/camvid", "upernet/camvid"),
+  )  # fmt: skip
+  with pytest.raises(errors.UserError) as caught:
+    evaluate.evaluate(cfg, tmp_path)
+  told = [m for m in caught.value.messages if "stride" in m or "crop" in m]
+  assert sorted(told) == [
+      "davis.stride: expected one of (2, 4, 8, 16), the encoder's, got 32",
+      "segmentation.crop: expected a multiple of 16, the encoder's coarsest"
+      " stride, got 40",
+  ]
 
 
 @pytest.mark.slow
