@@ -1,5 +1,6 @@
 """ConvNeXt against timm, and what timm does not have."""
 
+import functools
 import re
 
 import jax
@@ -145,15 +146,13 @@ def test_pool_normalizes_each_position_before_the_mean():
 
 
 def test_drop_path_drops_whole_branches_per_example_and_keeps_the_mean():
-  block = convnext.Block(drop_path=0.25)
+  block = convnext.Block()
   x = jnp.broadcast_to(
       jax.random.normal(jax.random.key(0), (1, 4, 4, 8)), (512, 4, 4, 8)
   )
   params = _randomized(block.init(jax.random.key(1), x[:1]))
   branch = block.apply(params, x[:1]) - x[:1]
-  y = block.apply(
-      params, x, deterministic=False, rngs={"drop_path": jax.random.key(2)}
-  )
+  y = block.apply(params, x, drop_path=0.25, key=jax.random.key(2))
   scale = jnp.sum((y - x) * branch, (1, 2, 3)) / jnp.sum(branch**2)
   kept = scale > 0.5
   np.testing.assert_allclose(scale, jnp.where(kept, 1 / 0.75, 0), atol=1e-4)
@@ -190,6 +189,51 @@ def test_what_backward_computes_again_it_does_not_keep():
   for remat in ("stage", "block"):
     jax.tree.map(_assert_near, results[remat], results["none"])
   assert kept["stage"] < kept["block"] < 0.4 * kept["none"], kept
+
+
+@pytest.mark.parametrize(
+    "dtype, remat",
+    [
+        (jnp.float32, "none"),
+        pytest.param(jnp.float32, "block", marks=pytest.mark.slow),
+        pytest.param(jnp.bfloat16, "none", marks=pytest.mark.slow),
+    ],
+)
+def test_a_loop_over_blocks_is_the_blocks_in_turn(dtype, remat):
+  images = jnp.asarray(
+      np.random.default_rng(0).random((3, 32, 32, 3)), "float32"
+  )
+  plain = convnext.ConvNeXt(
+      depths=(2, 3), dims=(8, 16), drop_path=0.5, layer_scale=0.1, dtype=dtype,
+      remat=remat, loop=False,
+  )  # fmt: skip
+  looped = plain.clone(loop=True)
+  params = _randomized(_init(plain))
+  assert jax.tree.structure(_init(looped)) == jax.tree.structure(params)
+
+  def loss(model, params):
+    pyramid = model.apply(
+        params,
+        images,
+        deterministic=False,
+        places=(jnp.array([4, 0, 2]), 6),
+        rngs={"drop_path": jax.random.key(0)},
+    )
+    return sum(jnp.sum(jnp.sin(x.astype(jnp.float32))) for x in pyramid)
+
+  results = [
+      jax.jit(jax.value_and_grad(lambda p, model=model: loss(model, p)))(params)
+      for model in (plain, looped)
+  ]
+  if dtype == jnp.float32:
+    jax.tree.map(_assert_near, *results)
+  else:
+    np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-2)
+  sizes = [
+      len(str(jax.make_jaxpr(functools.partial(loss, model))(params)))
+      for model in (plain, looped)
+  ]
+  assert sizes[1] < 0.7 * sizes[0]
 
 
 def test_an_unknown_remat_is_refused():

@@ -180,6 +180,21 @@ _DEPTHWISE = {
 }
 
 
+def _patches(
+    x: Float[Array, "n h w c"], side: int
+) -> Float[Array, "n _ _ _"]:
+  """The map's squares of a side, each flat: what no square fills is left out.
+
+  A convolution whose squares do not overlap is their product with a matrix. XLA's
+  compiler for TPUs takes 50 s of CPU for three such convolutions at ConvNeXt-T's
+  widths with their gradients.
+  """
+  n, h, w, c = x.shape
+  h, w = h // side, w // side
+  x = x[:, : h * side, : w * side].reshape(n, h, side, w, side, c)
+  return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, h, w, side * side * c)
+
+
 class Conv(nn.Module):
   """A dense convolution with a bias."""
 
@@ -196,6 +211,8 @@ class Conv(nn.Module):
     kernel = self.param("kernel", _INITS[self.kernel_init], shape, jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, shape[-1:], jnp.float32)
     x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
+    if self.kernel == self.stride and not self.padding:
+      return _patches(x, self.stride) @ kernel.reshape(-1, self.dim) + bias
     padding = ((self.padding, self.padding),) * 2
     y = lax.conv_general_dilated(
         x,
@@ -251,7 +268,6 @@ class Mlp(nn.Module):
 class Block(nn.Module):
   """A residual block; drop path drops its branch whole, per example."""
 
-  drop_path: float = 0.0
   layer_scale: float | None = None
   dtype: Any = jnp.float32
   kernel_init: str = "normal"
@@ -261,7 +277,8 @@ class Block(nn.Module):
       self,
       x: Float[Array, "n h w c"],
       *,
-      deterministic: bool = True,
+      drop_path: float | Float[Array, ""] = 0.0,
+      key: Any = None,
       places: Places | None = None,
   ) -> Float[Array, "n h w c"]:
     y = DepthwiseConv(self.dtype, self.kernel_init, name="conv_dw")(x)
@@ -271,11 +288,10 @@ class Block(nn.Module):
       init = nn.initializers.constant(self.layer_scale)
       gamma = self.param("gamma", init, (x.shape[-1],), jnp.float32)
       y = y * gamma.astype(self.dtype)
-    if self.drop_path > 0 and not deterministic:
-      keep = 1 - self.drop_path
+    if key is not None:  # without one nothing is dropped
+      keep = jnp.asarray(1 - drop_path, jnp.float32)
       taken, count = places or (slice(None), x.shape[0])
-      rng = self.make_rng("drop_path")
-      kept = jax.random.bernoulli(rng, keep, (count, 1, 1, 1))[taken]
+      kept = jax.random.bernoulli(key, keep, (count, 1, 1, 1))[taken]
       y = jnp.where(kept, y / keep, 0).astype(self.dtype)
     return x + y
 
@@ -303,6 +319,7 @@ class Stage(nn.Module):
   dtype: Any = jnp.float32
   kernel_init: str = "normal"
   remat: bool = False  # each block
+  loop: bool = False
 
   def setup(self):
     if self.downsamples:
@@ -312,8 +329,8 @@ class Stage(nn.Module):
           Conv(self.dim, 2, 2, 0, self.dtype, self.kernel_init),
       ]
     self.blocks = [
-        Block(rate, self.layer_scale, self.dtype, self.kernel_init)
-        for rate in self.drop_paths
+        Block(self.layer_scale, self.dtype, self.kernel_init)
+        for _ in self.drop_paths
     ]
 
   def __call__(
@@ -326,10 +343,34 @@ class Stage(nn.Module):
     if self.downsamples:
       for layer in self.downsample:
         x = layer(x)
+    keys = None
+    if any(self.drop_paths) and not deterministic:
+      keys = jax.random.split(self.make_rng("drop_path"), len(self.drop_paths))
+    if self.loop and not self.is_initializing():
+      return self._loop(x, keys, places)
     run = _again if self.remat else _once
-    for block in self.blocks:
-      x = run(block, x, deterministic=deterministic, places=places)
+    for i, (block, rate) in enumerate(
+        zip(self.blocks, self.drop_paths, strict=True)
+    ):
+      key = keys[i] if keys is not None and rate else None
+      x = run(block, x, drop_path=rate, key=key, places=places)
     return x
+
+  def _loop(self, x, keys, places):
+    """The blocks by one program, run on the parameters of each in turn."""
+    block = Block(self.layer_scale, self.dtype, self.kernel_init, parent=None)
+
+    def body(x, one):
+      params, rate, key = one
+      options = dict(drop_path=rate, key=key, places=places)
+      return block.apply({"params": params}, x, **options), None
+
+    params = jax.tree.map(
+        lambda *leaves: jnp.stack(leaves),
+        *(block.variables["params"] for block in self.blocks),
+    )
+    body = jax.checkpoint(body) if self.remat else body
+    return lax.scan(body, x, (params, jnp.array(self.drop_paths), keys))[0]
 
 
 class ConvNeXt(nn.Module):
@@ -350,6 +391,9 @@ class ConvNeXt(nn.Module):
   # What backward computes again rather than keeps: "none", all but the inputs of
   # each "stage" or of each "block".
   remat: str = "none"
+  # Whether a stage's blocks are one compiled loop; None: where compiling is what
+  # costs, on TPUs.
+  loop: bool | None = None
 
   @property
   def strides(self) -> tuple[int, ...]:
@@ -372,6 +416,9 @@ class ConvNeXt(nn.Module):
       raise ValueError(f"stem is 'split' or 'patch', got {self.stem!r}")
     if self.remat not in REMAT:
       raise ValueError(f"remat is one of {REMAT}, got {self.remat!r}")
+    loop = self.loop
+    if loop is None:
+      loop = jax.default_backend() == "tpu"
     ends = np.cumsum(self.depths)
     rates = np.split(np.linspace(0, self.drop_path, ends[-1]), ends[:-1])
     self.stages = [
@@ -383,6 +430,7 @@ class ConvNeXt(nn.Module):
             self.dtype,
             self.kernel_init,
             self.remat == "block",
+            loop and len(rate) > 1,
         )
         for i, (dim, rate) in enumerate(zip(self.dims, rates, strict=True))
     ]
