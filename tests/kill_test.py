@@ -1,0 +1,176 @@
+"""The benchmark that kills runs: what it calls exact, torn and a write."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import kill
+from tests import checkpoint_test, workdirs
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def _kill(complete):
+  return kill.Kill(1, 3.0, "write", complete, aimed=False)
+
+
+@pytest.mark.parametrize(
+    "complete, event, exact, torn",
+    [
+        ([4, 8], {"restored": 8, "digest": "b"}, True, False),
+        ([4, 8], {"restored": 8, "digest": "a"}, False, False),
+        ([4, 8], {"restored": 4, "digest": "a"}, False, False),
+        ([4], {"restored": 8, "digest": "b"}, False, True),
+        ([4], {"restored": None}, False, False),
+        ([], {"restored": None}, True, False),
+        ([], {"restored": 4, "digest": "a"}, False, True),
+    ],
+)
+def test_the_newest_complete_step_as_it_was_is_exact(
+    complete, event, exact, torn
+):
+  one = _kill(complete)
+  assert not one.exact  # until a start has restored something
+  one.settle(event, {4: "a", 8: "b"})
+  assert (one.exact, one.torn) == (exact, torn)
+  assert one.row()["exact"] == ("yes" if exact else "NO")
+
+
+def test_a_digest_is_of_every_bit_and_the_same_from_the_disk(tmp_path):
+  state = checkpoint_test.make_state()
+  plain = kill.digest(state, checkpoint_test.STREAMS)
+  checkpoint_test.save(tmp_path, (3,), state=state)
+  assert kill.digest(*workdirs.saved(tmp_path, 3)) == plain
+  kernel = state.params["encoder"]["kernel"]
+  params = dict(state.params)
+  params["encoder"] = params["encoder"] | {
+      "kernel": kernel.at[0, 0].set(jnp.nextafter(kernel[0, 0], jnp.inf))
+  }
+  others = (
+      (state.replace(params=params), checkpoint_test.STREAMS),
+      (state.replace(step=state.step - 1), checkpoint_test.STREAMS),
+      (state, {"motion": {"next_batch": 8}}),
+  )
+  assert len({plain, *(kill.digest(*other) for other in others)}) == 4
+
+
+def test_what_a_run_comes_to_leaves_out_its_times(tmp_path):
+  checkpoint_test.save(tmp_path, (3,))
+  line = {"step": 2, "loss": 1.5, "seconds/step": 3.0, "feed/images": 9.0}
+  (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+  losses, records, last = kill.outcome(tmp_path)
+  assert losses == [{"step": 2, "loss": 1.5}] and records == []
+  assert last == kill.digest(*workdirs.saved(tmp_path, 3))
+
+
+# A run that tells its phase, opens a checkpoint and stands still.
+_STANDS = """
+import pathlib, sys, time
+told, folder, made = sys.argv[1], pathlib.Path(sys.argv[2]), sys.argv[3:]
+pathlib.Path(told, "phase").write_text("evaluation".ljust(16))
+for name in made:
+  path = folder / name
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.touch()
+pathlib.Path(told, "ready").touch()
+time.sleep(60)
+"""
+_PART = "8.orbax-checkpoint-tmp"
+
+
+@pytest.mark.parametrize(
+    "made, phase",
+    [
+        ((), "evaluation"),
+        ((f"{_PART}/state.orbax-checkpoint-tmp/d",), "write"),
+        ((f"{_PART}/state.orbax-checkpoint-tmp/_METADATA",), "commit"),
+        ((f"{_PART}/state/_METADATA",), "commit"),
+        (("4/state/_METADATA",), "evaluation"),
+    ],
+)
+def test_a_kill_falls_where_the_run_was(tmp_path, monkeypatch, made, phase):
+  workdir, told = tmp_path / "run", tmp_path / "run.told"
+  # What an earlier life left is not this one's.
+  (workdir / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir(parents=True)
+  time.sleep(0.05)
+  popen = subprocess.Popen
+
+  def stands(command, **options):
+    del command
+    script = [sys.executable, "-c", _STANDS, told, workdir / "checkpoints"]
+    return popen([*script, *made], **options)
+
+  monkeypatch.setattr(subprocess, "Popen", stands)
+  life = kill.Life(workdir)
+  while not (told / "ready").exists():
+    assert not life.ends(0.02)
+  assert life.commits() is False if phase == "commit" else not life.ends(0)
+  assert life.kill() == phase
+  assert kill.complete(workdir) == ([4] if "4/" in "".join(made) else [])
+
+
+@pytest.mark.proof
+@pytest.mark.slow
+def test_a_run_killed_in_a_commit_and_elsewhere_ends_as_if_it_were_not(
+    tmp_path,
+):
+  run = subprocess.run(
+      [sys.executable, "-m", "benchmarks.kill", "--kills=3", "--seed=3",
+       f"--json={tmp_path / 'kill.json'}", f"--dir={tmp_path}"],
+      env=os.environ | {"XLA_FLAGS": ""}, cwd=_ROOT, capture_output=True,
+      text=True,
+  )  # fmt: skip
+  found = json.loads((tmp_path / "kill.json").read_text())
+  assert run.stdout.splitlines()[-1] == "exact 3/3", run.stdout + run.stderr
+  assert found["meta"]["torn"] == 0 and len(found["rows"]) == 3
+  assert found["meta"]["seconds_to_write"] > 0
+
+
+def _made_up(monkeypatch, phases, *, ends_alike):
+  """Has the benchmark judge kills of these phases, each exact by itself."""
+
+  def killed_run(workdir, run, draws, digests):
+    workdir.mkdir()
+    for phase, (at, aimed) in zip(phases, draws, strict=False):
+      one = kill.Kill(run, at, phase, [4], aimed)
+      one.settle({"restored": 4, "digest": digests[4]}, digests)
+      yield one
+
+  def outcome(workdir):
+    return workdir.name if "killed" in workdir.name and not ends_alike else ""
+
+  monkeypatch.setattr(kill, "undisturbed", lambda _: ({4: "a"}, 10.0))
+  monkeypatch.setattr(kill, "seconds_to_write", lambda _: 1.5)
+  monkeypatch.setattr(kill, "complete", lambda _: [4])
+  monkeypatch.setattr(kill, "outcome", outcome)
+  monkeypatch.setattr(kill, "killed_run", killed_run)
+
+
+@pytest.mark.parametrize(
+    "phases, ends_alike, exact, code",
+    [
+        (["step", "write", "step", "step"], True, 4, 0),
+        (["step", "write", "step", "step"], False, 0, 1),
+        (["step"] * 4, True, 4, 1),  # too few in a write
+    ],
+)
+def test_the_last_line_and_the_code_say_whether_all_were_exact(
+    monkeypatch, capsys, tmp_path, phases, ends_alike, exact, code
+):
+  _made_up(monkeypatch, phases, ends_alike=ends_alike)
+  arguments = ["--kills=4", "--seed=1", f"--json={tmp_path / 'kill.json'}"]
+  assert kill.main(arguments) == code
+  assert capsys.readouterr().out.splitlines()[-1] == f"exact {exact}/4"
+  meta = json.loads((tmp_path / "kill.json").read_text())["meta"]
+  assert meta["exact"] == exact and meta["kills"] == 4
+
+
+def test_wrong_numbers_are_told(capsys):
+  assert kill.main(["--kills=many"]) == 2
+  assert "--kills: expected a number from 1" in capsys.readouterr().err
