@@ -122,10 +122,10 @@ def test_hd1k_pairs_do_not_leave_their_sequence(tmp_path):
   assert _ids(flow_datasets.hd1k(tmp_path)) == ["000000_0010"]
 
 
-def test_spring_takes_the_upper_left_of_four_and_does_not_scale(tmp_path):
+def test_spring_has_four_vectors_a_pixel_and_does_not_scale(tmp_path):
   layouts.spring(tmp_path)
   values = np.arange(8 * 12 * 2, dtype=np.float32).reshape(8, 12, 2)
-  values[2, 4] = np.nan
+  values[2, 4] = values[7, 1] = np.nan
   kind = "train/0001/flow_FW_left/flow_FW_left_0001.flo5"
   with h5py.File(tmp_path / kind, "w") as store:
     store["flow"] = values
@@ -133,7 +133,9 @@ def test_spring_takes_the_upper_left_of_four_and_does_not_scale(tmp_path):
   np.testing.assert_array_equal(
       pair["flow"], np.nan_to_num(values[[0, 2, 4, 6]][:, [0, 2, 4, 6, 8, 10]])
   )
-  assert np.argwhere(pair["valid"][..., 0] == 0).tolist() == [[1, 2]]
+  np.testing.assert_array_equal(pair["flow_all"][2, 3], values[4:6, 6:8])
+  # A pixel is known where its four vectors are.
+  assert np.argwhere(pair["valid"][..., 0] == 0).tolist() == [[1, 2], [3, 0]]
 
 
 def test_spring_is_not_visible_where_the_match_map_has_a_colour(tmp_path):

@@ -1,10 +1,13 @@
 """The metrics of flow on a set: classes of pixels, tiles, what is refused."""
 
+import h5py
 import numpy as np
 import pytest
 
 from mcjepa_jax import errors
+from mcjepa_jax.data import flow_pairs
 from mcjepa_jax.evals import flow, tiling
+from tests import layouts
 
 _OFF = np.array((3.0, 4.0), np.float32)
 
@@ -82,6 +85,64 @@ def test_what_is_hidden_or_leaves_the_frame_is_occluded():
   )
   assert result["epe_noc"] == pytest.approx(1)
   assert result["epe_occ"] == pytest.approx((8 * 4 + 2 * 8) / 10)
+
+
+@pytest.fixture
+def spring(tmp_path):
+  """A pair of 2x2 pixels, each with its own four true vectors."""
+  pixels = (
+      [(0, 0), (100, 0), (0, 30), (30, 40)],
+      [(1, 0), (2, 0), (3, 0), (4, 0)],
+      [(5, 0), (5, 0), (5, 0), (np.nan, 0)],
+      [(50, 0), (0, 0), (0, 10), (6, 8)],
+  )
+  with h5py.File(tmp_path / "flow.flo5", "w") as store:
+    blocks = np.reshape(pixels, (2, 2, 2, 2, 2)).swapaxes(1, 2)
+    store["flow"] = blocks.reshape(4, 4, 2).astype(np.float32)
+  layouts.image(tmp_path / "frame.png", size=(2, 2))
+  # The right column has no match. Left below (5, 0) leaves the frame.
+  layouts.mask(tmp_path / "match.png", 1, size=(2, 2), colour=(0, 255, 0))
+  pair = flow_pairs.FlowPair(
+      name="pair",
+      frame_1=tmp_path / "frame.png",
+      frame_2=tmp_path / "frame.png",
+      flow=tmp_path / "flow.flo5",
+      occlusions=tmp_path / "match.png",
+      flow_scale=2,
+  )
+  return flow_pairs.FlowSet([pair])
+
+
+def test_spring_is_held_against_all_four_truths_of_a_pixel(spring, monkeypatch):
+  guess = np.array([[(0, 34.5), (3, 0.5)], [(99, 99), (0, 6)]], np.float32)
+  monkeypatch.setattr(flow, "_CLASSICAL_SIDE", 2)
+  monkeypatch.setattr(flow, "dis", lambda frame_1, frame_2: guess)
+  result = _run(spring, lambda frames: guess[None], classical=True)
+  # By hand: off by 4.5 of (0, 30), by 0.5 of (3, 0), by 4 of (0, 10).
+  wanted = {
+      "epe": (4.5 + 0.5 + 4) / 3,
+      "px1": 200 / 3,
+      # 4.5 is less than 5 % of 100, 4 is more than 5 % of 50.
+      "fl_all": 100 / 3,
+      # Mean lengths are 45, 2.5 and 17.5.
+      "epe_s40": 4.5,
+      "epe_s0_10": 0.5,
+      "epe_s10_40": 4,
+      "epe_noc": 4.5,
+      "epe_occ": (0.5 + 4) / 2,
+      "epe_zero": (0 + 1 + 0) / 3,
+      # The median of the upper left ones is (1, 0).
+      "epe_constant": (1 + 0 + 1) / 3,
+      "epe_pair_constant": (1 + 0 + 1) / 3,
+      "epe_dis": 3,
+  }
+  assert {k: result[k] for k in wanted} == pytest.approx(wanted, abs=1e-4)
+
+
+def test_what_leaves_the_frame_is_in_the_match_map_of_spring(spring):
+  example = spring[0]
+  assert example["flow"][1, 0].tolist() == [5, 0]
+  assert flow.seen_in_both(example).tolist() == [[True, False]] * 2
 
 
 def test_a_pair_without_a_valid_pixel_is_told_and_counts_nowhere():

@@ -59,6 +59,26 @@ def test_epe_weighs_pairs_equally_and_fl_all_weighs_pixels():
   assert total.px1 == 12.5
 
 
+def test_of_several_truths_the_nearest_the_longest_and_the_mean_count():
+  # By hand: off by 4.5 of (0, 30), 4.5 % of the longest; mean speed 45.
+  truth = _flow(((0, 0), (100, 0), (0, 30), (30, 40)))
+  totals = metrics.flow_totals(_flow((0, 34.5)), truth, _all(truth))
+  assert totals == metrics.FlowTotals(1, 4.5, 1, 0, 1, {"s40": (4.5, 1)})
+  # Off by 4 of (0, 10), of which 5 % of the longest is 2.5; mean speed 17.5.
+  truth = _flow(((50, 0), (0, 0), (0, 10), (6, 8)))
+  totals = metrics.flow_totals(_flow((0, 6)), truth, _all(truth))
+  assert totals == metrics.FlowTotals(1, 4.0, 1, 1, 1, {"s10_40": (4.0, 1)})
+
+
+def test_40_px_are_fast_where_there_are_several_truths():
+  for truth, name in (
+      (_flow((40, 0)), "s10_40"),
+      (_flow(((20, 0), (60, 0), (40, 0), (40, 0))), "s40"),
+  ):
+    totals = metrics.flow_totals(_flow((40, 0)), truth, _all(truth))
+    assert set(totals.classes) == {name}
+
+
 def test_invalid_pixels_are_never_read():
   truth = _flow((1, 0), (np.nan, 1e10))
   valid = np.array([[[1.0], [0.0]]])

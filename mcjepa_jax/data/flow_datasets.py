@@ -369,9 +369,10 @@ def spring(
   """Returns Spring's training pairs, on the grid of the frames.
 
   The flow has twice the frames' height and width, and is in the frames' pixels:
-  of each 2x2 values the upper left one is taken, and not scaled, as Spring's own
-  loader does (github.com/cv-stuttgart/spring_utils, dataloader.py). The match
-  map, at the frames' size, is not black where a pixel has no match.
+  `flow` is the upper left of each 2x2 vectors, not scaled, as Spring's own
+  loader has it (github.com/cv-stuttgart/spring_utils, dataloader.py), `flow_all`
+  all four, which its evaluation reads. The match map, at the frames' size, is
+  not black where a pixel has no match, hidden or out of the frame.
   """
   folder = files.find(root, _SPRING, "train/*/frame_left") / "train"
   code, step = {"future": ("FW", 1), "past": ("BW", -1)}[direction]

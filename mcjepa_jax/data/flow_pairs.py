@@ -4,7 +4,9 @@ An example of a `FlowSet` is {name, frame_1, frame_2: u8 [h w 3], flow: f32
 [h w 2] from frame 1 to frame 2 in pixels, valid: f32 [h w 1]}, with visible: f32
 [h w 1] where the set knows occlusion. valid is 1 where the ground truth counts;
 visible is 1 where the pixel is seen in both frames, and is meaningful where
-valid is 1.
+valid is 1. A set whose flow has s times the frames' height and width also gives
+flow_all: f32 [h w s s 2], the block of vectors of each pixel; flow is its upper
+left one, and valid is 1 where the whole block is known.
 """
 
 from collections.abc import Iterable
@@ -35,8 +37,8 @@ class FlowPair:
   invalid: image_io.Path | None = None
   # Flow file valid where both frames see it.
   flow_visible: image_io.Path | None = None
-  # The flow's grid is so many times the frames': every so many rows and columns
-  # of it, from the first, are taken as they are.
+  # The flow's grid is so many times the frames', its vectors are in the frames'
+  # pixels.
   flow_scale: int = 1
 
   def __post_init__(self):
@@ -76,7 +78,11 @@ class FlowSet(FramePairs):
     frame_1, scale = example["frame_1"], pair.flow_scale
     flow, valid = flow_io.read_flow(pair.flow)
     _expect_size(flow, pair.flow, frame_1, pair.frame_1, scale=scale)
-    flow, valid = flow[::scale, ::scale], valid[::scale, ::scale]
+    height, width = frame_1.shape[:2]
+    blocks = (height, scale, width, scale, -1)
+    if scale > 1:
+      example["flow_all"] = flow.reshape(blocks).swapaxes(1, 2)
+    flow, valid = flow[::scale, ::scale], valid.reshape(blocks).min((1, 3))
     if pair.invalid is not None:
       valid = valid * (1 - _read_mask(pair.invalid, frame_1, pair.frame_1))
     example |= dict(name=pair.name, flow=flow, valid=valid)

@@ -8,6 +8,10 @@ off by more than one pixel (the outlier rate that Spring ranks by, arXiv
 marked as occluded, and moving to a place inside frame 2), `epe_occ` of the rest,
 `epe_s0_10`, `epe_s10_40`, `epe_s40` by the true speed in pixels (MPI-Sintel's
 classes, averaged as in github.com/haofeixu/gmflow, evaluate.py).
+
+All true vectors of a pixel count, where an example has `flow_all`, as Spring's
+(see metrics.flow_totals), and the match map alone says what both frames see.
+Constants are fitted to `flow`, one vector a pixel.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +28,7 @@ from mcjepa_jax.evals import tiling
 
 _PAIRWISE_LIMIT = 100  # sets up to here report every pair
 _CLASSICAL_SIDE = 16  # pixels: OpenCV 5's DIS may crash on lower frames
-_HELD_PIXELS = 2**26  # of truths in memory, 0.8 GB: larger sets are thinned
+_HELD_VECTORS = 2**26  # true ones in memory, 0.8 GB: larger sets are thinned
 _WAITING = 4  # times the pixels of a batch
 _THINNED = 16  # then every so many rows and columns make the set's constant
 
@@ -79,12 +83,15 @@ def batches(
 def seen_in_both(example: dict[str, Any]) -> Bool[np.ndarray, "h w"] | None:
   """Where a pixel of frame 1 is in frame 2 too; None if no mask says so.
 
-  What leaves the frame is not: MPI-Sintel's occlusions do not mark it.
+  What leaves the frame is not: MPI-Sintel's occlusions do not mark it, Spring's
+  map does.
   """
   # The generated sets call it visible_1.
   visible = example.get("visible", example.get("visible_1"))
   if visible is None:
     return None
+  if "flow_all" in example:
+    return visible[..., 0] > 0
   height, width = visible.shape[:2]
   x = np.arange(width) + example["flow"][..., 0]
   y = np.arange(height)[:, None] + example["flow"][..., 1]
@@ -148,12 +155,12 @@ def run(
   """The module's metrics and their references, keyed `flow/NAME/METRIC`.
 
   A class of pixels that the set does not have has no key. `epe_constant` of a
-  set of more than 2^26 pixels is fitted to, and measured on, every 16th row and
-  column.
+  set of more than 2^26 true vectors is fitted to, and measured on, every 16th
+  row and column of pixels, every 32nd where each has 2x2 vectors.
 
   Args:
     name: of the set.
-    dataset: elements hold frame_1, frame_2, flow, valid and perhaps visible.
+    dataset: of frame_1, frame_2, flow, valid, perhaps visible and flow_all.
     predictors: suffix -> predictor: "" gives `epe` and all else, "random_init"
       gives `epe_random_init`.
     batch_size: pairs of one shape.
@@ -175,7 +182,7 @@ def run(
 
   def add(record, metric, flow, truth, valid, seen=None):
     pair = metrics.flow_totals(
-        np.broadcast_to(np.asarray(flow, np.float32), truth.shape),
+        np.broadcast_to(np.asarray(flow, np.float32), (*truth.shape[:2], 2)),
         *(truth, valid, seen),
     )
     totals[metric] = totals.get(metric, metrics.FlowTotals()) + pair
@@ -195,23 +202,24 @@ def run(
         for suffix, predict in timed.items()
     }
     for i, example in enumerate(group):
-      record, truth = example["record"], example["flow"]
+      record, one = example["record"], example["flow"]
+      truth = example.get("flow_all", one[:, :, None, None])
       valid, seen = example["valid"], seen_in_both(example)
-      _expect_size(record, truth, example["frame_1"])
+      _expect_size(record, one, example["frame_1"])
       if not np.any(valid):
         tqdm.tqdm.write(
             f"flow/{name}: {record} has no valid pixel: not counted"
         )
       if thin is None:
-        large = truth[..., 0].size * len(dataset) > _HELD_PIXELS
-        thin = slice(None, None, _THINNED if large else None)
+        large = truth[..., 0].size * len(dataset) > _HELD_VECTORS
+        thin = slice(None, None, _THINNED * truth.shape[2] if large else None)
       truths.append(np.ascontiguousarray(truth[thin, thin]))
       valids.append(np.ascontiguousarray(valid[thin, thin]))
       records.append(record)
       for metric, flow in flows.items():
         add(record, metric, flow[i], truth, valid, seen)
       add(record, "epe_zero", np.zeros(2), truth, valid)
-      constant = metrics.best_constant_flow([truth], [valid])
+      constant = metrics.best_constant_flow([one], [valid])
       add(record, "epe_pair_constant", constant, truth, valid)
       if train_mean is not None:
         add(record, "epe_train_mean", train_mean, truth, valid)
@@ -227,7 +235,7 @@ def run(
         f"flow/{name}: expected a valid pixel in one of {len(dataset)} pairs at"
         " least, came none"
     )
-  constant = metrics.best_constant_flow(truths, valids)
+  constant = metrics.best_constant_flow([t[:, :, 0, 0] for t in truths], valids)
   for record, truth, valid in zip(records, truths, valids, strict=True):
     add(record, "epe_constant", constant, truth, valid)
   result = {f"flow/{name}/{m}": t.epe for m, t in totals.items() if t.pairs}
