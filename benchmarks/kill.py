@@ -302,9 +302,13 @@ def killed_run(
     workdir: pathlib.Path,
     run: int,
     draws: Iterator[tuple[float, bool]],
+    made: list[Kill],
     digests: dict[int, str],
 ) -> Iterator[Kill]:
-  """Yields the kills of a run, until it has ended, once each is settled."""
+  """Yields the kills of a run, until it has ended, once each is settled.
+
+  `made` gets each as it is made. Without another draw the run goes on to its end.
+  """
   unsettled: list[Kill] = []
 
   def settled(life):
@@ -324,7 +328,8 @@ def killed_run(
     if at >= _LIFE:
       raise errors.UserError(f"a run did not end in {_LIFE} s; see {life.log}")
     yield from settled(life)
-    unsettled.append(Kill(run, at, phase, complete(workdir), aimed))
+    made.append(Kill(run, at, phase, complete(workdir), aimed))
+    unsettled.append(made[-1])
 
 
 def kills_of(
@@ -348,16 +353,19 @@ def kills_of(
       f" a checkpoint of {size / 1e9:.2f} GB takes {write:.1f} s to write."
   )
   rng, bar = random.Random(seed), tqdm.tqdm(total=count, unit="kill")
-  draws = (
-      (rng.uniform(0, length), number % _AIMED == _AIMED - 1)
-      for number in range(count)
-  )
+  made: list[Kill] = []
+
+  def drawn():
+    # More than kills: of some a run has ended before.
+    while len(made) < count:
+      yield rng.uniform(0, length), len(made) % _AIMED == _AIMED - 1
+
   kills: list[Kill] = []
-  run = 0
+  draws, run = drawn(), 0
   while len(kills) < count:
     run += 1
     workdir, first = folder / f"killed_{run}", len(kills)
-    for kill in killed_run(workdir, run, draws, digests):
+    for kill in killed_run(workdir, run, draws, made, digests):
       kills.append(kill)
       report.show(kill.row(), first=len(kills) == 1, widths=(6, 12))
       bar.update()
