@@ -186,6 +186,9 @@ def _davis() -> ConfigDict:
           radius=12,  # cells; what lies further off is not matched
           top=5,  # cells that a cell takes its labels from
           temperature=0.1,  # weights are exp(cosine / temperature)
+          # Frames a forward pass, rounded up to a multiple of the devices:
+          # changes speed and memory, not results.
+          batch=4,
       )
   )
 

@@ -12,7 +12,13 @@ from typing import Any
 import numpy as np
 
 from mcjepa_jax import errors, sharding
-from mcjepa_jax.data import pipeline, segmentation_datasets, sources
+from mcjepa_jax.data import (
+    crops,
+    files,
+    pipeline,
+    segmentation_datasets,
+    sources,
+)
 from mcjepa_jax.evals import segmentation
 from mcjepa_jax.models import segmentation_heads
 
@@ -88,12 +94,47 @@ def examples(kind: str, config: Any, name: str) -> _Both:
     )
   if faults:
     raise errors.UserError(*faults)
-  return _Both(_parts(config, name))
+  parts = _parts(config, name)
+  faults = _size_faults(parts.test, own.short_side, config.eval_max_pixels)
+  if faults:
+    raise errors.UserError(*faults)
+  return _Both(parts)
 
 
 def _parts(config: Any, name: str) -> segmentation_datasets.Parts:
   root = sources.data_root(config.data_root, config.data_cache)
   return sources.segmentation(name, root)
+
+
+def _size_faults(
+    part: segmentation_datasets.SegmentationSet,
+    short_side: int,
+    max_pixels: int,
+) -> list[str]:
+  """The largest image whose logits have no room, as the heads have its size.
+
+  Nothing is read where no image can be so large, nor of a remote set, of which
+  each head would cost the whole file: there the test itself finds it.
+  """
+  remote = isinstance(part.root, files.Remote)
+  if remote or crops.most_pixels(short_side) <= max_pixels:
+    return []
+  larger = []
+  for i in range(len(part)):
+    try:
+      size = crops.fitted_size(part.size(i), short_side)
+    except errors.UserError:
+      continue  # told where images are decoded
+    if math.prod(size) > max_pixels:
+      larger.append((math.prod(size), size, i))
+  if not larger:
+    return []
+  _, (height, width), i = max(larger)
+  return [
+      f"{part.root / part.record_id(i)}: expected an image of at most"
+      f" {max_pixels} pixels (eval_max_pixels) at its size for the test, got"
+      f" {width}x{height}, the largest of {len(larger)} such images"
+  ]
 
 
 def crop_faults(kind: str, crop: int, coarsest: int) -> list[str]:

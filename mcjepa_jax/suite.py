@@ -102,6 +102,8 @@ def _davis_eval(subject, name):
   config, model = subject.config, subject.model
   settings = config.davis.to_dict()
   size, stride = settings.pop("size"), settings.pop("stride")
+  devices = subject.mesh.devices.size
+  batch = -(-settings.pop("batch") // devices) * devices
   extractor = functools.partial(
       inference.dense_extractor,
       model,
@@ -121,7 +123,6 @@ def _davis_eval(subject, name):
       "pixels": pixels,
   }
   sequences = _mask_sequences(config, name)
-  batch = subject.mesh.devices.size
   return davis.run(name, sequences, extractors, batch=batch, **settings)
 
 

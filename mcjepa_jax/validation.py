@@ -88,7 +88,7 @@ def faults(config: Any, *, devices: int | None = None) -> list[str]:
               "content.batch_size", "content.size", "log_every", "save_every",
               "keep_last", "prefetch", "eval_batch_size",
               "eval_max_pixels", "knn_size", "davis.stride",
-              "davis.temperature", "linear.epochs",
+              "davis.temperature", "davis.batch", "linear.epochs",
               "linear.batch_size", "finetune.epochs", "finetune.batch_size",
               "alarms.skips_in_a_row", "alarms.skips", "alarms.window",
               "alarms.diagnoses",

@@ -7,7 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from mcjepa_jax import assembly, errors, inference, sharding, suite
+from mcjepa_jax import (
+    assembly,
+    errors,
+    inference,
+    sharding,
+    suite,
+    validation,
+)
 from mcjepa_jax.data import sources
 from mcjepa_jax.evals import davis
 from mcjepa_jax.models import mcjepa
@@ -167,6 +174,7 @@ def test_an_object_begins_where_its_first_mask_lies():
   found = davis.follow(
       mask_clips.Sequence(frames, late, (1, 2)),
       {"": _pixels()},
+      name="set",
       batch=2,
       **_SETTINGS,
   )
@@ -180,6 +188,44 @@ def test_an_object_begins_where_its_first_mask_lies():
   ):
     expected = np.mean([(side - lag) / (side + lag) for lag in lags])
     assert values["j_mean"] == pytest.approx(100 * expected)
+
+
+def test_a_label_that_no_object_has_is_said_once_and_counts_as_none(capsys):
+  frames, labels = mask_clips.clip(objects=2)
+  sequence = mask_clips.Sequence(frames, [*(labels % 2)[:2], *labels[2:]])
+  expected = _run(mask_clips.Sequence(frames, list(labels % 2)))
+  assert capsys.readouterr().out == ""
+  assert _run(sequence) == expected
+  (line,) = capsys.readouterr().out.splitlines()
+  assert line.startswith("davis/set/clip: label 2, from frame 2 on, is not in")
+
+
+def test_an_object_that_no_mask_shows_is_said(capsys):
+  frames, labels = mask_clips.clip(shift=0)
+  result = _run(mask_clips.Sequence(frames, labels, (1, 7)))
+  assert result["davis/set/j_and_f"] == 100
+  (line,) = capsys.readouterr().out.splitlines()
+  assert line.startswith("davis/set/clip: no mask shows object 7")
+
+
+def test_one_bar_is_over_all_frames_and_each_sequence_has_a_line(capsys):
+  still = mask_clips.Sequence(*mask_clips.clip(shift=0, length=5))
+  short = mask_clips.Sequence(*mask_clips.clip(shift=0, length=2))
+  davis.run("set", mask_clips.Sequences(one=still, two=short), {"": _pixels()})
+  came = capsys.readouterr()
+  assert came.out.splitlines() == [
+      "davis/set/one: J&F 100.0, copy_first 100.0",
+      "davis/set/two: nothing to measure",
+  ]
+  assert "/7 [" in came.err and "2/2 two" in came.err
+  assert "/5 [" not in came.err and "/2 [" not in came.err
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+def test_frames_that_share_a_pass_change_no_number(shift):
+  sequence = mask_clips.Sequence(*mask_clips.clip(shift=shift, length=7))
+  one, three = (_run(sequence, batch=batch) for batch in (1, 3))
+  assert one == three
 
 
 def test_labels_need_not_be_consecutive():
@@ -296,12 +342,42 @@ def _results(subject):
   return {k: v for k, v in results.items() if not k.startswith("meta/")}
 
 
+@pytest.mark.parametrize(
+    ("devices", "batch", "frames"), [(1, 1, 1), (1, 4, 4), (4, 3, 4), (4, 5, 8)]
+)
+def test_a_pass_has_as_many_frames_as_the_devices_divide(
+    monkeypatch, tmp_path, devices, batch, frames
+):
+  mask_clips.davis(tmp_path / "DAVIS")
+  monkeypatch.setattr(
+      davis, "run", lambda *_, batch, **__: {"davis/2017/batch": batch}
+  )
+  cfg = tiny.config(data_root=str(tmp_path), davis__batch=batch)
+  mesh = sharding.make_mesh(devices)
+  untrained = {"encoder": {}}
+  found = suite.run(
+      suite.Subject(
+          *(cfg, assembly.model(cfg), untrained, untrained, mesh, tmp_path)
+      ),
+      ("davis/2017",),
+  )[0]
+  assert found["davis/2017/batch"] == frames
+
+
+def test_a_pass_without_a_frame_is_refused():
+  (fault,) = validation.faults(tiny.config(davis__batch=0))
+  assert fault == "davis.batch: expected a positive number, got 0"
+
+
 @pytest.mark.slow
 def test_results_have_their_references_and_do_not_depend_on_devices(tmp_path):
   mask_clips.davis(
       tmp_path / "DAVIS", listed=("walk", "run"), shape=(48, 72), length=7
   )
-  one, many = (_results(_subject(tmp_path, count)) for count in (1, 4))
+  one, many = (
+      _results(_subject(tmp_path, devices, batch=batch))
+      for devices, batch in ((1, 1), (4, 3))
+  )
   for suffix in ("", "_random_init", "_pixels", "_copy_first"):
     for metric in ("j_and_f", "j_mean", "j_recall", "j_decay",
                    "f_mean", "f_recall", "f_decay"):  # fmt: skip

@@ -66,6 +66,9 @@ class Sequences:
   def record_id(self, index):
     return list(self._sequences)[index]
 
+  def length(self, index):
+    return len(self.sequence(index))
+
   def sequence(self, index):
     return list(self._sequences.values())[index]
 

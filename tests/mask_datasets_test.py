@@ -81,6 +81,49 @@ def test_youtube_vos_has_the_objects_of_its_meta(tmp_path):
   assert _faults(tmp_path, "davis/youtube_vos") == []
 
 
+@pytest.mark.parametrize(
+    ("objects", "known"), [(("1",), "1"), (("1", "2"), "1, 2"), ((), "none")]
+)
+def test_a_label_that_the_meta_does_not_name_is_told(tmp_path, objects, known):
+  train = tmp_path / "youtube_vos" / "train"
+  mask_clips.youtube_vos(train, begins=0)
+  meta = {"videos": {"0043f083b5": {"objects": dict.fromkeys(objects)}}}
+  (train / "meta.json").write_text(json.dumps(meta))
+  (fault,) = _faults(tmp_path, "davis/youtube_vos")
+  assert "Annotations/0043f083b5/00000.png: expected the labels that" in fault
+  came = "1, 3" if known == "none" else "3"
+  assert fault.endswith(f"for 0043f083b5, {known}, came {came}")
+
+
+def test_a_label_beside_the_first_masks_is_kept_by_davis(tmp_path):
+  root = tmp_path / "DAVIS"
+  frames, labels = mask_clips.clip(objects=2)
+  labels[0][labels[0] == 2] = 0
+  mask_clips.save(root, "run", frames, labels)
+  sequence = mask_datasets.davis(root, "2017").sequence(0)
+  assert sequence.objects == (1,)
+  assert np.unique(sequence.labels(1)).tolist() == [0, 1, 2]
+  one = mask_datasets.davis(root, "2016").sequence(0)
+  assert np.unique(one.labels(1)).tolist() == [0, 1]
+
+
+def test_a_label_of_a_later_mask_that_the_meta_does_not_name_is_told(tmp_path):
+  train = tmp_path / "youtube_vos" / "train"
+  mask_clips.youtube_vos(train)
+  meta = {"videos": {"0043f083b5": {"objects": {"1": {}}}}}
+  (train / "meta.json").write_text(json.dumps(meta))
+  sequence = mask_datasets.youtube_vos(tmp_path).sequence(0)
+  sequence.labels(1)
+  with pytest.raises(UserError, match="00010.png: .*0043f083b5, 1, came 3"):
+    sequence.labels(2)
+
+
+def test_lengths_are_known_before_a_frame_is_read(tmp_path):
+  root = _davis(tmp_path, length=4)
+  (root / _FRAME).write_text("no image")
+  assert mask_datasets.davis(root, "2017").length(0) == 4
+
+
 def test_255_is_no_object(tmp_path):
   root = tmp_path / "DAVIS"
   frames, labels = mask_clips.clip()

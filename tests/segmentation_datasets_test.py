@@ -266,3 +266,13 @@ def test_a_set_that_is_not_there_or_not_known(tmp_path):
     )
   _fails("one of ade20k, .* got 'x'", lambda: sources.segmentation("x", "."))
   _fails("data_root", lambda: sources.segmentation("camvid", ""))
+
+
+def test_a_size_is_read_from_the_head_alone(tmp_path):
+  _camvid(tmp_path)
+  test = sets.camvid(tmp_path, test="val").test
+  path = tmp_path / "CamVid/val/0001TP_1.png"
+  path.write_bytes(path.read_bytes()[:60])
+  assert test.size(0) == _SIZE
+  path.write_text("no image")
+  _fails("val/0001TP_1.png: expected JPEG or PNG", lambda: test.size(0))

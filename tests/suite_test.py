@@ -1,7 +1,9 @@
 """The evals by name: which run, which are told, and on how many devices."""
 
+import dataclasses
 import json
 import pathlib
+import re
 import shutil
 
 import cv2
@@ -18,7 +20,7 @@ from mcjepa_jax import (
 )
 from mcjepa_jax.data import flow_io, sources
 from mcjepa_jax.models import mcjepa
-from tests import layouts, tiny
+from tests import layouts, mask_clips, segmentation_test, submit_test, tiny
 
 
 @pytest.fixture
@@ -198,38 +200,96 @@ def test_numbers_are_equal_on_1_and_on_4_devices(small):
       np.testing.assert_allclose(four[key], value, rtol=5e-3, err_msg=key)
 
 
-@pytest.mark.proof
-@pytest.mark.slow
-def test_every_kind_shows_its_progress_and_has_its_untrained_twin(
-    small, capsys, tmp_path
-):
-  (tmp_path / "pairs").mkdir()
-  layouts.image(tmp_path / "pairs/a_img1.png", 0)
-  layouts.image(tmp_path / "pairs/a_img2.png", 1)
-  height, width = cv2.imread(str(tmp_path / "pairs/a_img1.png")).shape[:2]
+def _pairs(root):
+  folder = root / "pairs"
+  folder.mkdir()
+  layouts.image(folder / "a_img1.png", 0)
+  layouts.image(folder / "a_img2.png", 1)
+  height, width = cv2.imread(str(folder / "a_img1.png")).shape[:2]
   flow_io.write_flo(
-      tmp_path / "pairs/a_flow.flo", np.ones((height, width, 2), np.float32)
+      folder / "a_flow.flo", np.ones((height, width, 2), np.float32)
   )
-  kinds = ("knn", "linear", "finetune", "rankme")
-  cfg = tiny.config(
-      data_root=str(tmp_path),
-      evals=("flow/pairs", *(f"{kind}/synthetic" for kind in kinds)),
+
+
+_KINDS = {
+    # How its set is written, a result that has an untrained twin, and the bars
+    # that it shows: what each is of, how many, and of what.
+    "flow/pairs": (_pairs, "epe", ("flow/pairs: .*/1 ",)),
+    "knn/synthetic": (None, "top1", ("features/synthetic: .*/30 ",)),
+    "linear/synthetic": (None, "top1", ("linear/synthetic.*/1 ",)),
+    "finetune/synthetic": (
+        None,
+        "top1",
+        ("finetune/synthetic: ", "finetune/synthetic random_init: "),
+    ),
+    "rankme/synthetic": (None, "rank", ("features/synthetic: .*/60 ",)),
+    "segmentation/camvid_val": (
+        segmentation_test._camvid,
+        "miou",
+        (
+            "segmentation/camvid_val: .*/3 .*step",
+            "segmentation/camvid_val: .*/3 .*image",
+        ),
+    ),
+    "upernet/camvid_val": (
+        segmentation_test._camvid,
+        "miou",
+        (
+            "upernet/camvid_val: .*/3 .*step",
+            "upernet/camvid_val: .*/3 .*image",
+            "upernet/camvid_val random_init: .*/3 .*step",
+            "upernet/camvid_val random_init: .*/3 .*image",
+        ),
+    ),
+    "davis/2017": (
+        lambda root: mask_clips.davis(root / "DAVIS", length=4),
+        "j_and_f",
+        ("davis/2017: .*/4 .*frame",),
+    ),
+    "submit/kitti_2012": (
+        submit_test._whole_kitti,
+        None,  # the trained model alone is submitted
+        ("submit/kitti_2012: .*/195 ",),
+    ),
+}
+
+
+_SLOW = ("finetune/synthetic", "segmentation/camvid_val", "upernet/camvid_val")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        pytest.param(x, marks=[pytest.mark.slow] if x in _SLOW else [])
+        for x in _KINDS
+    ],
+)
+def test_every_kind_shows_its_progress_and_has_its_untrained_twin(
+    small, capsys, tmp_path, entry
+):
+  write, metric, bars = _KINDS[entry]
+  if write:
+    write(tmp_path)
+  cfg = segmentation_test._config(
+      tmp_path, evals=(entry,), workers=0, eval_batch_size=65
   )
   cfg.linear.epochs = cfg.finetune.epochs = 1
-  results, faults = suite.run(_subject(cfg))
+  cfg.davis.update(size=32, radius=3)
+  assert suite.check(cfg) == []
+  results, faults = suite.run(
+      dataclasses.replace(_subject(cfg), workdir=tmp_path)
+  )
   assert not faults
-  for metric in (
-      "flow/pairs/epe",
-      *(f"{kind}/synthetic/top1" for kind in kinds[:-1]),
-      "rankme/synthetic/rank",
-  ):
-    assert results[f"{metric}_random_init"] >= 0
-  shown = capsys.readouterr().err
-  for bar in (
-      *("flow/pairs:", "features/synthetic:", "linear/synthetic"),
-      *("finetune/synthetic:", "finetune/synthetic random_init:"),
-  ):
-    assert bar in shown
+  if metric:
+    assert results[f"{entry}/{metric}"] >= 0
+    assert results[f"{entry}/{metric}_random_init"] >= 0
+  shown = capsys.readouterr().err.split("\r")
+  for bar in bars:
+    assert any(re.match(bar, each) for each in shown), bar
+
+
+def test_no_kind_is_left_out():
+  assert {entry.partition("/")[0] for entry in _KINDS} == set(suite._EVALS)
 
 
 def test_flow_compiles_once_for_a_size_whatever_the_last_batch(small):

@@ -6,6 +6,8 @@ sides, times a random factor in training, cut a square, and flip it; padding is
 void. What is left out is their photometric distortion.
 """
 
+import math
+
 import cv2
 from jaxtyping import UInt8
 import numpy as np
@@ -22,11 +24,21 @@ _TRIES = 10
 def fitted(
     image: UInt8[np.ndarray, "h w 3"], short_side: int
 ) -> UInt8[np.ndarray, "r c 3"]:
-  """Returns the image at its size for tests; 0 leaves it as it is."""
-  size = _fitted_size(image.shape[:2], short_side) if short_side else None
-  if size is None or size == image.shape[:2]:
+  """Returns the image at its size for tests, `fitted_size`."""
+  size = fitted_size(image.shape[:2], short_side)
+  if size == image.shape[:2]:
     return image
   return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
+
+
+def fitted_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
+  """Returns (h, w) as tests have it; a short side of 0 leaves it as it is."""
+  return _fitted_size(size, short_side) if short_side else size
+
+
+def most_pixels(short_side: int) -> int | float:
+  """Returns how many pixels an image of any size has at its size for tests."""
+  return _LONGEST * short_side**2 if short_side else math.inf
 
 
 def _fitted_size(

@@ -42,6 +42,7 @@ class MaskSequence:
   size: tuple[int, int]  # (h, w) of every frame and mask
   objects: tuple[int, ...] = ()  # labels, each of which may begin at any frame
   merged: bool = False  # all objects are one, with label 1
+  stated: bool = False  # by meta.json: no mask may show another
 
   def __len__(self) -> int:
     return len(self.frames)
@@ -60,6 +61,14 @@ class MaskSequence:
     labels = read_labels(path)
     self._expect_size(path, labels.shape)
     labels[labels == _VOID] = 0
+    if self.stated:
+      found = np.flatnonzero(np.bincount(labels.ravel())).tolist()
+      if unknown := sorted(set(found) - {0, *self.objects}):
+        known = ", ".join(map(str, self.objects)) or "none"
+        raise UserError(
+            f"{path}: expected the labels that meta.json has for {self.name},"
+            f" {known}, came {', '.join(map(str, unknown))}"
+        )
     return (labels > 0).astype(np.uint8) if self.merged else labels
 
   def _expect_size(self, path: files.Location, came: tuple[int, int]) -> None:
@@ -113,6 +122,10 @@ class MaskSequences:
     """Returns the sequence's name."""
     return self._names[index]
 
+  def length(self, index: int) -> int:
+    """Returns how many frames a sequence has, of which none is read."""
+    return len(_frames(self._frames / self._names[index]))
+
   def sequence(self, index: int) -> MaskSequence:
     """Returns one sequence.
 
@@ -121,7 +134,7 @@ class MaskSequences:
     """
     name = self._names[index]
     objects = self._objects[name]
-    frames = _files(self._frames / name, (".jpg", ".jpeg"), "frames")
+    frames = _frames(self._frames / name)
     masks = _files(self._masks / name, (".png",), "masks")
     faults = [
         f"{path}: expected a frame {stem} for it in {self._frames / name}"
@@ -144,6 +157,7 @@ class MaskSequences:
         _frame_size(next(iter(frames.values()))),
         objects or (),
         self._merged,
+        stated=objects is not None,
     )
     if objects is not None:
       return sequence
@@ -280,6 +294,10 @@ def _mask_size(path: files.Location) -> tuple[int, int]:
     image = _head(path, file, "PNG")
     _expect_labels(path, image, size)
     return image.size[::-1]
+
+
+def _frames(folder: files.Location) -> dict[str, files.Location]:
+  return _files(folder, (".jpg", ".jpeg"), "frames")
 
 
 def _files(

@@ -131,6 +131,19 @@ class SegmentationSet:
     """Returns the image's path under the root."""
     return str(self._images[index])
 
+  def size(self, index: int) -> tuple[int, int]:
+    """Returns (h, w) as the image's head has it."""
+    path = self.root / self._images[index]
+    with image_io.opened(path, "an image") as (file, _):
+      try:
+        with Image.open(file, formats=("JPEG", "PNG")) as image:
+          return image.size[::-1]
+      # Pillow answers a hostile file with whatever its parser ran into.
+      except Exception as error:
+        raise UserError(
+            f"{path}: expected JPEG or PNG, came a file of no such format"
+        ) from error
+
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
     image = image_io.read_image(self.root / self._images[index])
     path = self.root / self._labels[index]

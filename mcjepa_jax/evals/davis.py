@@ -227,6 +227,7 @@ def follow(
     sequence: Any,
     extractors: Mapping[str, Extractor],
     *,
+    name: str,
     batch: int,
     done: Callable[[int], Any] = lambda frames: None,
     **settings: Any,
@@ -234,35 +235,44 @@ def follow(
   """The statistics of each object, for each extractor and `copy_first`.
 
   Frames are read `batch` at a time, each once; see `Propagation`. `done` hears
-  how many were read.
+  how many were followed. Under `name` is said which label of a later mask is no
+  object's, and so counts as none, and which object no mask shows.
   """
   count = len(sequence.objects)
   channel_of = np.zeros(256, int)
   channel_of[list(sequence.objects)] = np.arange(1, count + 1)
-  propagations = {name: Propagation(**settings) for name in extractors}
-  scores = {name: _Scores(count) for name in (*extractors, "copy_first")}
+  propagations = {method: Propagation(**settings) for method in extractors}
+  scores = {method: _Scores(count) for method in (*extractors, "copy_first")}
   annotated = [i for i, mask in enumerate(sequence.masks) if mask is not None]
   begun: set[int] = set()
+  known = {0, *sequence.objects}
   copied = np.zeros(sequence.size, int)
   for start in range(0, len(sequence), batch):
     indices = range(start, min(start + batch, len(sequence)))
     frames = np.stack([sequence.frame(i) for i in indices])
     # Repeats fill the last batch: one shape, one compilation.
     filled = frames[np.arange(batch) % len(frames)]
-    features = {name: extract(filled) for name, extract in extractors.items()}
-    done(len(indices))
+    features = {
+        method: extract(filled) for method, extract in extractors.items()
+    }
     for i in indices:
       labels = sequence.labels(i)
       truth = None if labels is None else channel_of[labels]
-      present = [] if truth is None else np.unique(truth).tolist()
-      new = set(present) - begun - {0}
+      shown = set() if labels is None else set(np.unique(labels).tolist())
+      for label in sorted(shown - known):
+        tqdm.tqdm.write(
+            f"{name}: label {label}, from frame {i} on, is not in the first"
+            " mask and counts as no object"
+        )
+      known |= shown
+      new = {int(channel_of[label]) for label in shown} - begun - {0}
       if not begun | new:
         continue
       measured = begun if truth is not None and i < annotated[-1] else ()
       given = np.where(np.isin(truth, list(new)), truth, 0) if new else None
       masks = {"copy_first": copied}
-      for name, propagation in propagations.items():
-        own = features[name][i - start]
+      for method, propagation in propagations.items():
+        own = features[method][i - start]
         cells = None
         if new:
           cells = np.eye(count + 1, dtype=np.float32)[
@@ -271,14 +281,20 @@ def follow(
           cells[..., 0] = 0
         soft = propagation.step(own, cells)
         if measured:
-          masks[name] = hard(soft, sequence.size)
+          masks[method] = hard(soft, sequence.size)
       for channel in measured:
-        for name, mask in masks.items():
-          scores[name].add(channel, mask == channel, truth == channel)
+        for method, mask in masks.items():
+          scores[method].add(channel, mask == channel, truth == channel)
       if new:
         copied = np.where(given > 0, given, copied)
         begun |= new
-  return {name: score.objects() for name, score in scores.items()}
+    done(len(indices))
+  for label in sequence.objects:
+    if channel_of[label] not in begun:
+      tqdm.tqdm.write(
+          f"{name}: no mask shows object {label}, which counts in nothing"
+      )
+  return {method: score.objects() for method, score in scores.items()}
 
 
 def run(
@@ -297,7 +313,7 @@ def run(
 
   Args:
     name: of the set.
-    dataset: sequence(i) is as data.mask_datasets.MaskSequence.
+    dataset: as data.mask_datasets.MaskSequences.
     extractors: suffix -> extractor: "" gives `j_and_f`, "pixels" gives
       `j_and_f_pixels`. Masks that stay where they were given are `copy_first`.
     batch: frames that an extractor gets.
@@ -305,25 +321,27 @@ def run(
     radius: of the neighbourhood, in cells.
     top: cells that a cell takes its labels from.
     temperature: their weights are exp(similarity / temperature).
-    progress: shows a bar.
+    progress: shows a bar over all frames, and writes J&F of each sequence.
 
   Raises:
     UserError: no sequence has anything to measure.
   """
   totals: dict[str, list[dict[str, float]]] = {}
   rows, measured = {}, 0
-  for i in range(len(dataset)):
-    sequence = dataset.sequence(i)
-    with tqdm.tqdm(
-        total=len(sequence),
-        desc=f"davis/{name} {i + 1}/{len(dataset)}",
-        unit="frame",
-        disable=not progress,
-        leave=False,
-    ) as bar:
+  with tqdm.tqdm(
+      total=sum(dataset.length(i) for i in range(len(dataset))),
+      desc=f"davis/{name}",
+      unit="frame",
+      disable=not progress,
+      leave=False,
+  ) as bar:
+    for i in range(len(dataset)):
+      label = f"davis/{name}/{dataset.record_id(i)}"
+      bar.set_postfix_str(f"{i + 1}/{len(dataset)} {dataset.record_id(i)}")
       found = follow(
-          sequence,
+          dataset.sequence(i),
           extractors,
+          name=label,
           batch=batch,
           done=bar.update,
           context=context,
@@ -331,13 +349,15 @@ def run(
           top=top,
           temperature=temperature,
       )
-    measured += any(found.values())
-    for method, objects in found.items():
-      totals[method] = totals.get(method, []) + objects
-      for metric, value in _means(objects).items():
-        if metric in _EACH:
-          key = f"davis/{name}/{dataset.record_id(i)}/{_EACH[metric]}"
-          rows[_suffixed(key, method)] = value
+      means = {method: _means(objects) for method, objects in found.items()}
+      if progress:
+        tqdm.tqdm.write(f"{label}: {_line(means)}")
+      measured += any(found.values())
+      for method, objects in found.items():
+        totals[method] = totals.get(method, []) + objects
+        for metric, value in means[method].items():
+          if metric in _EACH:
+            rows[_suffixed(f"{label}/{_EACH[metric]}", method)] = value
   if not measured:
     raise errors.UserError(
         f"davis/{name}: expected an object with an annotated frame between its"
@@ -350,6 +370,16 @@ def run(
   }
   result[f"davis/{name}/count"] = measured
   return result | (rows if len(dataset) <= _EACH_LIMIT else {})
+
+
+def _line(means: Mapping[str, Mapping[str, float]]) -> str:
+  """J&F of each method, for people."""
+  values = [
+      f"{method} {of['j_and_f']:.1f}".strip()
+      for method, of in means.items()
+      if of
+  ]
+  return f"J&F {', '.join(values)}" if values else "nothing to measure"
 
 
 def _suffixed(key: str, method: str) -> str:

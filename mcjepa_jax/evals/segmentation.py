@@ -43,6 +43,7 @@ class Network(NamedTuple):
   stats: Params
   fixed: Params  # arrays that no step changes
   rates: Params  # of the learning rate, one a leaf of params
+  decayed: Callable[[Params], Any] | None  # which leaves decay; None: all
 
 
 def _stages(pyramid, encoder):
@@ -91,7 +92,9 @@ def linear_network(
   }
   params = {name: v["params"] for name, v in variables.items()}
   stats = {name: v["batch_stats"] for name, v in variables.items()}
-  return Network(forward, params, stats, fixed, jax.tree.map(_one, params))
+  # All decay, as in VICRegL's configs: the gains of the norm too.
+  rates = jax.tree.map(_one, params)
+  return Network(forward, params, stats, fixed, rates, decayed=None)
 
 
 def _init(head, key, levels):
@@ -148,7 +151,9 @@ def tuned_network(
       lambda path, _: layer_decay ** _depth([entry.key for entry in path]),
       params,
   )
-  return Network(forward, params, variables["batch_stats"], {}, rates)
+  stats = variables["batch_stats"]
+  decayed = optimizer.decay_mask
+  return Network(forward, params, stats, {}, rates, decayed)
 
 
 def _depth(path: list[str]) -> int:
@@ -208,7 +213,7 @@ def fit(
   """
   tx = optax.chain(
       optax.scale_by_adam(),
-      optax.add_decayed_weights(weight_decay, mask=optimizer.decay_mask),
+      optax.add_decayed_weights(weight_decay, mask=network.decayed),
       optax.stateless(
           lambda updates, _: jax.tree.map(jnp.multiply, updates, network.rates)
       ),

@@ -180,9 +180,7 @@ _DEPTHWISE = {
 }
 
 
-def _patches(
-    x: Float[Array, "n h w c"], side: int
-) -> Float[Array, "n _ _ _"]:
+def _patches(x: Float[Array, "n h w c"], side: int) -> Float[Array, "n _ _ _"]:
   """The map's squares of a side, each flat: what no square fills is left out.
 
   A convolution whose squares do not overlap is their product with a matrix. XLA's
