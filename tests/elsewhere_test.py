@@ -1,4 +1,4 @@
-"""A run that goes on, on other devices than it began on."""
+"""A run that goes on, on other devices or processes than it began on."""
 
 import jax
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 
 from configs import quickstart
 from mcjepa_jax import train
-from tests import tiny, workdirs
+from tests import job, tiny, workdirs
 
 _SAVED, _STEPS = 20, 40  # where another goes on, and for how long
 
@@ -71,18 +71,80 @@ def test_a_run_goes_on_where_it_was_on_other_devices(
 
   written = workdirs.flat(workdirs.saved(alone[before], _SAVED)[0])
   assert not workdirs.differences(written, first[0])
-
   records = [
       workdirs.lines(w / "records.jsonl") for w in (moved, alone[before])
   ]
+  _goes_on(moved, alone[before], alone[after], records)
+
+
+def _goes_on(moved, whole, there, records):
+  """Asserts that a run that moved is as near to the one that did not as can be.
+
+  Args:
+    moved: the workdir of the run that went on elsewhere.
+    whole: that of the same run, left where it began.
+    there: that of a run which began where the other went.
+    records: of the first two, the ids by step.
+  """
   assert len(records[0]) == _STEPS
   assert records[0] == records[1]
 
-  losses, expected = _losses(moved), _losses(alone[before])
+  losses, expected = _losses(moved), _losses(whole)
   assert losses[:_SAVED] == expected[:_SAVED]
   np.testing.assert_allclose(losses[_SAVED], expected[_SAVED], rtol=1e-5)
 
   # Other devices sum in another order: an uninterrupted run there drifts too.
-  drift = _distance(alone[after], alone[before])
+  drift = _distance(there, whole)
   assert 0 < drift
-  assert _distance(moved, alone[before]) <= drift
+  assert _distance(moved, whole) <= drift
+
+
+# Each process leaves what it holds of the state that it goes on with.
+_PROCESSES = f"""
+import os
+import pathlib
+
+from configs import quickstart
+from mcjepa_jax import train
+from tests import tiny, workdirs
+
+def get_config():
+  config = tiny.config(quickstart, num_steps={_STEPS}, save_every={_SAVED},
+                       keep_last=9, log_every=1, log_records=True)
+  return config.lock()
+
+loop = train.run_loop
+
+def looked_at(run, state):
+  workdirs.keep_shards(pathlib.Path(os.environ["TEST_SHARDS"]), state)
+  return loop(run, state)
+
+if "TEST_SHARDS" in os.environ:
+  train.run_loop = looked_at
+"""
+
+
+@pytest.mark.proof
+@pytest.mark.slow
+@pytest.mark.parametrize("shard_min_mib", [4.0, 0.0005], ids=str)
+def test_a_run_goes_on_where_it_was_in_other_processes(
+    tmp_path_factory, tmp_path, shard_min_mib
+):
+  path = job.written(tmp_path_factory, "elsewhere", _PROCESSES)
+  option = f"--config.mesh.shard_min_mib={shard_min_mib}"
+  alone = {}
+  for count in (1, 2):
+    alone[count] = tmp_path / str(count)
+    job.run(path, alone[count], option, count=count)
+  for before, after in ((2, 1), (1, 2)):
+    moved = workdirs.cut(alone[before], _SAVED, tmp_path / f"to_{after}")
+    shards = tmp_path / f"shards_{after}"
+    results = job.run(path, moved, option, count=after, TEST_SHARDS=str(shards))
+    assert f"Resumed at step {_SAVED}" in results[0][1]
+    written = workdirs.flat(workdirs.saved(alone[before], _SAVED)[0])
+    held = workdirs.from_shards(shards, written)
+    assert not workdirs.differences(written, held)
+    whole = job.records(alone[before], before)
+    since = job.records(moved, after, since=_SAVED)
+    ids = (whole[:_SAVED] + since, whole)
+    _goes_on(moved, alone[before], alone[after], ids)

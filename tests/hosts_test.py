@@ -18,7 +18,7 @@ from PIL import Image
 import pytest
 
 from mcjepa_jax import dumps, errors, hosts, photometry, replay, sharding
-from tests import tiny, workdirs
+from tests import job, tiny, workdirs
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _STEPS = 3
@@ -34,22 +34,9 @@ def get_config():
 """
 
 
-def _free_port():
-  with socket.socket() as listener:
-    listener.bind(("", 0))
-    return listener.getsockname()[1]
-
-
-def _written(tmp_path_factory, name, text):
-  path = tmp_path_factory.mktemp(name) / "configs" / f"{name}_run.py"
-  path.parent.mkdir()
-  path.write_text(text)
-  return path
-
-
 @pytest.fixture(scope="module")
 def config_path(tmp_path_factory):
-  return _written(tmp_path_factory, "tiny", _CONFIG)
+  return job.written(tmp_path_factory, "tiny", _CONFIG)
 
 
 # A worker that dies, and a clock that is wrong, each on one host.
@@ -94,95 +81,14 @@ def get_config():
 
 @pytest.fixture(scope="module")
 def faulty_path(tmp_path_factory):
-  return _written(tmp_path_factory, "faulty", _FAULTY)
-
-
-def _start(config_path, workdir, *overrides, index=0, count=1, port=0, **env):
-  places = []
-  if count > 1:
-    places = [
-        f"--coordinator=127.0.0.1:{port}",
-        f"--processes={count}",
-        f"--process={index}",
-    ]
-  return subprocess.Popen(
-      [
-          sys.executable, "-m", "mcjepa_jax.main", f"--config={config_path}",
-          f"--workdir={workdir}", *places, *overrides,
-      ],
-      env=os.environ
-      | {
-          "JAX_PLATFORMS": "cpu",
-          "XLA_FLAGS": "",
-          "PYTHONPATH": str(_ROOT),
-          # Compiling is what costs, in every process.
-          "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-      }
-      | env,
-      cwd=_ROOT,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-  )  # fmt: skip
-
-
-def _wait(processes):
-  """(exit code, stdout, stderr) of each, or all are ended."""
-  threads, results = [], [None] * len(processes)
-
-  def one(i):
-    out, err = processes[i].communicate(timeout=500)
-    results[i] = (processes[i].returncode, out, err)
-
-  try:
-    for i in range(len(processes)):
-      threads.append(threading.Thread(target=one, args=(i,)))
-      threads[-1].start()
-    for thread in threads:
-      thread.join()
-  finally:
-    for process in processes:
-      process.kill()
-  return results
-
-
-def _run(config_path, workdir, *overrides, count=1, **env):
-  port = _free_port()
-  processes = [
-      _start(config_path, workdir, *overrides, index=i, count=count, port=port,
-             **env)
-      for i in range(count)
-  ]  # fmt: skip
-  results = _wait(processes)
-  for code, _, err in results:
-    assert code == 0, err[-3000:]
-  return results
-
-
-def _records(workdir, count, readers=1):
-  """Per step and task the ids of all hosts' rows, host after host.
-
-  Of `readers` neighbours that read the same, those of the first.
-  """
-  folders = [workdir] + [workdir / "hosts" / str(i) for i in range(1, count)]
-  folders = folders[::readers]
-  return [
-      {
-          key: sum((line[key] for line in lines), [])
-          for key in lines[0]
-          if key != "step"
-      }
-      for lines in zip(
-          *(workdirs.lines(f / "records.jsonl") for f in folders), strict=True
-      )
-  ]
+  return job.written(tmp_path_factory, "faulty", _FAULTY)
 
 
 def _same_as_one(config_path, tmp_path, count, *overrides, readers=1):
   one, many = tmp_path / "one", tmp_path / "many"
-  _run(config_path, one, *overrides)
-  results = _run(config_path, many, *overrides, count=count)
-  assert _records(many, count, readers) == _records(one, 1)
+  job.run(config_path, one, *overrides)
+  results = job.run(config_path, many, *overrides, count=count)
+  assert job.records(many, count, readers) == job.records(one, 1)
   losses = [
       [line["loss"] for line in workdirs.lines(w / "metrics.jsonl")]
       for w in (one, many)
@@ -206,7 +112,7 @@ def _same_as_one(config_path, tmp_path, count, *overrides, readers=1):
 def test_two_processes_are_one_run_and_resume(config_path, tmp_path):
   many = _same_as_one(config_path, tmp_path, 2)
   # What two wrote, one goes on from.
-  again = _run(config_path, many, "--config.num_steps=3")
+  again = job.run(config_path, many, "--config.num_steps=3")
   assert "Finished at step 3" in again[0][1]
 
 
@@ -221,9 +127,9 @@ def test_four_processes_are_one_run(config_path, tmp_path):
 
 def _two_in_training(config_path, workdir, *overrides, **env):
   """Two processes of a run that has saved and trains."""
-  port = _free_port()
+  port = job.free_port()
   processes = [
-      _start(config_path, workdir, "--config.mode=content", *overrides,
+      job.start(config_path, workdir, "--config.mode=content", *overrides,
              index=i, count=2, port=port, **env)
       for i in range(2)
   ]  # fmt: skip
@@ -231,7 +137,7 @@ def _two_in_training(config_path, workdir, *overrides, **env):
   while not (log.exists() and log.read_text().count("\n") > 4):
     assert time.monotonic() < deadline
     if any(p.poll() is not None for p in processes):
-      raise AssertionError(_wait(processes))
+      raise AssertionError(job.wait(processes))
     time.sleep(0.05)
   return processes
 
@@ -243,7 +149,7 @@ def test_four_processes_share_two_pairs_by_their_frames(config_path, tmp_path):
       config_path, tmp_path, 4, "--config.mode=motion",
       "--config.motion.batch_size=2", readers=2,
   )  # fmt: skip
-  halves = [_records(many / "hosts" / str(i), 1) for i in (2, 3)]
+  halves = [job.records(many / "hosts" / str(i), 1) for i in (2, 3)]
   assert halves[0] == halves[1]
   assert (many / "pictures" / "flow.png").exists()
 
@@ -255,7 +161,7 @@ def test_sigterm_to_one_process_saves_and_ends_all(config_path, tmp_path):
       config_path, tmp_path, "--config.num_steps=100000"
   )
   processes[1].send_signal(signal.SIGTERM)
-  results = _wait(processes)
+  results = job.wait(processes)
   assert [code for code, _, _ in results] == [75, 75], results
   step = int(results[0][2].rsplit("saved at step ", 1)[1].split()[0])
   assert (tmp_path / "checkpoints" / str(step)).is_dir()
@@ -269,9 +175,9 @@ def test_sigterm_before_the_first_step_of_a_resumed_run_is_heard(
   endless = ("--config.mode=content", "--config.num_steps=100000")
 
   def pair():
-    port = _free_port()
+    port = job.free_port()
     return [
-        _start(config_path, tmp_path, *endless, index=i, count=2, port=port,
+        job.start(config_path, tmp_path, *endless, index=i, count=2, port=port,
                PYTHONUNBUFFERED="1")
         for i in range(2)
     ]  # fmt: skip
@@ -282,7 +188,7 @@ def test_sigterm_before_the_first_step_of_a_resumed_run_is_heard(
     assert time.monotonic() < deadline
     time.sleep(0.1)
   processes[1].send_signal(signal.SIGTERM)
-  first = _wait(processes)
+  first = job.wait(processes)
   assert [code for code, _, _ in first] == [75, 75], first
   step = int(first[0][2].rsplit("saved at step ", 1)[1].split()[0])
   processes = pair()
@@ -290,7 +196,7 @@ def test_sigterm_before_the_first_step_of_a_resumed_run_is_heard(
     if line.startswith("Resumed at step"):
       break
   processes[1].send_signal(signal.SIGTERM)  # it compiles
-  again = _wait(processes)
+  again = job.wait(processes)
   assert [code for code, _, _ in again] == [75, 75], again
   saved = int(again[0][2].rsplit("saved at step ", 1)[1].split()[0])
   assert step < saved <= step + 3
@@ -306,12 +212,12 @@ def test_a_lost_host_is_named_by_the_other_and_the_run_goes_on(
   processes = _two_in_training(config_path, tmp_path, *options)
   processes[lost].kill()
   began = time.monotonic()
-  results = _wait(processes)
+  results = job.wait(processes)
   assert time.monotonic() - began < 15
   code, _, err = results[1 - lost]
   text = f"process {lost} ({socket.gethostname()}) is lost: its connection was"
   assert code == 77 and text in err, (code, err[-3000:])
-  again = _run(
+  again = job.run(
       config_path, tmp_path, "--config.mode=content", *options, count=2
   )
   assert "Resumed at step " in again[0][1]
@@ -330,7 +236,7 @@ def test_a_silent_host_is_lost(config_path, tmp_path):
   code = processes[0].wait(60)
   seconds = time.monotonic() - began
   processes[1].kill()
-  (_, _, err), _ = _wait(processes)
+  (_, _, err), _ = job.wait(processes)
   assert code == 77 and 5 < seconds < 20, (code, seconds)
   assert "is lost: nothing came from it for 6 s; started again" in err
 
@@ -341,9 +247,9 @@ def test_a_silent_host_is_lost(config_path, tmp_path):
 def test_a_fault_of_one_host_in_training_ends_both_with_it(
     faulty_path, tmp_path, which
 ):
-  port = _free_port()
+  port = job.free_port()
   processes = [
-      _start(faulty_path, tmp_path, "--config.mode=content",
+      job.start(faulty_path, tmp_path, "--config.mode=content",
              "--config.num_steps=100", index=i, count=2, port=port,
              **({"TEST_FAULT": "1"} if i == which else {"TEST_CLOCK": "3600"}))
       for i in range(2)
@@ -355,7 +261,7 @@ def test_a_fault_of_one_host_in_training_ends_both_with_it(
       if process.poll() is not None:
         ended.setdefault(i, time.monotonic())
     time.sleep(0.05)
-  results = _wait(processes)
+  results = job.wait(processes)
   assert [code for code, _, _ in results] == [2, 2], results
   assert abs(ended[0] - ended[1]) < 15
   own, other = results[which][2], results[1 - which][2]
@@ -392,10 +298,10 @@ def test_two_hosts_skip_dump_and_roll_back_as_one(
   flat.save(tmp_path / "data" / "images" / "flat.png")
   one, many = tmp_path / "one", tmp_path / "many"
   option = f"--config.data_root={tmp_path / 'data'}"
-  _run(path, one, option)
-  _run(path, many, option, count=2)
+  job.run(path, one, option)
+  job.run(path, many, option, count=2)
   # Past the poisoned batch, with all that comes after it.
-  assert _records(many, 2) == _records(one, 1)
+  assert job.records(many, 2) == job.records(one, 1)
   alarms = [workdirs.lines(w / "alarms.jsonl") for w in (one, many)]
   for lines in alarms:
     assert {line["alarm"] for line in lines} == {"not_finite", "rollback"}
@@ -432,14 +338,14 @@ def test_two_hosts_skip_dump_and_roll_back_as_one(
 @pytest.mark.proof
 @pytest.mark.slow
 def test_a_host_with_another_config_is_shown(config_path, tmp_path):
-  port = _free_port()
+  port = job.free_port()
   processes = [
-      _start(config_path, tmp_path, *overrides, index=i, count=2, port=port)
+      job.start(config_path, tmp_path, *overrides, index=i, count=2, port=port)
       for i, overrides in enumerate(
           [[], ["--config.seed=7", "--config.workers=1"]]
       )
   ]
-  for code, _, err in _wait(processes):
+  for code, _, err in job.wait(processes):
     assert code == 2, err[-3000:]
     assert "config.seed: process 0 (" in err and "has 0, process 1 (" in err
     assert "data.content.seed" in err
@@ -449,13 +355,13 @@ def test_a_host_with_another_config_is_shown(config_path, tmp_path):
 @pytest.mark.proof
 @pytest.mark.slow
 def test_a_fault_of_one_host_ends_all(config_path, tmp_path):
-  port = _free_port()
+  port = job.free_port()
   processes = [
-      _start(config_path, tmp_path, f"--config.motion.weight={weight}",
+      job.start(config_path, tmp_path, f"--config.motion.weight={weight}",
              index=i, count=2, port=port)
       for i, weight in enumerate((1.0, -1.0))
   ]  # fmt: skip
-  for code, _, err in _wait(processes):
+  for code, _, err in job.wait(processes):
     assert code == 2, err[-3000:]
     assert "error: process 1 (" in err and "motion.weight: expected 0" in err
 
@@ -463,12 +369,12 @@ def test_a_fault_of_one_host_ends_all(config_path, tmp_path):
 @pytest.mark.proof
 @pytest.mark.slow
 def test_workdirs_that_are_not_one_are_told(config_path, tmp_path):
-  port = _free_port()
+  port = job.free_port()
   processes = [
-      _start(config_path, tmp_path / str(i), index=i, count=2, port=port)
+      job.start(config_path, tmp_path / str(i), index=i, count=2, port=port)
       for i in range(2)
   ]
-  for code, _, err in _wait(processes):
+  for code, _, err in job.wait(processes):
     assert code == 2, err[-3000:]
     assert "workdir: expected one folder that all hosts share" in err
     assert "on process 1 (" in err
@@ -476,13 +382,13 @@ def test_workdirs_that_are_not_one_are_told(config_path, tmp_path):
 
 @pytest.mark.slow
 def test_a_process_that_does_not_come_is_named(config_path, tmp_path):
-  port = _free_port()
+  port = job.free_port()
   processes = [
-      _start(config_path, tmp_path, index=i, count=4, port=port,
+      job.start(config_path, tmp_path, index=i, count=4, port=port,
              MCJEPA_START_SECONDS="15")
       for i in (0, 2)
   ]  # fmt: skip
-  for code, _, err in _wait(processes):
+  for code, _, err in job.wait(processes):
     assert code == 2, err[-3000:]
     assert "for 4 processes; these did not come: process 1, process 3" in err
 
@@ -515,13 +421,13 @@ def _call_all(places, seconds=5.0):
 
 
 def test_the_roll_ends_when_all_are_here():
-  address = f"127.0.0.1:{_free_port()}"
+  address = f"127.0.0.1:{job.free_port()}"
   places = [hosts.Place(address, 3, i) for i in (2, 0, 1)]
   assert _call_all(places) == ["all here"] * 3
 
 
 def test_the_absent_are_named_to_all_that_came():
-  address = f"127.0.0.1:{_free_port()}"
+  address = f"127.0.0.1:{job.free_port()}"
   names = ("tpu-a", "tpu-b", "tpu-c")
   places = [hosts.Place(address, 3, i, names) for i in (0, 2)]
   for fault in _call_all(places, 0.5):
@@ -529,23 +435,23 @@ def test_the_absent_are_named_to_all_that_came():
 
 
 def test_two_with_one_place_and_another_count_are_told():
-  address = f"127.0.0.1:{_free_port()}"
+  address = f"127.0.0.1:{job.free_port()}"
   places = [hosts.Place(address, 3, i) for i in (0, 1, 1)]
   assert all("both say they are process 1" in f for f in _call_all(places))
-  address = f"127.0.0.1:{_free_port()}"
+  address = f"127.0.0.1:{job.free_port()}"
   places = [hosts.Place(address, 3, 0), hosts.Place(address, 2, 1)]
   assert all("process 0 expects 3" in f for f in _call_all(places))
 
 
 def test_without_process_0_the_others_say_so():
-  place = hosts.Place(f"127.0.0.1:{_free_port()}", 2, 1)
+  place = hosts.Place(f"127.0.0.1:{job.free_port()}", 2, 1)
   (fault,) = _call_all([place], 0.5)
   assert fault.startswith("process 0 at 127.0.0.1:")
   assert "did not call the roll: Connection refused" in fault
 
 
 def test_a_stranger_on_the_port_is_not_counted():
-  port = _free_port()
+  port = job.free_port()
   threads = []
 
   def stranger():
