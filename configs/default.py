@@ -312,7 +312,7 @@ def _segmentation() -> ConfigDict:
           stride=341,  # pixels between the windows of the test
           batch_size=16,  # crops a step, and windows of the test
           learning_rate=1e-4,  # peak; falls linearly to 0
-          weight_decay=0.05,  # none on 1-D parameters
+          weight_decay=0.05,  # upernet: none on 1-D parameters
           warmup_steps=1_500,
           scale=(0.5, 2.0),  # of the image in training, times its short side
           max_share=0.75,  # of one class in a crop; 1 takes any

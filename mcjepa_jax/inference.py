@@ -134,7 +134,7 @@ def dense_extractor(
     size: int,
     stride: int,
 ) -> davis.Extractor:
-  """A function from as many u8 frames as devices to a level's unit features.
+  """A function from u8 frames, which the devices divide, to a level's features.
 
   The short side of a frame becomes `size`, both a multiple of the coarsest
   stride. The features lie on the first device. Compiles once per shape.
