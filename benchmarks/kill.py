@@ -13,7 +13,7 @@ A kill is exact if the next start took the newest checkpoint that was complete w
 it came, the state restored from there is, bit for bit, what the undisturbed run had
 at that step, and the run it belongs to ends with the losses, records and final
 checkpoint of the undisturbed one. The last line is `exact K/N`; exit code 1 unless
-K = N, no torn checkpoint was chosen and a quarter of the kills fell in a write.
+K = N, no torn checkpoint was chosen and of those by chance a quarter fell in a write.
 """
 
 from collections import Counter
@@ -188,7 +188,16 @@ class Life:
     while not any(self._partial(_STATE_IS_THERE)):
       if self.ends(0.002):
         return True
+      if time.time() > self._began + _LIFE:
+        break
     return False
+
+  def __enter__(self) -> "Life":
+    return self
+
+  def __exit__(self, *exception) -> None:
+    if self._process.poll() is None:
+      self.kill()
 
   def kill(self) -> str:
     """Kills all its processes; returns the phase that it was in."""
@@ -290,10 +299,10 @@ class Kill:
 
 def undisturbed(workdir: pathlib.Path) -> tuple[dict[int, str], float]:
   """The digest of each step that a run saves, and how long the run takes."""
-  began, life = time.monotonic(), Life(workdir, all_digests=True)
-  if not life.ends(_LIFE):
-    life.kill()
-    raise errors.UserError(f"a run did not end in {_LIFE} s; see {life.log}")
+  began = time.monotonic()
+  with Life(workdir, all_digests=True) as life:
+    if not life.ends(_LIFE):
+      raise errors.UserError(f"a run did not end in {_LIFE} s; see {life.log}")
   digests = {e["saved"]: e["digest"] for e in life.events("saved")}
   return digests, time.monotonic() - began
 
@@ -307,7 +316,8 @@ def killed_run(
 ) -> Iterator[Kill]:
   """Yields the kills of a run, until it has ended, once each is settled.
 
-  `made` gets each as it is made. Without another draw the run goes on to its end.
+  `made` gets each as it is made, and loses one that came when all was done: the
+  next start finds a finished run.
   """
   unsettled: list[Kill] = []
 
@@ -319,12 +329,14 @@ def killed_run(
       unsettled.clear()
 
   while True:
-    life, (at, aimed) = Life(workdir), next(draws, (_LIFE, False))
+    at, aimed = next(draws)
     began = time.monotonic()
-    if life.ends(at) or (aimed and life.commits()):
-      yield from settled(life)
-      return
-    at, phase = time.monotonic() - began, life.kill()
+    with Life(workdir) as life:
+      if life.ends(at) or (aimed and life.commits()):
+        yield from settled(life)
+        del made[len(made) - len(unsettled) :]
+        return
+      at, phase = time.monotonic() - began, life.kill()
     if at >= _LIFE:
       raise errors.UserError(f"a run did not end in {_LIFE} s; see {life.log}")
     yield from settled(life)
@@ -357,8 +369,11 @@ def kills_of(
 
   def drawn():
     # More than kills: of some a run has ended before.
-    while len(made) < count:
-      yield rng.uniform(0, length), len(made) % _AIMED == _AIMED - 1
+    while True:
+      if len(made) < count:
+        yield rng.uniform(0, length), len(made) % _AIMED == _AIMED - 1
+      else:
+        yield _LIFE, False
 
   kills: list[Kill] = []
   draws, run = drawn(), 0
@@ -370,7 +385,10 @@ def kills_of(
       report.show(kill.row(), first=len(kills) == 1, widths=(6, 12))
       bar.update()
     if outcome(workdir) != expected:
-      tqdm.tqdm.write(f"Run {run} ended otherwise than the undisturbed one.")
+      tqdm.tqdm.write(
+          f"Run {run} ended otherwise than the undisturbed one: none of its"
+          " kills is exact."
+      )
       for kill in kills[first:]:
         kill.exact = False
     shutil.rmtree(workdir)

@@ -139,7 +139,7 @@ def check_params(path: str | os.PathLike, abstract_params: Any) -> None:
 
 
 def check_finite(path: str | os.PathLike, params: Any) -> None:
-  """Raises UserError where parameters are NaN or infinite: each metric lies then."""
+  """Raises UserError where parameters are NaN or infinite: none is measurable."""
   whole = jax.jit(
       lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree)
   )
@@ -212,6 +212,7 @@ def _check_architecture(
     )
 
 
+@jax.jit
 def _copies(state: Any) -> Any:
   return jax.tree.map(jnp.copy, state)
 
@@ -326,6 +327,7 @@ class Checkpoints:
 
     The oldest one stays, however new it is.
     """
+    self._copied = None  # its memory is wanted for what is restored
     steps = self.all_steps()
     for newer in steps[1:]:
       if newer > step:
@@ -345,7 +347,7 @@ class Checkpoints:
     if jax.tree.map(jnp.shape, old) == jax.tree.map(jnp.shape, state):
       self._copied = _copies_into(old, state)
     else:
-      self._copied = jax.jit(_copies)(state)
+      self._copied = _copies(state)
     return self._copied
 
   def save(

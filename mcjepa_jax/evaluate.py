@@ -1,6 +1,6 @@
 """From parameters to numbers: the evals of a config, as flat JSON."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import importlib.metadata
 import os
 import pathlib
@@ -26,6 +26,8 @@ from mcjepa_jax.data import files
 from mcjepa_jax.models import mcjepa
 
 _RESULTS = "evaluation.json"
+# In results: the evals of which there are none, and why.
+NOT_EVALUATED = "meta/not_evaluated"
 
 Params = Any
 
@@ -95,7 +97,7 @@ def _evaluate(config: Any, folder: mirror.Folder) -> dict[str, Any]:
   missing = [f for faults in found.by_eval.values() for f in faults]
   faults = validation.faults(config) + found.mistakes + unreadable
   for model, _ in described:
-    faults += _stride_faults(config, model.encoder.strides)
+    faults += _stride_faults(config, runnable, model.encoder.strides)
   if not runnable:
     faults += missing
   if not config.evals:
@@ -123,16 +125,22 @@ def _evaluate(config: Any, folder: mirror.Folder) -> dict[str, Any]:
       "meta/versions": versions(),
   }
 
-  def write(results):
+  def write(results, faults=()):
     about["meta/seconds"] = time.perf_counter() - started
+    # Also of what still runs: it may be killed.
+    absent = [e for e in config.evals if f"meta/seconds/{e}" not in results]
+    about[NOT_EVALUATED] = "; ".join([*absent, *missing, *faults])
+    if not about[NOT_EVALUATED]:
+      del about[NOT_EVALUATED]
     journal.write_json(target, results | about)
+    folder.push()
 
   results, faults = suite.run(
       suite.Subject(config, model, params, initial, mesh, folder.local),
       runnable,
       ended=write,
   )
-  write(results)
+  write(results, faults)
   results |= about
   print(table(results))
   if missing or faults:
@@ -140,9 +148,11 @@ def _evaluate(config: Any, folder: mirror.Folder) -> dict[str, Any]:
   return results
 
 
-def _stride_faults(config: Any, strides: tuple[int, ...]) -> list[str]:
-  """What of the config the evals cannot do with an encoder of these strides."""
-  kinds = {entry.partition("/")[0] for entry in config.evals}
+def _stride_faults(
+    config: Any, evals: Sequence[str], strides: tuple[int, ...]
+) -> list[str]:
+  """What of the config evals cannot do with an encoder of these strides."""
+  kinds = {entry.partition("/")[0] for entry in evals}
   found = []
   if "davis" in kinds:
     found += errors.collect(
@@ -161,7 +171,7 @@ def _described(
   try:
     model = mcjepa.build(**meta["model"])
     meta["seed"] = int(meta["seed"])
-    _ = model.encoder.strides
+    _ = model.encoder.strides  # fails here for depths that are none
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise errors.UserError(
         f"checkpoint {path}: expected the model and the seed in its meta, got"

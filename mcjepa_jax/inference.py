@@ -71,9 +71,9 @@ def _pooled_forward(model: mcjepa.MCJEPA, mesh: jax.sharding.Mesh):
   return forward
 
 
-def _finite(features):
+def _finite(features, module=jnp):
   """The features; raises UserError for those that no metric is of."""
-  if not jnp.isfinite(features).all():
+  if not module.isfinite(features).all():
     raise errors.UserError(
         "features: expected finite ones of the encoder, got NaN or infinity"
     )
@@ -93,7 +93,7 @@ def embedder(
       part = images[start : start + size]
       rows = np.arange(size) % len(part)
       parts.append(np.asarray(forward(params, part[rows]))[: len(part)])
-    return _finite(np.concatenate(parts))
+    return _finite(np.concatenate(parts), np)
 
   return embed
 

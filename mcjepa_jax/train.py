@@ -40,7 +40,6 @@ from mcjepa_jax.progress import Batch, Progress, Run
 
 # What a file system without locks answers: then nothing keeps two runs apart.
 _NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
-_MISSING = "meta/not_evaluated"  # in results: why evals did not end
 
 
 def set_up_input(
@@ -326,7 +325,7 @@ def finish(run: Run, state: steps.TrainState, peak_gb: float) -> dict[str, Any]:
 
   Raises:
     UserError: with why an eval did not end, once the others are written. Started
-      again, the run evaluates again.
+      again, the run evaluates again, if it was so on the first host.
   """
   with run.clock.span("evaluate"):
     results, faults = evaluations(run, state)
@@ -367,10 +366,11 @@ def finish(run: Run, state: steps.TrainState, peak_gb: float) -> dict[str, Any]:
       "meta/versions": evaluate.versions(),
   }
   if faults:
-    results[_MISSING] = "; ".join(faults)
+    results[evaluate.NOT_EVALUATED] = "; ".join(faults)
   if hosts.first():
     journal.write_json(run.workdir / "results.json", results)
   if faults:
+    print(evaluate.table(results))
     raise errors.UserError(*faults)
   return results
 
@@ -381,7 +381,7 @@ def read_results(workdir: pathlib.Path) -> dict[str, Any]:
     results = dict(json.loads((workdir / "results.json").read_text()))
   except (OSError, TypeError, ValueError):
     return {}
-  return {} if _MISSING in results else results
+  return {} if evaluate.NOT_EVALUATED in results else results
 
 
 def train(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:

@@ -286,10 +286,8 @@ def _size_faults(config: Any, reads: tuple[str, ...]) -> list[str]:
         f" {strides}, got {finest}"
     )
   followed = any(name.startswith("davis/") for name in config.evals)
-  followed &= (
-      config.task == "train"
-  )  # an evaluation's encoder is the checkpoint's
-  if followed and config.davis.stride not in strides:
+  # An evaluation's encoder is the checkpoint's, and is looked at there.
+  if config.task == "train" and followed and config.davis.stride not in strides:
     found.append(
         f"davis.stride: expected one of {strides}, the encoder's strides, got"
         f" {config.davis.stride}"

@@ -174,15 +174,18 @@ def test_a_step_is_written_once(tmp_path):
 
 def test_updates_in_place_do_not_reach_a_save_under_way(tmp_path):
   state = {"params": {"a": jnp.arange(2_000_000, dtype=jnp.float32)}}
-  expected = np.array(state["params"]["a"])
   update = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
-  with checkpoint.Checkpoints(tmp_path) as checkpoints:
-    checkpoints.save(1, state, {}, {})
-    for _ in range(5):
-      state = update(state)
+  with checkpoint.Checkpoints(tmp_path, keep_last=3) as checkpoints:
+    expected = {}
+    for step in (1, 2, 3):
+      expected[step] = np.array(state["params"]["a"])
+      checkpoints.save(step, state, {}, {})
+      for _ in range(5):
+        state = update(state)
     checkpoints.wait_until_finished()
-    restored, _, _ = checkpoints.restore(1, shapes(state))
-  np.testing.assert_array_equal(restored["params"]["a"], expected)
+    for step, values in expected.items():
+      restored, _, _ = checkpoints.restore(step, shapes(state))
+      np.testing.assert_array_equal(restored["params"]["a"], values)
 
 
 _KILLED = """

@@ -64,6 +64,8 @@ def test_the_checkpoints_own_strides_are_held_against_the_config(
 ):
   """The encoder there has the strides 2, 4, 8 and 16, the config's to 32."""
   monkeypatch.setattr(evaluate, "restore_model", None)  # nothing is loaded
+  # As if the sets were there.
+  monkeypatch.setattr(suite, "faults", lambda *_: suite.Faults([], {}))
   cfg = tiny.config(
       quickstart, task="evaluate", checkpoint=str(untrained),
       model__encoder__depths=(1, 1, 1, 1),
@@ -126,3 +128,4 @@ def test_what_has_ended_is_written_whatever_comes_after_it(
   written = json.loads((tmp_path / "evaluation.json").read_text())
   assert written["fine/a/metric"] == 1.0 and written["meta/step"] == 3
   assert "fine/c/metric" not in written
+  assert written["meta/not_evaluated"] == "crashes/b; fine/c"

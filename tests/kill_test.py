@@ -1,7 +1,6 @@
 """The benchmark that kills runs: what it calls exact, torn and a write."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -117,19 +116,56 @@ def test_a_kill_falls_where_the_run_was(tmp_path, monkeypatch, made, phase):
 
 @pytest.mark.proof
 @pytest.mark.slow
-def test_a_run_killed_in_a_commit_and_elsewhere_ends_as_if_it_were_not(
-    tmp_path,
+def test_a_run_killed_in_commits_ends_as_if_it_were_not(
+    tmp_path, monkeypatch, capsys
 ):
-  run = subprocess.run(
-      [sys.executable, "-m", "benchmarks.kill", "--kills=3", "--seed=3",
-       f"--json={tmp_path / 'kill.json'}", f"--dir={tmp_path}"],
-      env=os.environ | {"XLA_FLAGS": ""}, cwd=_ROOT, capture_output=True,
-      text=True,
-  )  # fmt: skip
-  found = json.loads((tmp_path / "kill.json").read_text())
-  assert run.stdout.splitlines()[-1] == "exact 3/3", run.stdout + run.stderr
-  assert found["meta"]["torn"] == 0 and len(found["rows"]) == 3
+  monkeypatch.setattr(kill, "_AIMED", 2)
+  monkeypatch.setenv("XLA_FLAGS", "")
+  path = tmp_path / "kill.json"
+  kill.main(["--kills=4", "--seed=3", f"--json={path}", f"--dir={tmp_path}"])
+  found = json.loads(path.read_text())
+  assert capsys.readouterr().out.splitlines()[-1] == "exact 4/4", found
+  assert found["meta"]["phases"]["commit"] >= 2
+  assert found["meta"]["torn"] == 0 and len(found["rows"]) == 4
   assert found["meta"]["seconds_to_write"] > 0
+
+
+class _Life:
+  """A life that is killed, or ends, as a list says; then the run is done."""
+
+  def __init__(self, script):
+    self._ends, self._event = script.pop(0)
+    self.log = "log"
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exception):
+    pass
+
+  def ends(self, seconds):
+    return self._ends
+
+  def kill(self):
+    return "step"
+
+  def events(self, kind):
+    return [{"restored": self._event}] if self._event != "none" else []
+
+
+def test_a_kill_when_all_was_done_is_drawn_again(tmp_path, monkeypatch):
+  # Killed as it exits; the next life finds a finished run and tells nothing.
+  script = [(False, None), (False, "none"), (True, "none")]
+  monkeypatch.setattr(kill, "Life", lambda workdir: _Life(script))
+  made = []
+  draws = iter([(1.0, False)] * 3)
+  kills = [*kill.killed_run(tmp_path, 1, draws, made, {})]
+  assert kills == [] and made == []
+  # A fresh start, killed, and a fresh start that ends: settled.
+  script += [(False, None), (True, None)]
+  draws = iter([(1.0, False)] * 2)
+  (one,) = kill.killed_run(tmp_path, 1, draws, made, {})
+  assert one.exact and made == [one]
 
 
 def _made_up(monkeypatch, phases, *, ends_alike):
@@ -138,7 +174,7 @@ def _made_up(monkeypatch, phases, *, ends_alike):
   def killed_run(workdir, run, draws, made, digests):
     workdir.mkdir()
     for at, aimed in draws:
-      if run % 2:  # this run ends before
+      if run % 2 or len(made) == len(phases):  # it ends before
         return
       one = kill.Kill(run, at, phases[len(made)], [4], aimed)
       one.settle({"restored": 4, "digest": digests[4]}, digests)

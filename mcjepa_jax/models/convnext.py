@@ -367,7 +367,8 @@ class Stage(nn.Module):
         lambda *leaves: jnp.stack(leaves),
         *(block.variables["params"] for block in self.blocks),
     )
-    body = jax.checkpoint(body) if self.remat else body
+    if self.remat:
+      body = jax.checkpoint(body, prevent_cse=False)  # a loop prevents it
     return lax.scan(body, x, (params, jnp.array(self.drop_paths), keys))[0]
 
 
@@ -389,9 +390,9 @@ class ConvNeXt(nn.Module):
   # What backward computes again rather than keeps: "none", all but the inputs of
   # each "stage" or of each "block".
   remat: str = "none"
-  # Whether a stage's blocks are one compiled loop; None: where compiling is what
-  # costs, on TPUs.
-  loop: bool | None = None
+  # A stage's blocks as one compiled loop: less to compile. XLA's count of FLOPs
+  # has a loop's body once, so nothing that counts them may ask for it yet.
+  loop: bool = False
 
   @property
   def strides(self) -> tuple[int, ...]:
@@ -414,9 +415,6 @@ class ConvNeXt(nn.Module):
       raise ValueError(f"stem is 'split' or 'patch', got {self.stem!r}")
     if self.remat not in REMAT:
       raise ValueError(f"remat is one of {REMAT}, got {self.remat!r}")
-    loop = self.loop
-    if loop is None:
-      loop = jax.default_backend() == "tpu"
     ends = np.cumsum(self.depths)
     rates = np.split(np.linspace(0, self.drop_path, ends[-1]), ends[:-1])
     self.stages = [
@@ -428,7 +426,7 @@ class ConvNeXt(nn.Module):
             self.dtype,
             self.kernel_init,
             self.remat == "block",
-            loop and len(rate) > 1,
+            self.loop and len(rate) > 1,
         )
         for i, (dim, rate) in enumerate(zip(self.dims, rates, strict=True))
     ]
