@@ -191,12 +191,15 @@ def test_what_backward_computes_again_it_does_not_keep():
   assert kept["stage"] < kept["block"] < 0.4 * kept["none"], kept
 
 
+_PROOF = (pytest.mark.slow, pytest.mark.proof)
+
+
 @pytest.mark.parametrize(
     "dtype, remat",
     [
         (jnp.float32, "none"),
-        pytest.param(jnp.float32, "block", marks=pytest.mark.slow),
-        pytest.param(jnp.bfloat16, "none", marks=pytest.mark.slow),
+        pytest.param(jnp.float32, "block", marks=_PROOF),
+        pytest.param(jnp.bfloat16, "none", marks=_PROOF),
     ],
 )
 def test_a_loop_over_blocks_is_the_blocks_in_turn(dtype, remat):

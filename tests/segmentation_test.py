@@ -276,6 +276,7 @@ def test_fine_tuning_moves_the_encoder_more_slowly_by_stage():
     np.testing.assert_allclose(np.median(moved), rate * 0.9**power, rtol=1e-2)
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["linear", "tuned"])
 def test_all_of_a_linear_head_decays_and_no_vector_of_a_tuned_network(kind):

@@ -254,15 +254,13 @@ _KINDS = {
 }
 
 
+_PROOF = (pytest.mark.slow, pytest.mark.proof)
 _SLOW = ("finetune/synthetic", "segmentation/camvid_val", "upernet/camvid_val")
 
 
 @pytest.mark.parametrize(
     "entry",
-    [
-        pytest.param(x, marks=[pytest.mark.slow] if x in _SLOW else [])
-        for x in _KINDS
-    ],
+    [pytest.param(x, marks=_PROOF if x in _SLOW else []) for x in _KINDS],
 )
 def test_every_kind_shows_its_progress_and_has_its_untrained_twin(
     small, capsys, tmp_path, entry
