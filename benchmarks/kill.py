@@ -59,17 +59,17 @@ _TIMED = ("seconds/", "meta/", "feed/", "step/", "examples_per_second")
 
 
 def get_config() -> Any:
-  """The training that is killed: 36 steps, 0.34 GB saved at every third."""
+  """The training that is killed: 60 steps, 0.34 GB saved at every third."""
   from tests import tiny
 
   return tiny.config(
       model__expander__widths=(4096, 4096, 4096),
       model__encoder__drop_path=0.5,
       motion__jitter__p=0.5,
-      num_steps=36,
+      num_steps=60,
       save_every=3,
       keep_last=2,
-      eval_every=12,
+      eval_every=30,
       eval_limit=200,
       evals=("knn/synthetic",),
       workers=1,
