@@ -17,13 +17,13 @@ from jaxtyping import Array, Float
 from mcjepa_jax import errors, flow_losses
 
 
-def loops(count: int) -> int:
-  """How often the body of a loop over micro-batches runs: XLA counts it once.
+def unroll(count: int) -> int:
+  """How many micro-batches a loop's body holds.
 
-  On CPU it is unrolled: there the compiler of jax 0.10.2 fuses the gradient of
-  the warps wrongly in a loop (3 % of the estimator's; 0.12 is right).
+  All on CPU: there the compiler of jax 0.10.2 fuses the gradient of the warps
+  wrongly in a loop (3 % of the estimator's; 0.12 is right).
   """
-  return 1 if jax.default_backend() == "cpu" else count
+  return count if jax.default_backend() == "cpu" else 1
 
 
 def micro_batches(x: Array, count: int) -> Array:
@@ -129,7 +129,7 @@ def value_and_grad(
   places = {
       k: micro_batches(jnp.arange(len(v)), count) for k, v in batch.items()
   }
-  unroll = count // loops(count)
+  unrolled = unroll(count)
 
   def gather(one):
     counter = _Counter()
@@ -159,7 +159,7 @@ def value_and_grad(
     first = jax.tree.map(lambda x: x[0], (micro, places))
     shapes, _ = jax.eval_shape(gather, first)
     (sums, counts), rows = jax.lax.scan(
-        add_gathered, _zeros(shapes), (micro, places), unroll=unroll
+        add_gathered, _zeros(shapes), (micro, places), unroll=unrolled
     )
     (_, finished), (grads, rows_bar, sums_bar) = jax.value_and_grad(
         finish, argnums=(0, 1, 2), has_aux=True
@@ -170,7 +170,7 @@ def value_and_grad(
         add_share,
         (_zeros(logs), grads),
         ((micro, places), rows_bar),
-        unroll=unroll,
+        unroll=unrolled,
     )
   return {
       k: logs.get(k, 0.0) + finished.get(k, 0.0) for k in logs | finished

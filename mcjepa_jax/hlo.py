@@ -1,4 +1,4 @@
-"""What a compiled program says of itself: bytes that its collectives move."""
+"""What a compiled program says of itself: the bytes that it moves."""
 
 import re
 
@@ -18,7 +18,8 @@ _COLLECTIVES = (
     "ragged-all-to-all",
     "reduce-scatter",
 )
-_ARRAY = re.compile(r"\b([a-z]+[0-9]*\w*)\[([0-9,]*)\]")
+_ARRAY = re.compile(r"\b([a-z]+[0-9]*\w*)\[([0-9,]*)\](\{[^{}]*\})?")
+_NEAR = re.compile(r"S\([1-9]")  # a layout in a memory other than the device's
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 # `%name = shape operation(operands), attributes`
 _INSTRUCTION = re.compile(
@@ -34,10 +35,15 @@ _NAME = re.compile(r"%([\w.\-]+)")
 Instruction = tuple[str, str, str, str, str]  # _INSTRUCTION's groups
 
 
-def shape_bytes(shape: str) -> int:
-  """Bytes of all arrays in an HLO shape, without the padding of its layout."""
+def shape_bytes(shape: str, *, near: bool = True) -> int:
+  """Bytes of all arrays in an HLO shape, without the padding of its layout.
+
+  `near=False` leaves out what lies in a core's own memory.
+  """
   total = 0
-  for kind, sizes in _ARRAY.findall(shape):
+  for kind, sizes, layout in _ARRAY.findall(shape):
+    if not near and _NEAR.search(layout):
+      continue
     bits = _BITS.get(kind, 8 if kind.startswith("f8") else 0)
     for size in filter(None, sizes.split(",")):
       bits *= int(size)
@@ -121,3 +127,110 @@ def collective_bytes(text: str) -> dict[str, int]:
   for (kind, _), size in moved.items():
     totals[kind] = totals.get(kind, 0) + size
   return totals
+
+
+# They hand arrays on, or their body is counted by itself.
+_MOVE_NOTHING = frozenset(
+    "after-all bitcast call conditional constant get-tuple-element"
+    " opt-barrier parameter partition-id replica-id tuple while".split()
+)
+_READ_A_PART = frozenset("dynamic-slice gather slice".split())
+
+
+class _Fusion:
+  """What a fused computation reads and writes of what it is given."""
+
+  def __init__(self, instructions: list[Instruction]):
+    shapes = {name: shape for name, shape, *_ in instructions}
+    users: dict[str, list[tuple[str, str, int]]] = {}
+    parameters, defined = {}, {}
+    for name, shape, operation, operands, _ in instructions:
+      names = _NAME.findall(operands)
+      defined[name] = operation, names
+      if operation == "parameter":
+        parameters[int(operands)] = name
+      for place, operand in enumerate(names):
+        users.setdefault(operand, []).append((operation, shape, place))
+
+    def read(name):
+      """Bytes of a parameter that are read."""
+      uses = users.get(name, [])
+      if not all(
+          place == 0 and operation in (*_READ_A_PART, "dynamic-update-slice")
+          for operation, _, place in uses
+      ):
+        return shape_bytes(shapes[name], near=False)
+      parts = (s for operation, s, _ in uses if operation in _READ_A_PART)
+      return min(
+          shape_bytes(shapes[name], near=False), sum(map(shape_bytes, parts))
+      )
+
+    def written(name):
+      operation, names = defined[name]
+      if operation == "tuple":
+        return sum(map(written, names))
+      if operation == "bitcast" and names[0] in defined:
+        return written(names[0])
+      if operation == "dynamic-update-slice":  # in place
+        return shape_bytes(shapes[names[1]])
+      return shape_bytes(shapes[name], near=False)
+
+    self.reads = {i: read(name) for i, name in parameters.items()}
+    self.writes = written(instructions[-1][0])
+
+
+def hbm_bytes(text: str) -> int:
+  """Bytes that one execution reads and writes in the device's own memory.
+
+  Each operand and each result of what runs by itself, a fusion or an operation; of
+  a slice what is cut out, of an update what is put in. A loop's body counts as
+  often as it runs. Padding is not counted.
+  """
+  computations = _computations(text)
+  runs = _runs(computations)
+  inner = {
+      called
+      for instructions in computations.values()
+      for _, _, operation, _, attributes in instructions
+      if operation not in ("call", "while", "conditional", "async-start")
+      for called in _CALLED.findall(attributes)
+  }
+  shapes = {
+      name: shape
+      for instructions in computations.values()
+      for name, shape, *_ in instructions
+  }
+  fusions: dict[str, _Fusion] = {}
+
+  def moved(name, shape, operation, operands, attributes):
+    names = [n for n in _NAME.findall(operands) if n in shapes]
+    if operation in _MOVE_NOTHING or operation.endswith(("-start", "-update")):
+      return 0
+    if operation == "async-done":  # its computation's own counts
+      return 0
+    if operation.endswith("-done"):  # the start's shape holds the operands too
+      source = shapes[names[0]]
+      return max(
+          shape_bytes(shape, near=False), shape_bytes(source, near=False)
+      )
+    if operation == "fusion":
+      called = _CALLED.search(attributes)[1]
+      if called not in fusions:
+        fusions[called] = _Fusion(computations[called])
+      one = fusions[called]
+      return min(one.writes, shape_bytes(shape, near=False)) + sum(
+          min(one.reads.get(i, 0), shape_bytes(shapes[n], near=False))
+          for i, n in enumerate(names)
+      )
+    result = shape_bytes(shape, near=False)
+    if operation in _READ_A_PART:
+      return 2 * result
+    if operation == "dynamic-update-slice":
+      return 2 * shape_bytes(shapes[names[1]], near=False)
+    return result + sum(shape_bytes(shapes[n], near=False) for n in names)
+
+  return sum(
+      runs[computation] * sum(moved(*one) for one in instructions)
+      for computation, instructions in computations.items()
+      if computation not in inner
+  )

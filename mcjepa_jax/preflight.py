@@ -17,8 +17,8 @@ of stdout is a JSON object:
   state_gib            of these the train state
   gib_limit            what the compiler lets a program use
   fits                 whether it does
-  flops_per_step       of all devices together
-  hbm_bytes            read and written per device, as the compiler counts
+  flops_per_step       of all devices together, from the shapes of what is computed
+  hbm_bytes            read and written per device, without padding
   collective_bytes     per device and kind of collective; not what slices send
                        to each other
   compile_seconds, host_peak_gb
@@ -62,10 +62,10 @@ from jax.experimental import topologies
 import tqdm
 
 from mcjepa_jax import (
-    accumulation,
     assembly,
     command,
     errors,
+    flops,
     goodput,
     hlo,
     journal,
@@ -231,19 +231,19 @@ def _compiled(
   }
   start = time.perf_counter()
   try:
-    compiled = step.lower(abstract, batch).compile()
+    traced = step.trace(abstract, batch)
+    compiled = traced.lower().compile()
   except jax.errors.JaxRuntimeError as error:
     report["gib_per_device"] = gib_asked(str(error))
     if report["gib_per_device"] is None:
       raise
   else:
-    cost = compiled.cost_analysis()
-    loops = accumulation.loops(config.accumulate)
+    text = compiled.as_text()
     report |= {
         "gib_per_device": _gib(compiled.memory_analysis()),
-        "flops_per_step": cost["flops"] * loops * mesh.size,
-        "hbm_bytes": cost["bytes accessed"] * loops,
-        "collective_bytes": hlo.collective_bytes(compiled.as_text()),
+        "flops_per_step": flops.count(traced.jaxpr),
+        "hbm_bytes": hlo.hbm_bytes(text),
+        "collective_bytes": hlo.collective_bytes(text),
     }
   report["compile_seconds"] = time.perf_counter() - start
   return report

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from mcjepa_jax import step as steps
+from mcjepa_jax import flops, step as steps
 
 Key = tuple[Any, ...]
 Arrays = Mapping[str, jax.Array | jax.ShapeDtypeStruct]
@@ -20,18 +20,18 @@ class Programs:
       functions: Mapping[str, Callable[..., Any]],
       *,
       expected: int,
-      loops: int,
+      devices: int,
   ):
     """Compiles nothing yet.
 
     Args:
       functions: the jitted step by kind.
       expected: how many programs the config needs.
-      loops: how often a step runs the loop whose body XLA counts once.
+      devices: how many share a step.
     """
     self._functions = functions
     self.expected = expected
-    self._loops = loops
+    self._devices = devices
     self._thread = futures.ThreadPoolExecutor(max_workers=1)
     self._begun: dict[Key, futures.Future[Any]] = {}
     self._compiled: dict[Key, Any] = {}
@@ -54,9 +54,12 @@ class Programs:
   def begin(self, kind: str, state: steps.TrainState, arrays: Arrays) -> None:
     """Starts to compile the step of such a batch, beside what comes next."""
     function = self._functions[kind]
-    self._begun[self._key(kind, arrays)] = self._thread.submit(
-        lambda: function.lower(state, arrays).compile()
-    )
+
+    def compiled():
+      traced = function.trace(state, arrays)
+      return traced.lower().compile(), flops.count(traced.jaxpr)
+
+    self._begun[self._key(kind, arrays)] = self._thread.submit(compiled)
 
   def compile(
       self, kind: str, state: steps.TrainState, arrays: Mapping[str, jax.Array]
@@ -65,10 +68,8 @@ class Programs:
     key = self._key(kind, arrays)
     if key not in self._begun:
       self.begin(kind, state, arrays)
-    compiled = self._begun.pop(key).result()
-    cost = compiled.cost_analysis() or {}
-    self._compiled[key] = compiled
-    self._flops[key] = cost.get("flops", 0.0) * self._loops
+    self._compiled[key], operations = self._begun.pop(key).result()
+    self._flops[key] = operations / self._devices
 
   def run(
       self, kind: str, state: steps.TrainState, arrays: Mapping[str, jax.Array]

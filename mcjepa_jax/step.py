@@ -308,8 +308,9 @@ def _value_and_grad(function, params, batch, key, count):
 
   shapes = jax.eval_shape(body, jnp.zeros((), jnp.int32))
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-  unroll = count // accumulation.loops(count)
-  total = jax.lax.fori_loop(0, count, add, zeros, unroll=unroll)
+  total = jax.lax.fori_loop(
+      0, count, add, zeros, unroll=accumulation.unroll(count)
+  )
   return jax.tree.map(lambda x: x / count, total)
 
 

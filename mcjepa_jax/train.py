@@ -16,7 +16,6 @@ import jax
 import tqdm
 
 from mcjepa_jax import (
-    accumulation,
     alarms,
     assembly,
     checkpoint,
@@ -218,7 +217,7 @@ def step_programs(
       expected=sum(
           sizes if "motion" in steps.tasks(kind) else 1 for kind in kinds
       ),
-      loops=accumulation.loops(config.accumulate),
+      devices=mesh.size,
   )
 
 

@@ -10,7 +10,7 @@ import torch
 
 from mcjepa_jax import flow_ops
 
-_COST_VOLUMES = ("shifts", "banded")
+_COST_VOLUMES = ("shifts", "rows", "banded")
 
 # Compiled whole: op by op, the tests compile for longer.
 _warp = jax.jit(flow_ops.warp)
@@ -246,7 +246,8 @@ def test_cost_volume_equals_a_plain_loop(shape, radius, form):
   np.testing.assert_allclose(cost, expected, atol=1e-6)
 
 
-def test_cost_volume_forms_have_equal_gradients():
+@pytest.mark.parametrize("form", ["rows", "banded"])
+def test_cost_volume_forms_have_equal_gradients(form):
   x_1, x_2 = _normal(2, 5, 7, 3), _normal(2, 5, 7, 3, seed=1)
   weight = _normal(2, 5, 7, 49, seed=2)
 
@@ -254,9 +255,7 @@ def test_cost_volume_forms_have_equal_gradients():
     cost = functools.partial(flow_ops.cost_volume, radius=3, form=form)
     return jax.jit(lambda a, b, g: jax.vjp(cost, a, b)[1](g))(x_1, x_2, weight)
 
-  for ours, reference in zip(
-      gradients("banded"), gradients("shifts"), strict=True
-  ):
+  for ours, reference in zip(gradients(form), gradients("shifts"), strict=True):
     np.testing.assert_allclose(ours, reference, atol=1e-6)
 
 

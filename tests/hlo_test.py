@@ -125,3 +125,76 @@ def test_compiled_loop_repeats_its_collective():
 
   compiled = jax.jit(total, in_shardings=split).lower(jnp.zeros(16)).compile()
   assert hlo.collective_bytes(compiled.as_text()) == {"all-reduce": 3 * 4}
+
+
+def test_reads_and_writes_what_runs_by_itself():
+  text = _HEADER + """
+%fused (p: f32[4], q: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  %q = f32[4]{0} parameter(1)
+  %m = f32[4]{0} multiply(%p, %q)
+  ROOT %s = f32[4]{0} sine(%m)
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  %b = f32[4]{0} bitcast(%a)
+  ROOT %f = f32[4]{0} fusion(%a, %b), kind=kLoop, calls=%fused
+}
+"""
+  assert hlo.hbm_bytes(text) == 3 * 16
+
+
+def test_of_a_slice_and_an_update_in_place_only_the_part_moves():
+  text = _HEADER + """
+%cut (p: f32[9,4], i: s32[]) -> f32[1,4] {
+  %p = f32[9,4]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %z = s32[] constant(0)
+  ROOT %d = f32[1,4]{1,0} dynamic-slice(%p, %i, %z), dynamic_slice_sizes={1,4}
+}
+
+%put (p.1: f32[9,4], x: f32[1,4], i.1: s32[]) -> f32[9,4] {
+  %p.1 = f32[9,4]{1,0} parameter(0)
+  %x = f32[1,4]{1,0} parameter(1)
+  %i.1 = s32[] parameter(2)
+  %z.1 = s32[] constant(0)
+  ROOT %u = f32[9,4]{1,0} dynamic-update-slice(%p.1, %x, %i.1, %z.1)
+}
+
+ENTRY %main (a: f32[9,4], j: s32[]) -> f32[9,4] {
+  %a = f32[9,4]{1,0} parameter(0)
+  %j = s32[] parameter(1)
+  %c = f32[1,4]{1,0} fusion(%a, %j), kind=kLoop, calls=%cut
+  ROOT %f = f32[9,4]{1,0} fusion(%a, %c, %j), kind=kLoop, calls=%put
+}
+"""
+  assert hlo.hbm_bytes(text) == (16 + 16 + 4) + (16 + 16 + 4)
+
+
+def test_what_lies_in_a_cores_own_memory_does_not_move():
+  text = _HEADER + """
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  %s = (f32[4]{0:S(1)}, f32[4]{0}, u32[]{:S(2)}) copy-start(%a)
+  %d = f32[4]{0:S(1)} copy-done(%s)
+  %e = f32[4]{0:S(1)} sine(%d)
+  ROOT %f = f32[4]{0} sine(%e)
+}
+"""
+  assert hlo.hbm_bytes(text) == 16 + 16
+
+
+def test_compiled_loop_moves_its_arrays_as_often_as_it_runs():
+  def repeated(times):
+    def total(x):
+      return jax.lax.fori_loop(0, times, lambda _, y: jnp.sin(y @ y), x)
+
+    return hlo.hbm_bytes(
+        jax.jit(total).lower(jnp.zeros((64, 64))).compile().as_text()
+    )
+
+  once = repeated(8) - repeated(7)
+  # The product reads one array twice; its result is written, read and written.
+  assert once == pytest.approx(5 * 64 * 64 * 4, rel=0.25)
+  assert repeated(15) - repeated(7) == 8 * once

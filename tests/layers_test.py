@@ -19,7 +19,7 @@ _LAYERS = (
     # 1: arrays in, arrays out; text in, plain values out.
     """flow_ops metrics vicreg visualize photometry data.flow_io data.transforms
     data.synthetic data.catalog data.crops data.flow_faults models.convnext models.vit
-    command goodput hlo evals.masks evals.tiling""",
+    command flops goodput hlo evals.masks evals.tiling""",
     "data.flow_pairs lifeline",
     # 2: losses, models and sources made of these; the means of training.
     """flow_losses models.flow_decoder models.segmentation_heads data.flow_datasets

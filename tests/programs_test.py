@@ -18,7 +18,7 @@ def programs():
       raise ValueError("three")
     return state.replace(step=state.step + arrays["views"].sum()), {}
 
-  made = Programs({"content": jax.jit(step)}, expected=1, loops=1)
+  made = Programs({"content": jax.jit(step)}, expected=1, devices=1)
   made.traced = traced
   return made
 

@@ -52,6 +52,10 @@ _DEPTHWISE_FORM = {"cpu": "shifts", "gpu": "grouped", "tpu": "grouped"}
 _TOEPLITZ_POSITIONS = {"cpu": 64, "gpu": 0, "tpu": 0}
 
 
+# XLA's compiler for TPUs takes 14 s of CPU for each block at ConvNeXt-T's widths.
+_LOOP = {"cpu": False, "gpu": False, "tpu": True}
+
+
 def depthwise_conv(
     x: Float[Array, "n h w c"],
     kernel: Float[Array, "kh kw 1 c"],
@@ -390,9 +394,8 @@ class ConvNeXt(nn.Module):
   # What backward computes again rather than keeps: "none", all but the inputs of
   # each "stage" or of each "block".
   remat: str = "none"
-  # A stage's blocks as one compiled loop: less to compile. XLA's count of FLOPs
-  # has a loop's body once, so nothing that counts them may ask for it yet.
-  loop: bool = False
+  # A stage's blocks as one compiled loop: less to compile. None is as _LOOP.
+  loop: bool | None = None
 
   @property
   def strides(self) -> tuple[int, ...]:
@@ -417,6 +420,9 @@ class ConvNeXt(nn.Module):
       raise ValueError(f"remat is one of {REMAT}, got {self.remat!r}")
     ends = np.cumsum(self.depths)
     rates = np.split(np.linspace(0, self.drop_path, ends[-1]), ends[:-1])
+    loop = self.loop
+    if loop is None:
+      loop = _LOOP[jax.default_backend()]
     self.stages = [
         Stage(
             dim,
@@ -426,7 +432,7 @@ class ConvNeXt(nn.Module):
             self.dtype,
             self.kernel_init,
             self.remat == "block",
-            self.loop and len(rate) > 1,
+            loop and len(rate) > 1,
         )
         for i, (dim, rate) in enumerate(zip(self.dims, rates, strict=True))
     ]
