@@ -5,7 +5,8 @@ chosen or restored. A PATH is a workdir, its checkpoints folder, or one step in
 it; the first two mean the newest complete step.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
 import contextlib
 import errno
 import functools
@@ -279,6 +280,13 @@ class Checkpoints:
           )
       )
     self._copied: Any = None  # on CPUs: the state that was saved last
+    # Orbax waits for the arrays before a save returns. Of the copies on CPUs it
+    # does so in a thread, beside the run; not of several hosts', who must all do
+    # one thing after the other.
+    self._thread = None
+    if jax.default_backend() == "cpu" and jax.process_count() == 1:
+      self._thread = futures.ThreadPoolExecutor(max_workers=1)
+    self._begun: futures.Future[Any] | None = None  # a save, in the thread
     self._manager = ocp.CheckpointManager(
         self._folder,
         options=ocp.CheckpointManagerOptions(
@@ -316,10 +324,12 @@ class Checkpoints:
 
   def latest_step(self) -> int | None:
     """Returns the newest complete step, if there is one."""
+    self._join()
     return self._manager.latest_step()
 
   def all_steps(self) -> list[int]:
     """Returns the complete steps in order."""
+    self._join()
     return sorted(self._manager.all_steps())
 
   def go_back(self, step: int) -> int | None:
@@ -334,6 +344,12 @@ class Checkpoints:
         self._manager.delete(newer)
     return self.latest_step()
 
+  def make_room(self, state: Any) -> None:
+    """Takes the memory that saves of such a state need, which holds up a run."""
+    if jax.default_backend() == "cpu":
+      for _ in range(2):  # the second compiles how a copy takes its place
+        self._apart(state)
+
   def _apart(self, state: Any) -> Any:
     """Returns the state where no step that it is donated to writes.
 
@@ -341,8 +357,6 @@ class Checkpoints:
     takes it would wait for the write. The copy stays for the next save, whose
     copy takes its place: clearing new pages takes five times as long.
     """
-    if jax.default_backend() != "cpu":
-      return state
     old = self._copied
     if jax.tree.map(jnp.shape, old) == jax.tree.map(jnp.shape, state):
       self._copied = _copies_into(old, state)
@@ -360,26 +374,46 @@ class Checkpoints:
   ) -> bool:
     """Starts to write a step; returns False if the step is there already.
 
-    Returns once the arrays are copied, so that the state may be donated. Waits
-    for the save before, and raises what that one failed with. `streams` and
-    `meta` are written as JSON: tuples come back as lists.
+    When it returns the state may be donated. Waits for the save before, and
+    raises what that one failed with. `streams` and `meta` are written as JSON:
+    tuples come back as lists.
     """
-    if step in self._manager.all_steps():
+    if step in self.all_steps():
       return False
     self.wait_until_finished()
     self._drop_partial()
-    with self._written():
-      return self._manager.save(
-          step,
-          args=ocp.args.Composite(
-              state=ocp.args.StandardSave(self._apart(state)),
-              streams=ocp.args.JsonSave(dict(streams)),
-              meta=ocp.args.JsonSave({**meta, "step": step}),
-          ),
-          metrics=dict(metrics or {}),
-          # The caller decides when; Orbax would refuse a step below its newest.
-          force=True,
-      )
+    if jax.default_backend() == "cpu":
+      state = self._apart(state)
+    args = ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        streams=ocp.args.JsonSave(dict(streams)),
+        meta=ocp.args.JsonSave({**meta, "step": step}),
+    )
+
+    def begin():
+      with self._written():
+        # The caller decides when; Orbax would refuse a step below its newest.
+        return self._manager.save(
+            step, args=args, metrics=dict(metrics or {}), force=True
+        )
+
+    if self._thread is None:
+      return begin()
+    self._begun = self._thread.submit(begin)
+    return True
+
+  def _join(self) -> None:
+    """Waits until the save under way has begun; raises what kept it from that."""
+    begun, self._begun = self._begun, None
+    if begun is not None:
+      begun.result()
+
+  def _there(self, function: Callable[[], None]) -> None:
+    """Calls where saves are begun: Orbax tells each thread of an error once."""
+    if self._thread is None:
+      function()
+    else:
+      self._thread.submit(function).result()
 
   def restore(
       self, step: int, abstract_state: Any
@@ -408,11 +442,15 @@ class Checkpoints:
 
   def wait_until_finished(self) -> None:
     """Waits for the save under way; raises what it failed with."""
+    self._join()
     with self._written():
-      self._manager.wait_until_finished()
+      self._there(self._manager.wait_until_finished)
 
   def check_errors(self) -> None:
     """Raises, once, what the last save has failed with; waits for nothing."""
+    if self._begun is not None and not self._begun.done():
+      return
+    self._join()
     # The manager's own check finds nothing: the thread that ends a save took it.
     if not self._manager.is_saving_in_progress():
       self.wait_until_finished()
@@ -422,7 +460,9 @@ class Checkpoints:
     try:
       self.wait_until_finished()
     finally:
-      self._manager.close()
+      self._there(self._manager.close)
+      if self._thread is not None:
+        self._thread.shutdown()
 
   def __enter__(self) -> "Checkpoints":
     return self

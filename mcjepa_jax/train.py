@@ -453,6 +453,7 @@ def _train(config: Any, folder: mirror.Folder) -> dict[str, Any]:
           for task, stream in streams.items():
             stream.restore(saved[task])
           print(f"Resumed at step {newest} of {config.num_steps}.")
+        checkpoints.make_room(state)
       run.began = clock.seconds()
       state = run_loop(run, state)
       if run.stop.is_set():  # after the last step was saved

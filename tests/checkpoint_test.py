@@ -189,13 +189,15 @@ def test_updates_in_place_do_not_reach_a_save_under_way(tmp_path):
 
 
 _KILLED = """
-import os, signal, sys
+import os, pathlib, signal, sys, time
 import jax.numpy as jnp
 from mcjepa_jax import checkpoint
 checkpoints = checkpoint.Checkpoints(sys.argv[1], keep_last=2)
 for step, size in ((1, 10), (2, 8_000_000)):
   params = {"a": jnp.full(size, float(step))}
   checkpoints.save(step, {"params": params}, {"motion": step}, {})
+while not any(pathlib.Path(sys.argv[1], "checkpoints").glob("2.*")):
+  time.sleep(0.001)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -360,6 +362,7 @@ def test_a_write_that_fails_is_told_without_waiting_for_the_next(
     with monkeypatch.context() as patch:
       patch.setattr(ocp.JsonCheckpointHandler, "_save_fn", refused)
       checkpoints.save(2, make_state(), {}, {})
+      checkpoints.latest_step()  # it has begun
       deadline = time.monotonic() + 60
       with pytest.raises(UserError, match="Read-only .* step 1 stays"):
         while True:
