@@ -217,13 +217,17 @@ def feature_regression_loss(
     flow_12: Float[Array, "n h w 2"],
     mask: Float[Array, "n h w 1"] | None,
     *,
+    warped: Float[Array, "n h w c"] | None = None,
     mean: Mean = masked_mean,
 ) -> Float[Array, ""]:
   """Masked mean of (x_1 - warp(x_2, flow_12))^2; all three get gradients.
 
-  Constant features minimise it: see `feature_variance_loss`.
+  `warped` is x_2 so warped, where it is at hand. Constant features minimise the
+  loss: see `feature_variance_loss`.
   """
-  return mean(l2_distance(x_1, flow_ops.warp(x_2, flow_12)), mask)
+  if warped is None:
+    warped = flow_ops.warp(x_2, flow_12)
+  return mean(l2_distance(x_1, warped), mask)
 
 
 def cycle_loss(
@@ -232,14 +236,16 @@ def cycle_loss(
     flow_21: Float[Array, "n h w 2"],
     mask: Float[Array, "n h w 1"] | None,
     *,
+    there: Float[Array, "n h w c"] | None = None,
     mean: Mean = masked_mean,
 ) -> Float[Array, ""]:
   """Masked mean of (x_1 - warp(warp(x_1, flow_21), flow_12))^2.
 
-  Features and both flows get gradients. Sampling twice blurs, so a perfect
-  half-pixel flow does not reach 0.
+  `there` is the inner warp, where it is at hand. Features and both flows get
+  gradients. Sampling twice blurs, so a perfect half-pixel flow does not reach 0.
   """
-  there = flow_ops.warp(x_1, flow_21)
+  if there is None:
+    there = flow_ops.warp(x_1, flow_21)
   return mean(l2_distance(x_1, flow_ops.warp(there, flow_12)), mask)
 
 

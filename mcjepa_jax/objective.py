@@ -106,6 +106,14 @@ def motion_terms(
       )
     return at[stride]
 
+  warped = {}  # per stride: the other frame's features by the flow
+
+  def at_flow(stride, flow):
+    if stride not in warped:
+      x = flow_ops.swap_pairs(features[stride])
+      warped[stride] = flow_ops.warp(x, flow)
+    return warped[stride]
+
   for kind in MOTION_KINDS:
     for name, weight in weights[kind].items():
       if not weight:
@@ -126,7 +134,12 @@ def motion_terms(
       elif kind == "regression":
         x = features[stride]
         term = flow_losses.feature_regression_loss(
-            x, flow_ops.swap_pairs(x), flow, counts, mean=mean
+            x,
+            flow_ops.swap_pairs(x),
+            flow,
+            counts,
+            warped=at_flow(stride, flow),
+            mean=mean,
         )
       elif kind == "cycle":
         term = flow_losses.cycle_loss(
@@ -134,6 +147,8 @@ def motion_terms(
             flow,
             flow_ops.swap_pairs(flow),
             counts,
+            # By the other direction's flow: the pair's other half of the same.
+            there=flow_ops.swap_pairs(at_flow(stride, flow)),
             mean=mean,
         )
       elif kind == "variance":

@@ -1,8 +1,9 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mcjepa_jax import flow_ops, objective, vicreg
+from mcjepa_jax import flow_losses, flow_ops, objective, vicreg
 from tests import tiny
 
 _NO_MOTION = {
@@ -161,3 +162,40 @@ def test_a_direction_is_checked_against_the_other_one(occlusion):
   if occlusion == "range_map":  # nothing of the other frame arrives there
     np.testing.assert_array_equal(mask[0, :, -2:], 0)
     np.testing.assert_array_equal(mask[1, :, :2], 0)
+
+
+def test_regression_and_cycle_are_the_losses_of_their_own_warps():
+  frames, flow = _pair_moving_right(4)
+  features, flows = {4: _rng((2, 4, 4, 3), seed=7)}, {4: flow[:, ::4, ::4] / 3}
+  mask = _rng((2, 16, 16, 1), seed=8)
+  weights = _NO_MOTION | {
+      kind: {"stride_4": 1.0} for kind in ("regression", "cycle")
+  }
+
+  def terms(features, flows):
+    return objective.motion_terms(
+        features, flows, frames, mask,
+        weights=weights, photometric={}, smoothness={},
+    )  # fmt: skip
+
+  def alone(features, flows):
+    x, forward = features[4], flows[4]
+    counts = flow_ops.area_mean(mask, 4)
+    backward = flow_ops.swap_pairs(forward)
+    return {
+        "motion/regression/stride_4": flow_losses.feature_regression_loss(
+            x, flow_ops.swap_pairs(x), forward, counts
+        ),
+        "motion/cycle/stride_4": flow_losses.cycle_loss(
+            x, forward, backward, counts
+        ),
+    }
+
+  found, expected = (jax.jit(f)(features, flows) for f in (terms, alone))
+  assert found == expected
+  found, expected = (
+      jax.jit(jax.jacrev(f, (0, 1)))(features, flows) for f in (terms, alone)
+  )
+  for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+    assert np.any(b)
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
