@@ -74,7 +74,7 @@ def get_config() -> ConfigDict:
           # GPUs. A batch is split over both, a parameter over `shard`.
           data=-1,
           shard=-1,
-          shard_min_mib=4.0,  # larger parameters are sharded
+          shard_min_mib=16.0,  # larger parameters are sharded
       )
   )
 
