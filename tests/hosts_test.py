@@ -156,15 +156,29 @@ def test_four_processes_share_two_pairs_by_their_frames(config_path, tmp_path):
 
 @pytest.mark.proof
 @pytest.mark.slow
-def test_sigterm_to_one_process_saves_and_ends_all(config_path, tmp_path):
-  processes = _two_in_training(
-      config_path, tmp_path, "--config.num_steps=100000"
+@pytest.mark.parametrize("shard_min_mib", [4.0, 0.0005], ids=str)
+def test_sigterm_to_one_process_saves_and_ends_all_and_they_go_on(
+    config_path, tmp_path, shard_min_mib
+):
+  options = (
+      "--config.num_steps=400",
+      f"--config.mesh.shard_min_mib={shard_min_mib}",
   )
+  ended, whole = tmp_path / "ended", tmp_path / "whole"
+  processes = _two_in_training(config_path, ended, *options)
   processes[1].send_signal(signal.SIGTERM)
   results = job.wait(processes)
   assert [code for code, _, _ in results] == [75, 75], results
   step = int(results[0][2].rsplit("saved at step ", 1)[1].split()[0])
-  assert (tmp_path / "checkpoints" / str(step)).is_dir()
+  assert (ended / "checkpoints" / str(step)).is_dir()
+
+  options = "--config.mode=content", *options
+  job.run(config_path, ended, *options, count=2)
+  job.run(config_path, whole, *options, count=2)
+  (state, streams), other = (workdirs.saved(w, 400) for w in (ended, whole))
+  assert not workdirs.differences(state, other[0])
+  assert streams == other[1]
+  assert job.records(ended, 2) == job.records(whole, 2)
 
 
 @pytest.mark.proof

@@ -110,6 +110,11 @@ def resumed(config_path, tmp_path_factory):
 def test_a_killed_and_resumed_run_equals_the_uninterrupted_bit_for_bit(
     whole, resumed
 ):
+  _assert_equal(whole, resumed)
+
+
+def _assert_equal(whole, resumed):
+  """Asserts that two runs ended in the same state, bit for bit."""
   state, streams = workdirs.saved(whole, _STEPS)
   other_state, other_streams = workdirs.saved(resumed, _STEPS)
   assert not workdirs.differences(state, other_state)
@@ -219,10 +224,12 @@ def test_a_workdir_of_another_config_is_refused(config_path, whole):
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_the_code_is_75(config_path, tmp_path):
+def test_sigterm_saves_with_75_and_the_run_goes_on_as_if_it_had_not_come(
+    config_path, whole, tmp_path
+):
   workdir = tmp_path / "term"
   process = subprocess.Popen(
-      _command(config_path, workdir, "--config.num_steps=100000"),
+      _command(config_path, workdir),
       env=_environment(),
       cwd=_ROOT,
       stdout=subprocess.DEVNULL,
@@ -232,10 +239,16 @@ def test_sigterm_saves_and_the_code_is_75(config_path, tmp_path):
   deadline = time.monotonic() + 300
   while not _lines_so_far(workdir / "records.jsonl"):
     assert time.monotonic() < deadline and process.poll() is None
-    time.sleep(0.05)
+    time.sleep(0.002)
   process.send_signal(signal.SIGTERM)
   _, stderr = process.communicate()
   assert process.returncode == 75
   assert "SIGTERM: saved at step" in stderr
   step = int(stderr.rsplit("saved at step ", 1)[1].split()[0])
+  assert 0 < step < _STEPS
   assert (workdir / "checkpoints" / str(step)).is_dir()
+  run = _run(config_path, workdir)
+  assert f"Resumed at step {step} of {_STEPS}" in run.stdout
+  _assert_equal(whole, workdir)
+  records = [workdirs.lines(w / "records.jsonl") for w in (whole, workdir)]
+  assert records[0] == records[1]
