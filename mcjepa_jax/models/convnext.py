@@ -95,7 +95,9 @@ def _depthwise_grouped_backward(residuals, dy):
   # In a loop over blocks x is a slice of what all of them keep. Fused with the
   # slice, the kernel's gradient takes XLA's compiler for TPUs 80 s.
   x = lax.optimization_barrier(x)
-  return jax.vjp(_grouped, x, kernel)[1](dy)
+  (dx,) = jax.linear_transpose(lambda x: _grouped(x, kernel), x)(dy)
+  (dk,) = jax.linear_transpose(lambda k: _grouped(x, k), kernel)(dy)
+  return dx, dk
 
 
 _depthwise_grouped.defvjp(
