@@ -106,13 +106,13 @@ def motion_terms(
       )
     return at[stride]
 
-  warped = {}  # per stride: the other frame's features by the flow
+  others = {}  # per stride: the other frame's features, warped by the flow
 
-  def at_flow(stride, flow):
-    if stride not in warped:
+  def other(stride, flow):
+    if stride not in others:
       x = flow_ops.swap_pairs(features[stride])
-      warped[stride] = flow_ops.warp(x, flow)
-    return warped[stride]
+      others[stride] = flow_ops.warp(x, flow)
+    return others[stride]
 
   for kind in MOTION_KINDS:
     for name, weight in weights[kind].items():
@@ -138,7 +138,7 @@ def motion_terms(
             flow_ops.swap_pairs(x),
             flow,
             counts,
-            warped=at_flow(stride, flow),
+            warped=other(stride, flow),
             mean=mean,
         )
       elif kind == "cycle":
@@ -148,7 +148,7 @@ def motion_terms(
             flow_ops.swap_pairs(flow),
             counts,
             # By the other direction's flow: the pair's other half of the same.
-            there=flow_ops.swap_pairs(at_flow(stride, flow)),
+            there=flow_ops.swap_pairs(other(stride, flow)),
             mean=mean,
         )
       elif kind == "variance":
