@@ -57,6 +57,96 @@ def _mutants(file: str, tests: str, *rows: tuple[str, ...]) -> list[Mutant]:
 
 MUTANTS = (
     *_mutants(
+        "flops.py",
+        "flops_test.py",
+        ("scan_runs_once", 'times = params["length"]', "times = 1.0"),
+        (
+            "padding_is_work",
+            "inside & (place % spread == 0)",
+            "place % spread == 0",
+        ),
+        ("smaller_branch", "return max(inner)", "return min(inner)"),
+    ),
+    *_mutants(
+        "hlo.py",
+        "hlo_test.py",
+        (
+            "loop_moves_once",
+            "runs[computation] * sum(moved(*one)",
+            "min(runs[computation], 1) * sum(moved(*one)",
+        ),
+        ("near_is_far", "if not near and _NEAR.search(layout):", "if False:"),
+    ),
+    *_mutants(
+        "objective.py",
+        "objective_test.py",
+        (
+            "cycle_stays_at_home",
+            "there=flow_ops.swap_pairs(other(stride, flow))",
+            "there=other(stride, flow)",
+        ),
+    ),
+    *_mutants(
+        "flow_ops.py",
+        "flow_ops_test.py::test_cost_volume_equals_a_plain_loop",
+        (
+            "one_row_for_all",
+            "dynamic_slice_in_dim(padded, dy, h, axis=1)",
+            "dynamic_slice_in_dim(padded, 0 * dy, h, axis=1)",
+        ),
+    ),
+    *_mutants(
+        "checkpoint.py",
+        "checkpoint_test.py::test_updates_in_place_do_not_reach_a_save_under_way",
+        (
+            "no_copy",
+            "state = self._apart(state)",
+            "state = jax.block_until_ready(state)",
+        ),
+        (
+            "good_steps_are_dropped",
+            "if path.name.endswith(_PARTIAL):",
+            "if True:",
+            "checkpoint_test.py::test_the_last_and_the_best_steps_stay",
+        ),
+        (
+            "errors_are_kept",
+            "    # The manager's own check finds nothing",
+            "    return  # The manager's own check finds nothing",
+            "checkpoint_test.py::test_a_write_that_fails_is_told_without_waiting_for_the_next",
+        ),
+    ),
+    *_mutants(
+        "alarms.py",
+        "alarms_test.py::test_alarms_wait_for_their_task_and_for_the_masks",
+        (
+            "masks_at_once",
+            "delay=config.motion.occlusion_start",
+            "delay=0",
+        ),
+        (
+            "motion_from_the_first_step",
+            'starts["motion"] = config.motion.start_step',
+            'starts["motion"] = 0',
+        ),
+    ),
+    *_mutants(
+        "hosts.py",
+        "hosts_test.py",
+        (
+            "the_first_is_absent_too",
+            "if i not in present]",
+            "if i not in present or not i]",
+            "hosts_test.py::test_the_absent_are_named_to_all_that_came",
+        ),
+        (
+            "two_of_one_place",
+            "elif index in present:",
+            "elif False:",
+            "hosts_test.py::test_two_with_one_place_and_another_count_are_told",
+        ),
+    ),
+    *_mutants(
         "evals/masks.py",
         "masks_test.py",
         ("tolerance_of_a_side", "math.hypot(*mask.shape)", "max(mask.shape)"),

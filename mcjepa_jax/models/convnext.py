@@ -52,7 +52,8 @@ _DEPTHWISE_FORM = {"cpu": "shifts", "gpu": "grouped", "tpu": "grouped"}
 _TOEPLITZ_POSITIONS = {"cpu": 64, "gpu": 0, "tpu": 0}
 
 
-# XLA's compiler for TPUs takes 14 s of CPU for each block at ConvNeXt-T's widths.
+# XLA's compiler for TPUs takes 14 s of CPU for each block at ConvNeXt-T's widths;
+# elsewhere compiling is not what costs, and a loop copies the parameters.
 _LOOP = {"cpu": False, "gpu": False, "tpu": True}
 
 
