@@ -69,6 +69,7 @@ def main(argv: list[str]) -> None:
       start = time.perf_counter()
       state = jax.block_until_ready(add(state))
       longest, count = max(longest, time.perf_counter() - start), count + 1
+      checkpoints.check_errors()
     checkpoints.wait_until_finished()
     written = time.perf_counter() - began
     peak = journal.own_peak_rss_gb() - before

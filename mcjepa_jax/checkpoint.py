@@ -323,12 +323,16 @@ class Checkpoints:
           shutil.rmtree(path, ignore_errors=True)
 
   def latest_step(self) -> int | None:
-    """Returns the newest complete step, if there is one."""
+    """Returns the newest step, if there is one; one that is being written counts.
+
+    Raises:
+      UserError: the last save could not begin.
+    """
     self._join()
     return self._manager.latest_step()
 
   def all_steps(self) -> list[int]:
-    """Returns the complete steps in order."""
+    """Returns the steps in order, and raises, as `latest_step`."""
     self._join()
     return sorted(self._manager.all_steps())
 
@@ -404,9 +408,13 @@ class Checkpoints:
 
   def _join(self) -> None:
     """Waits until the save under way has begun; raises what kept it from that."""
-    begun, self._begun = self._begun, None
-    if begun is not None:
-      begun.result()
+    if self._begun is None:
+      return
+    try:
+      self._begun.result()
+    finally:
+      if self._begun.done():  # not where the wait is interrupted
+        self._begun = None
 
   def _there(self, function: Callable[[], None]) -> None:
     """Calls where saves are begun: Orbax tells each thread of an error once."""
@@ -460,9 +468,11 @@ class Checkpoints:
     try:
       self.wait_until_finished()
     finally:
-      self._there(self._manager.close)
-      if self._thread is not None:
-        self._thread.shutdown()
+      try:
+        self._there(self._manager.close)
+      finally:
+        if self._thread is not None:
+          self._thread.shutdown()
 
   def __enter__(self) -> "Checkpoints":
     return self

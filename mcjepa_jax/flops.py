@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _PER_RESULT = frozenset(
-    "abs add add_any atan2 ceil clamp cos div erf erf_inv exp exp2 expm1 floor"
+    "abs add add_any atan2 ceil clamp cos div erf erf_inv erfc exp exp2 expm1 floor"
     " integer_pow log log1p logistic max min mul neg pow rem round rsqrt sign sin"
     " sqrt square sub tan tanh".split()
 )
@@ -29,7 +29,7 @@ def count(jaxpr: Any) -> float:
   A product and its sum are two, a transcendental is one; integers count none. A
   scan's body counts as often as it runs, of a cond the larger branch, and a while
   loop's body, whose trips are not known, once. What a gradient computes again
-  counts again. Where a convolution reads padding or the zeros between a
+  counts again, and what nothing uses. Where a convolution reads padding or the zeros between a
   gradient's values, nothing counts.
   """
   if isinstance(jaxpr, core.ClosedJaxpr):

@@ -1,5 +1,6 @@
 """What a compiled program says of itself: the bytes that it moves."""
 
+from collections.abc import Callable
 import re
 
 _BITS = {
@@ -80,7 +81,8 @@ def _runs(computations: dict[str, list[Instruction]]) -> dict[str, int]:
   runs = dict.fromkeys(names, 0) | {names[-1]: 1}
   for name in reversed(names):
     for _, _, operation, _, attributes in computations[name]:
-      if operation.endswith("-done"):  # its start names the same computation
+      # A start's done and updates name the same computation.
+      if operation.endswith(("-done", "-update")):
         continue
       trips = 1
       if operation == "while":
@@ -140,40 +142,50 @@ _READ_A_PART = frozenset("dynamic-slice gather slice".split())
 class _Fusion:
   """What a fused computation reads and writes of what it is given."""
 
-  def __init__(self, instructions: list[Instruction]):
+  def __init__(
+      self,
+      instructions: list[Instruction],
+      fused: Callable[[str], "_Fusion"],
+  ):
+    """Takes the computation, and the fusion by the attributes of a nested one."""
     shapes = {name: shape for name, shape, *_ in instructions}
-    users: dict[str, list[tuple[str, str, int]]] = {}
+    users: dict[str, list[tuple[str, str, str, int]]] = {}
     parameters, defined = {}, {}
-    for name, shape, operation, operands, _ in instructions:
+    for name, _, operation, operands, attributes in instructions:
       names = _NAME.findall(operands)
-      defined[name] = operation, names
+      defined[name] = operation, names, attributes
       if operation == "parameter":
         parameters[int(operands)] = name
       for place, operand in enumerate(names):
-        users.setdefault(operand, []).append((operation, shape, place))
+        users.setdefault(operand, []).append(
+            (name, operation, attributes, place)
+        )
 
     def read(name):
-      """Bytes of a parameter that are read."""
-      uses = users.get(name, [])
-      if not all(
-          place == 0 and operation in (*_READ_A_PART, "dynamic-update-slice")
-          for operation, _, place in uses
-      ):
-        return shape_bytes(shapes[name], near=False)
-      parts = (s for operation, s, _ in uses if operation in _READ_A_PART)
-      return min(
-          shape_bytes(shapes[name], near=False), sum(map(shape_bytes, parts))
-      )
+      """Bytes of a parameter, or of what is bitcast from it, that are read."""
+      whole, parts = shape_bytes(shapes[name]), 0
+      for user, operation, attributes, place in users.get(name, ()):
+        if operation == "bitcast":
+          parts += read(user)
+        elif operation == "fusion":
+          parts += fused(attributes).reads[place]
+        elif operation in _READ_A_PART and place == 0:
+          parts += shape_bytes(shapes[user])
+        elif operation != "dynamic-update-slice" or place:
+          return whole
+      return min(whole, parts)
 
     def written(name):
-      operation, names = defined[name]
+      operation, names, attributes = defined[name]
       if operation == "tuple":
         return sum(map(written, names))
-      if operation == "bitcast" and names[0] in defined:
+      if operation == "bitcast":
         return written(names[0])
+      if operation == "fusion":
+        return fused(attributes).writes
       if operation == "dynamic-update-slice":  # in place
         return shape_bytes(shapes[names[1]])
-      return shape_bytes(shapes[name], near=False)
+      return shape_bytes(shapes[name])
 
     self.reads = {i: read(name) for i, name in parameters.items()}
     self.writes = written(instructions[-1][0])
@@ -184,7 +196,7 @@ def hbm_bytes(text: str) -> int:
 
   Each operand and each result of what runs by itself, a fusion or an operation; of
   a slice what is cut out, of an update what is put in. A loop's body counts as
-  often as it runs. Padding is not counted.
+  often as it runs. Padding is not counted. An estimate: a scatter counts whole.
   """
   computations = _computations(text)
   runs = _runs(computations)
@@ -192,42 +204,49 @@ def hbm_bytes(text: str) -> int:
       called
       for instructions in computations.values()
       for _, _, operation, _, attributes in instructions
-      if operation not in ("call", "while", "conditional", "async-start")
+      if operation not in ("call", "while", "conditional")
+      and not operation.startswith("async-")
       for called in _CALLED.findall(attributes)
   }
-  shapes = {
-      name: shape
+  every = {
+      one[0]: one
       for instructions in computations.values()
-      for name, shape, *_ in instructions
+      for one in instructions
   }
   fusions: dict[str, _Fusion] = {}
 
+  def fused(attributes):
+    called = _CALLED.search(attributes)[1]
+    if called not in fusions:
+      fusions[called] = _Fusion(computations[called], fused)
+    return fusions[called]
+
+  def far(name):
+    return shape_bytes(every[name][1], near=False)
+
   def moved(name, shape, operation, operands, attributes):
-    names = [n for n in _NAME.findall(operands) if n in shapes]
-    if operation in _MOVE_NOTHING or operation.endswith(("-start", "-update")):
+    names = [n for n in _NAME.findall(operands) if n in every]
+    if (
+        operation in _MOVE_NOTHING
+        or operation.startswith("async-")  # their computation's own count
+        or operation.endswith(("-start", "-update"))
+        or "AllocateBuffer" in attributes
+    ):
       return 0
-    if operation == "async-done":  # its computation's own counts
-      return 0
-    if operation.endswith("-done"):  # the start's shape holds the operands too
-      source = shapes[names[0]]
-      return max(
-          shape_bytes(shape, near=False), shape_bytes(source, near=False)
-      )
+    if operation.endswith("-done"):  # of what the start was given
+      operation = operation.removesuffix("-done")
+      names = [n for n in _NAME.findall(every[names[0]][3]) if n in every]
     if operation == "fusion":
-      called = _CALLED.search(attributes)[1]
-      if called not in fusions:
-        fusions[called] = _Fusion(computations[called])
-      one = fusions[called]
-      return min(one.writes, shape_bytes(shape, near=False)) + sum(
-          min(one.reads.get(i, 0), shape_bytes(shapes[n], near=False))
-          for i, n in enumerate(names)
+      one = fused(attributes)
+      return min(one.writes, far(name)) + sum(
+          min(one.reads[i], far(n)) for i, n in enumerate(names)
       )
-    result = shape_bytes(shape, near=False)
     if operation in _READ_A_PART:
-      return 2 * result
+      return far(name) + min(shape_bytes(shape), far(names[0]))
     if operation == "dynamic-update-slice":
-      return 2 * shape_bytes(shapes[names[1]], near=False)
-    return result + sum(shape_bytes(shapes[n], near=False) for n in names)
+      update = shape_bytes(every[names[1]][1])
+      return far(names[1]) + min(update, far(name))
+    return far(name) + sum(map(far, names))
 
   return sum(
       runs[computation] * sum(moved(*one) for one in instructions)

@@ -18,7 +18,7 @@ of stdout is a JSON object:
   gib_limit            what the compiler lets a program use
   fits                 whether it does
   flops_per_step       of all devices together, from the shapes of what is computed
-  hbm_bytes            read and written per device, without padding
+  hbm_bytes            read and written per device, estimated, without padding
   collective_bytes     per device and kind of collective; not what slices send
                        to each other
   compile_seconds, host_peak_gb
@@ -219,19 +219,19 @@ def _compiled(
   # The largest of the sources': the step is compiled for each.
   frame_size = max(assembly.motion_sizes(config), key=math.prod)
   batch = assembly.batch_shapes(config, kind, frame_size)
+  traced = step.trace(abstract, batch)
   report = {
       "state_gib": _state_gib(abstract),
       "step": kind,
       "images": config.content.batch_size if "views" in batch else 0,
       "pairs": config.motion.batch_size if "frames" in batch else 0,
       "finest_stride": config.model.estimator.finest_stride,
-      "flops_per_step": None,
+      "flops_per_step": flops.count(traced.jaxpr),
       "hbm_bytes": None,
       "collective_bytes": None,
   }
   start = time.perf_counter()
   try:
-    traced = step.trace(abstract, batch)
     compiled = traced.lower().compile()
   except jax.errors.JaxRuntimeError as error:
     report["gib_per_device"] = gib_asked(str(error))
@@ -241,7 +241,6 @@ def _compiled(
     text = compiled.as_text()
     report |= {
         "gib_per_device": _gib(compiled.memory_analysis()),
-        "flops_per_step": flops.count(traced.jaxpr),
         "hbm_bytes": hlo.hbm_bytes(text),
         "collective_bytes": hlo.collective_bytes(text),
     }

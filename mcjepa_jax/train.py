@@ -496,6 +496,7 @@ def roll_back(run: Run, back: alarms.RollBack) -> steps.TrainState:
     else:
       state, _, meta = run.checkpoints.restore(step, run.abstract)
       seconds = meta["seconds"]
+    run.checkpoints.make_room(state)
     for task, stream in run.streams.items():
       stream.restore(back.streams[task])
   run.clock.lose(seconds)

@@ -196,7 +196,9 @@ checkpoints = checkpoint.Checkpoints(sys.argv[1], keep_last=2)
 for step, size in ((1, 10), (2, 8_000_000)):
   params = {"a": jnp.full(size, float(step))}
   checkpoints.save(step, {"params": params}, {"motion": step}, {})
+deadline = time.monotonic() + 60
 while not any(pathlib.Path(sys.argv[1], "checkpoints").glob("2.*")):
+  assert time.monotonic() < deadline
   time.sleep(0.001)
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -381,6 +383,42 @@ def test_a_write_that_fails_is_told_without_waiting_for_the_next(
       checkpoints.wait_until_finished()
       left = [path.name for path in (tmp_path / "checkpoints").iterdir()]
     assert checkpoints.all_steps()[-1] == step < 60
+
+
+def test_a_save_that_cannot_begin_is_told_once_and_the_next_is_made(
+    tmp_path, monkeypatch
+):
+  with checkpoint.Checkpoints(tmp_path, keep_last=9) as checkpoints:
+
+    def refused(*args, **kwargs):
+      raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+      patch.setattr(checkpoints._manager, "save", refused)
+      checkpoints.save(1, make_state(), {}, {})
+      deadline = time.monotonic() + 60
+      with pytest.raises(UserError, match="No space .* there is none before"):
+        while True:
+          checkpoints.check_errors()
+          assert time.monotonic() < deadline
+          time.sleep(0.01)
+    checkpoints.check_errors()
+    assert checkpoints.latest_step() is None
+    checkpoints.save(2, make_state(), {}, {})
+    assert checkpoints.all_steps() == [2]
+
+
+def test_room_is_taken_once_and_a_save_uses_it(tmp_path):
+  state = make_state()
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.make_room(state)
+    before = jax.tree.leaves(checkpoints._copied)
+    where = {leaf.unsafe_buffer_pointer() for leaf in before if leaf.size}
+    checkpoints.save(1, state, {}, {})
+    after = jax.tree.leaves(checkpoints._copied)
+    assert where == {x.unsafe_buffer_pointer() for x in after if x.size}
+  restored = checkpoint.restore_params(tmp_path, shapes(state.params))
+  assert_bit_equal(restored, state.params)
 
 
 def test_a_save_that_fails_in_the_background_surfaces(tmp_path):

@@ -172,6 +172,64 @@ ENTRY %main (a: f32[9,4], j: s32[]) -> f32[9,4] {
   assert hlo.hbm_bytes(text) == (16 + 16 + 4) + (16 + 16 + 4)
 
 
+def test_slices_are_seen_through_bitcasts_and_nested_fusions():
+  text = _HEADER + """
+%inmost (p: f32[9,4], i: s32[]) -> f32[1,4] {
+  %p = f32[9,4]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %z = s32[] constant(0)
+  ROOT %d = f32[1,4]{1,0} dynamic-slice(%p, %i, %z), dynamic_slice_sizes={1,4}
+}
+
+%middle (q: f32[36], j: s32[]) -> f32[1,4] {
+  %q = f32[36]{0} parameter(0)
+  %j = s32[] parameter(1)
+  %b = f32[9,4]{1,0} bitcast(%q)
+  ROOT %g = f32[1,4]{1,0} fusion(%b, %j), kind=kLoop, calls=%inmost
+}
+
+ENTRY %main (a: f32[36], k: s32[]) -> f32[1,4] {
+  %a = f32[36]{0} parameter(0)
+  %k = s32[] parameter(1)
+  ROOT %f = f32[1,4]{1,0} fusion(%a, %k), kind=kLoop, calls=%middle
+}
+"""
+  assert hlo.hbm_bytes(text) == 16 + 16 + 4
+
+
+def test_of_an_array_fetched_in_slices_each_is_read_once():
+  text = _HEADER + """
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %s = ((f32[8]{0}), f32[4]{0:S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:4]}
+  %t = ((f32[8]{0}), f32[4]{0:S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[4:8]}
+  %u = f32[4]{0:S(1)} slice-done(%s)
+  %v = f32[4]{0:S(1)} slice-done(%t)
+  %w = f32[8]{0:S(1)} custom-call(%u, %v), custom_call_target="ConcatBitcast"
+  %x = f32[8]{0} custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %y = f32[8]{0} add(%w, %w)
+}
+"""
+  assert hlo.hbm_bytes(text) == 32 + 32
+
+
+def test_what_runs_beside_counts_once():
+  text = _HEADER + """
+%beside (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %c = f32[4]{0} sine(%p)
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  %s = ((f32[4]{0}), f32[4]{0}, s32[]) async-start(%a), calls=%beside
+  %u = ((f32[4]{0}), f32[4]{0}, s32[]) async-update(%s), calls=%beside
+  ROOT %d = f32[4]{0} async-done(%u), calls=%beside
+}
+"""
+  assert hlo.hbm_bytes(text) == 16 + 16
+
+
 def test_what_lies_in_a_cores_own_memory_does_not_move():
   text = _HEADER + """
 ENTRY %main (a: f32[4]) -> f32[4] {
