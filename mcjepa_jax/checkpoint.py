@@ -331,6 +331,11 @@ class Checkpoints:
     self._join()
     return self._manager.latest_step()
 
+  def written_step(self) -> int | None:
+    """Returns the newest step that is complete on the disk, if there is one."""
+    steps = _steps(self._folder)
+    return steps[-1] if steps else None
+
   def all_steps(self) -> list[int]:
     """Returns the steps in order, and raises, as `latest_step`."""
     self._join()
@@ -378,13 +383,17 @@ class Checkpoints:
   ) -> bool:
     """Starts to write a step; returns False if the step is there already.
 
-    When it returns the state may be donated. Waits for the save before, and
-    raises what that one failed with. `streams` and `meta` are written as JSON:
-    tuples come back as lists.
+    When it returns the state may be donated. Waits for the save before; what that
+    one failed with is raised once this one has begun. `streams` and `meta` are
+    written as JSON: tuples come back as lists.
     """
+    failed = None
+    try:
+      self.wait_until_finished()
+    except UserError as error:
+      failed = error
     if step in self.all_steps():
       return False
-    self.wait_until_finished()
     self._drop_partial()
     if jax.default_backend() == "cpu":
       state = self._apart(state)
@@ -401,10 +410,14 @@ class Checkpoints:
             step, args=args, metrics=dict(metrics or {}), force=True
         )
 
+    begun = True
     if self._thread is None:
-      return begin()
-    self._begun = self._thread.submit(begin)
-    return True
+      begun = begin()
+    else:
+      self._begun = self._thread.submit(begin)
+    if failed is not None:
+      raise failed
+    return begun
 
   def _join(self) -> None:
     """Waits until the save under way has begun; raises what kept it from that."""

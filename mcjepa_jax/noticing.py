@@ -76,7 +76,7 @@ class Watcher:
     try:
       yield
     except errors.UserError as error:
-      newest, before = checkpoints.latest_step(), self._newest
+      newest, before = checkpoints.written_step(), self._newest
       if newest == before:
         raise
       self._newest = newest

@@ -588,6 +588,8 @@ def run_steps(
     state, _ = watcher.settle(state, streams)
     if start < config.num_steps:
       with clock.span("checkpoint"):
+        with watcher.writing(config.num_steps):
+          run.checkpoints.wait_until_finished()  # for the one before
         save(run, state, streams)
         run.checkpoints.wait_until_finished()
     draw(run, state, progress.log)

@@ -408,6 +408,30 @@ def test_a_save_that_cannot_begin_is_told_once_and_the_next_is_made(
     assert checkpoints.all_steps() == [2]
 
 
+def test_a_save_after_one_that_failed_is_made_before_that_is_told(
+    tmp_path, monkeypatch
+):
+  with checkpoint.Checkpoints(tmp_path, keep_last=9) as checkpoints:
+
+    async def refused(self, x, directory):
+      raise OSError(errno.EROFS, "Read-only file system", str(tmp_path))
+
+    with monkeypatch.context() as patch:
+      patch.setattr(ocp.JsonCheckpointHandler, "_save_fn", refused)
+      checkpoints.save(1, make_state(), {}, {})
+      with pytest.raises(UserError, match="Read-only"):
+        checkpoints.wait_until_finished()
+      checkpoints.save(2, make_state(), {}, {})
+      checkpoints.latest_step()  # it has begun
+      checkpoints._there(lambda: None)
+      while checkpoints._manager.is_saving_in_progress():
+        time.sleep(0.01)
+    with pytest.raises(UserError, match="Read-only .* there is none before"):
+      checkpoints.save(3, make_state(), {}, {})
+    checkpoints.wait_until_finished()
+    assert checkpoints.written_step() == 3
+
+
 def test_room_is_taken_once_and_a_save_uses_it(tmp_path):
   state = make_state()
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
