@@ -287,6 +287,7 @@ class Checkpoints:
     if jax.default_backend() == "cpu" and jax.process_count() == 1:
       self._thread = futures.ThreadPoolExecutor(max_workers=1)
     self._begun: futures.Future[Any] | None = None  # a save, in the thread
+    self._awaited = False  # whether a save's end was not waited for yet
     self._manager = ocp.CheckpointManager(
         self._folder,
         options=ocp.CheckpointManagerOptions(
@@ -410,7 +411,7 @@ class Checkpoints:
             step, args=args, metrics=dict(metrics or {}), force=True
         )
 
-    begun = True
+    begun = self._awaited = True
     if self._thread is None:
       begun = begin()
     else:
@@ -463,15 +464,17 @@ class Checkpoints:
 
   def wait_until_finished(self) -> None:
     """Waits for the save under way; raises what it failed with."""
+    self._awaited = False
     self._join()
     with self._written():
       self._there(self._manager.wait_until_finished)
 
   def check_errors(self) -> None:
     """Raises, once, what the last save has failed with; waits for nothing."""
+    if not self._awaited:  # each step asks
+      return
     if self._begun is not None and not self._begun.done():
       return
-    self._join()
     # The manager's own check finds nothing: the thread that ends a save took it.
     if not self._manager.is_saving_in_progress():
       self.wait_until_finished()

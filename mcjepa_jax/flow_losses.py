@@ -213,39 +213,32 @@ def smoothness_loss(
 
 def feature_regression_loss(
     x_1: Float[Array, "n h w c"],
-    x_2: Float[Array, "n h w c"],
-    flow_12: Float[Array, "n h w 2"],
+    warped_2: Float[Array, "n h w c"],
     mask: Float[Array, "n h w 1"] | None,
     *,
-    warped: Float[Array, "n h w c"] | None = None,
     mean: Mean = masked_mean,
 ) -> Float[Array, ""]:
-  """Masked mean of (x_1 - warp(x_2, flow_12))^2; all three get gradients.
+  """Masked mean of (x_1 - warp(x_2, flow_12))^2, of which the warp is given.
 
-  `warped` is x_2 so warped, where it is at hand. Constant features minimise the
-  loss: see `feature_variance_loss`.
+  Both features and the flow get gradients. Constant features minimise it: see
+  `feature_variance_loss`.
   """
-  if warped is None:
-    warped = flow_ops.warp(x_2, flow_12)
-  return mean(l2_distance(x_1, warped), mask)
+  return mean(l2_distance(x_1, warped_2), mask)
 
 
 def cycle_loss(
     x_1: Float[Array, "n h w c"],
+    there: Float[Array, "n h w c"],
     flow_12: Float[Array, "n h w 2"],
-    flow_21: Float[Array, "n h w 2"],
     mask: Float[Array, "n h w 1"] | None,
     *,
-    there: Float[Array, "n h w c"] | None = None,
     mean: Mean = masked_mean,
 ) -> Float[Array, ""]:
-  """Masked mean of (x_1 - warp(warp(x_1, flow_21), flow_12))^2.
+  """Masked mean of (x_1 - warp(there, flow_12))^2, there = warp(x_1, flow_21).
 
-  `there` is the inner warp, where it is at hand. Features and both flows get
-  gradients. Sampling twice blurs, so a perfect half-pixel flow does not reach 0.
+  Features and both flows get gradients. Sampling twice blurs, so a perfect
+  half-pixel flow does not reach 0.
   """
-  if there is None:
-    there = flow_ops.warp(x_1, flow_21)
   return mean(l2_distance(x_1, flow_ops.warp(there, flow_12)), mask)
 
 

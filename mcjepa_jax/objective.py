@@ -132,24 +132,14 @@ def motion_terms(
       elif kind == "smoothness":
         term = flow_losses.smoothness_loss(flow, image, **smoothness)
       elif kind == "regression":
-        x = features[stride]
         term = flow_losses.feature_regression_loss(
-            x,
-            flow_ops.swap_pairs(x),
-            flow,
-            counts,
-            warped=other(stride, flow),
-            mean=mean,
+            features[stride], other(stride, flow), counts, mean=mean
         )
       elif kind == "cycle":
+        # Warped by the other direction's flow: the other half of the same.
+        there = flow_ops.swap_pairs(other(stride, flow))
         term = flow_losses.cycle_loss(
-            features[stride],
-            flow,
-            flow_ops.swap_pairs(flow),
-            counts,
-            # By the other direction's flow: the pair's other half of the same.
-            there=flow_ops.swap_pairs(other(stride, flow)),
-            mean=mean,
+            features[stride], there, flow, counts, mean=mean
         )
       elif kind == "variance":
         term = flow_losses.feature_variance_loss(features[stride])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mcjepa_jax import errors, flow_losses, vicreg
+from mcjepa_jax import errors, flow_losses, flow_ops, vicreg
 
 _photometric_loss = jax.jit(
     flow_losses.photometric_loss,
@@ -17,8 +17,18 @@ _smoothness_loss = jax.jit(
     flow_losses.smoothness_loss,
     static_argnames=("form", "order", "edge_weight"),
 )
-_regression_loss = jax.jit(flow_losses.feature_regression_loss)
-_cycle_loss = jax.jit(flow_losses.cycle_loss)
+
+
+@jax.jit
+def _regression_loss(x_1, x_2, flow_12, mask):
+  warped = flow_ops.warp(x_2, flow_12)
+  return flow_losses.feature_regression_loss(x_1, warped, mask)
+
+
+@jax.jit
+def _cycle_loss(x_1, flow_12, flow_21, mask):
+  there = flow_ops.warp(x_1, flow_21)
+  return flow_losses.cycle_loss(x_1, there, flow_12, mask)
 
 
 def _images(n: int = 2, h: int = 9, w: int = 11):

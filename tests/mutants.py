@@ -82,8 +82,8 @@ MUTANTS = (
         "objective_test.py",
         (
             "cycle_stays_at_home",
-            "there=flow_ops.swap_pairs(other(stride, flow))",
-            "there=other(stride, flow)",
+            "there = flow_ops.swap_pairs(other(stride, flow))",
+            "there = other(stride, flow)",
         ),
     ),
     *_mutants(

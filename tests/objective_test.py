@@ -186,10 +186,10 @@ def test_regression_and_cycle_are_the_losses_of_their_own_warps():
     backward = flow_ops.swap_pairs(forward)
     return {
         "motion/regression/stride_4": flow_losses.feature_regression_loss(
-            x, flow_ops.swap_pairs(x), forward, counts
+            x, flow_ops.warp(flow_ops.swap_pairs(x), forward), counts
         ),
         "motion/cycle/stride_4": flow_losses.cycle_loss(
-            x, forward, backward, counts
+            x, flow_ops.warp(x, backward), forward, counts
         ),
     }
 
