@@ -288,6 +288,7 @@ class Checkpoints:
       self._thread = futures.ThreadPoolExecutor(max_workers=1)
     self._begun: futures.Future[Any] | None = None  # a save, in the thread
     self._awaited = False  # whether a save's end was not waited for yet
+    self.failures = 0  # saves that failed since the last that did not
     self._manager = ocp.CheckpointManager(
         self._folder,
         options=ocp.CheckpointManagerOptions(
@@ -312,6 +313,7 @@ class Checkpoints:
         raise
       steps = _steps(self._folder)
       left = f"step {steps[-1]} stays" if steps else "there is none before it"
+      self.failures += 1
       raise UserError(
           f"a checkpoint in {self._folder} cannot be written: {reason}; {left}"
       ) from error
@@ -331,11 +333,6 @@ class Checkpoints:
     """
     self._join()
     return self._manager.latest_step()
-
-  def written_step(self) -> int | None:
-    """Returns the newest step that is complete on the disk, if there is one."""
-    steps = _steps(self._folder)
-    return steps[-1] if steps else None
 
   def all_steps(self) -> list[int]:
     """Returns the steps in order, and raises, as `latest_step`."""
@@ -411,11 +408,12 @@ class Checkpoints:
             step, args=args, metrics=dict(metrics or {}), force=True
         )
 
-    begun = self._awaited = True
+    begun = True
     if self._thread is None:
       begun = begin()
     else:
       self._begun = self._thread.submit(begin)
+    self._awaited = True
     if failed is not None:
       raise failed
     return begun
@@ -426,6 +424,9 @@ class Checkpoints:
       return
     try:
       self._begun.result()
+    except UserError:
+      self._awaited = False
+      raise
     finally:
       if self._begun.done():  # not where the wait is interrupted
         self._begun = None
@@ -464,10 +465,12 @@ class Checkpoints:
 
   def wait_until_finished(self) -> None:
     """Waits for the save under way; raises what it failed with."""
-    self._awaited = False
+    awaited, self._awaited = self._awaited, False
     self._join()
     with self._written():
       self._there(self._manager.wait_until_finished)
+    if awaited:
+      self.failures = 0
 
   def check_errors(self) -> None:
     """Raises, once, what the last save has failed with; waits for nothing."""

@@ -41,7 +41,6 @@ class Watcher:
     self._progress = progress
     self._pending: _Pending | None = None
     self._first = False  # whether no step of this process has run
-    self._newest: int | None = -1  # checkpoint when a write failed
     self._diagnosis = diagnostics.Diagnosis(
         run.model, assembly.recipe(run.config), run.mesh
     )
@@ -72,14 +71,11 @@ class Watcher:
   @contextlib.contextmanager
   def writing(self, number: int) -> Iterator[None]:
     """Notes a checkpoint that failed inside; raises at the second in a row."""
-    checkpoints = self._run.checkpoints
     try:
       yield
     except errors.UserError as error:
-      newest, before = checkpoints.written_step(), self._newest
-      if newest == before:
+      if self._run.checkpoints.failures > 1:
         raise
-      self._newest = newest
       self._run.watch.count("checkpoint")
       self._progress.alarm(
           number, "checkpoint", f"{error}; the next save tries again"

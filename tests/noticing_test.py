@@ -18,6 +18,7 @@ from PIL import Image
 import pytest
 
 from mcjepa_jax import (
+    checkpoint,
     command,
     errors,
     hosts,
@@ -315,6 +316,26 @@ def test_a_checkpoint_that_fails_is_told_and_the_next_is_saved(
       if alarm["alarm"] == "checkpoint"
   ]
   assert len(told) == 2 and "Permission denied" in told[0]
+
+
+def test_a_failure_told_once_the_next_is_written_is_not_of_a_row(
+    data, tmp_path, monkeypatch
+):
+  _refused(monkeypatch, {2, 6})
+  plain = checkpoint.Checkpoints.save
+
+  def save(self, *args):
+    try:
+      return plain(self, *args)
+    except errors.UserError:
+      self.wait_until_finished()
+      raise
+
+  monkeypatch.setattr(checkpoint.Checkpoints, "save", save)
+  # As on a machine so busy that each failure is only met by the next save.
+  monkeypatch.setattr(checkpoint.Checkpoints, "check_errors", lambda self: None)
+  assert train.train(_config(data), tmp_path)["alarm/checkpoint"] == 2
+  assert (tmp_path / "checkpoints" / "8").is_dir()
 
 
 @pytest.mark.proof
