@@ -30,8 +30,8 @@ and with --mfu, the share of their peak that devices are supposed to reach,
   usd                  the same at the --price of an hour of one device
 
 --search looks for the largest batch in the config's proportion: a compile without
-rematerialisation and one with remat=block foretell it, a third confirms it. The
-JSON object then holds
+rematerialisation and one with remat=block foretell it, a third confirms it if it
+is larger than theirs. The JSON object then holds
 
   foretold             by remat: times the smallest batch that the devices divide,
                        images, pairs, gib_per_device, flops beside remat=none's
@@ -392,7 +392,9 @@ def _search(config: Any, topology: str, host_gb: float) -> dict[str, Any]:
     return report
 
   with bar:
-    return sizing.search(config, parse_topology(topology).devices, compiled)
+    found = sizing.search(config, parse_topology(topology).devices, compiled)
+    bar.total = bar.n  # a third was not needed where the batch fits once
+  return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -74,7 +74,7 @@ def search(
 
   The policy is none where the config's own batch fits so, else the one with the
   larger batch. `compiled` gives preflight's report on a config; it is told what
-  it compiles.
+  it compiles. What fits no more than once is confirmed by its own first report.
 
   Raises:
     UserError: the config does not fit the devices.
@@ -106,8 +106,10 @@ def search(
         f" {reports['block']['gib_per_device']:.2f} GiB of"
         f" {reports['block']['gib_limit']:.2f} with remat=block.",
     )
-  batch = Batch(times * batch.images, times * batch.pairs)
-  report = compiled(
-      sized(config, batch, policy), f"{policy}, {batch.images}+{batch.pairs}"
-  )
+  report = reports[policy]
+  if times > 1:  # else the report is on that batch already
+    batch = Batch(times * batch.images, times * batch.pairs)
+    report = compiled(
+        sized(config, batch, policy), f"{policy}, {batch.images}+{batch.pairs}"
+    )
   return {"foretold": rows, "remat": policy, "confirmed": report}

@@ -68,6 +68,15 @@ def test_with_it_where_that_alone_fits_the_configs_own():
   assert config.remat == "none" and config.content.batch_size == 384
 
 
+def test_a_batch_that_fits_once_is_not_compiled_again():
+  config = mcjepa_convnext_tiny.get_config()
+  compiled, asked = _compiler(limit=25.0)
+  found = sizing.search(config, 16, compiled)
+  assert found["remat"] == "none" and found["foretold"]["none"]["times"] == 1
+  assert asked == [("none", 384, 8), ("block", 384, 8)]
+  assert found["confirmed"]["gib_per_device"] == pytest.approx(20.0)
+
+
 def test_what_was_foretold_wrongly_is_seen_in_the_report():
   compiled, _ = _compiler(more=9.0)
   config = mcjepa_convnext_tiny.get_config()
