@@ -184,7 +184,7 @@ def _made_up(monkeypatch, phases, *, ends_alike):
   def outcome(workdir):
     return workdir.name if "killed" in workdir.name and not ends_alike else ""
 
-  monkeypatch.setattr(kill, "undisturbed", lambda _: ({4: "a"}, 10.0))
+  monkeypatch.setattr(kill, "undisturbed", lambda _, **k: ({4: "a"}, 10.0))
   monkeypatch.setattr(kill, "seconds_to_write", lambda _: 1.5)
   monkeypatch.setattr(kill, "complete", lambda _: [4])
   monkeypatch.setattr(kill, "outcome", outcome)
