@@ -28,11 +28,13 @@ need_number "$cpus" --cpus
 need_run
 
 # JAX reads its place from srun's variables: a task is a process with the GPU of
-# its number on the node. SIGTERM goes to the tasks, not to this script.
+# its number on the node. SIGTERM goes to the tasks, not to this script. They notice
+# each other's end: srun is not to kill one that still saves. Nor does it take
+# sbatch's --cpus-per-task for its own.
 job="#!/usr/bin/env bash
 export PYTHONPATH=$(quoted "$root") JAX_PLATFORMS=cuda,cpu
 code=0
-srun --kill-on-bad-exit=1 \\
+srun --kill-on-bad-exit=0 --cpus-per-task=$cpus \\
   $(quoted "$venv/bin/python" -m mcjepa_jax.main "${arguments[@]}") || code=\$?
 [[ \$code != 75 ]] || scontrol requeue \"\$SLURM_JOB_ID\"
 exit \$code"

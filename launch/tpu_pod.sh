@@ -73,13 +73,19 @@ create() {
 
 # The states are those of cloud.google.com/tpu/docs/queued-resources.
 await() {
-  local state seen=
+  local state seen='' unanswered=0
   if [[ -n "$dry_run" ]]; then
     queued describe --format='value(state.state)'
     return
   fi
   while true; do
-    state="$(queued describe --format='value(state.state)')"
+    # One question in hours of them may go unanswered.
+    if ! state="$(queued describe --format='value(state.state)')"; then
+      ((++unanswered < 10)) || fail "$name: no answer from gcloud" 1
+      sleep 30
+      continue
+    fi
+    unanswered=0
     [[ "$state" == "$seen" ]] || echo "$(date +%T) $name: $state" >&2
     seen="$state"
     case "$state" in

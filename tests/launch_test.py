@@ -10,8 +10,7 @@ import time
 import pytest
 import yaml
 
-from configs import default
-from mcjepa_jax import command
+from mcjepa_jax import command, validation
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _LAUNCH = _ROOT / "launch"
@@ -239,7 +238,10 @@ def test_a_slurm_job_runs_main_and_is_queued_again_if_preempted(tmp_path, code):
   recorder = f"{_RECORDER}sys.exit({code})\n"
   _executable(tmp_path / "venv/bin/python", recorder)
   _executable(tmp_path / "bin/scontrol", _RECORDER)
-  _executable(tmp_path / "bin/srun", '#!/bin/bash\nshift\nexec "$@"\n')
+  _executable(
+      tmp_path / "bin/srun",
+      ('#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"\n'),
+  )
   _executable(tmp_path / "bin/sbatch", _RECORDER + (
       "import subprocess\n"
       "sys.exit(subprocess.run(['bash', '-s'], stdin=sys.stdin).returncode)\n"
@@ -270,6 +272,8 @@ def test_a_slurm_job_is_printed_and_not_submitted(tmp_path):
   )  # fmt: skip
   assert run.returncode == 0 and "submitted" not in run.stdout
   assert run.stdout.startswith("sbatch ") and "srun " in run.stdout
+  # srun does not take sbatch's, and is not to kill what still saves.
+  assert "srun --kill-on-bad-exit=0 --cpus-per-task=8 " in run.stdout
 
 
 def test_gpus_are_chosen_and_odd_arguments_kept():
@@ -313,9 +317,9 @@ def test_the_jobset_has_what_main_reads():
   file, workdir = command.single(
       arguments.flags, config="FILE.py", workdir="FOLDER"
   )
-  assert (_ROOT / file).is_file()
-  for key, value in arguments.overrides:
-    command.override(default.get_config(), key, value)
+  config = command.load_config(str(_ROOT / file), arguments.overrides)
+  devices = rows * columns * job["replicas"]
+  assert not validation.faults(config, devices=devices)
   mounts = {m["name"]: m["mountPath"] for m in container["volumeMounts"]}
   assert workdir.startswith(f"{mounts['shared']}/")
   assert {v["name"] for v in pod["volumes"]} == set(mounts)

@@ -1,0 +1,18 @@
+"""The full size on 128 devices: 64 pairs a step, which is ours, not the paper's.
+
+Motion is split by frame, and the paper's 8 pairs are 16 frames. Its 384 images
+are kept. On 8x16 chips of v5e or v6e, 4x4x8 of v5p:
+
+  python -m mcjepa_jax.main --config=configs/mcjepa_convnext_tiny_128.py \
+    --workdir=WORKDIR --config.data_root=DATA
+"""
+
+from configs import default, mcjepa_convnext_tiny
+
+
+def get_config() -> default.ConfigDict:
+  """The paper's recipe with a pair for every two devices."""
+  config = mcjepa_convnext_tiny.get_config()
+  config.name = "mcjepa_convnext_tiny_128"
+  config.motion.batch_size = 64
+  return config
