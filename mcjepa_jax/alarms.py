@@ -130,7 +130,9 @@ def rules(config: Any) -> list[Rule]:
           "motion",
           most=alarms.most_zero_ratio,
       ),
-      # Of both tasks: from the later one's start on.
+  )
+  # Of both tasks: from the later one's start on.
+  of_both = (
       diagnosed(
           "gradient_share",
           "gradient_share",
@@ -144,7 +146,8 @@ def rules(config: Any) -> list[Rule]:
           least=alarms.least_gradient_cosine,
       ),
   )
-  return [one for task, one in found if task in reads]
+  both = of_both if len(reads) == 2 else ()
+  return [one for task, one in (*found, *both) if task in reads]
 
 
 class Watch:

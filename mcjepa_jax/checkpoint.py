@@ -13,6 +13,7 @@ import functools
 import math
 import os
 import shutil
+import sys
 import tempfile
 from typing import Any
 
@@ -70,6 +71,11 @@ def _steps(folder: epath.Path) -> list[int]:
 def begun(workdir: str | os.PathLike) -> bool:
   """Returns whether a run has come to the point where it may save."""
   return (_absolute(workdir) / _FOLDER).exists()
+
+
+def complete(workdir: str | os.PathLike) -> bool:
+  """Returns whether a workdir has a complete checkpoint."""
+  return bool(_steps(_absolute(workdir) / _FOLDER))
 
 
 def locate(path: str | os.PathLike) -> epath.Path:
@@ -391,6 +397,8 @@ class Checkpoints:
     except UserError as error:
       failed = error
     if step in self.all_steps():
+      if failed is not None:
+        raise failed
       return False
     self._drop_partial()
     if jax.default_backend() == "cpu":
@@ -496,5 +504,11 @@ class Checkpoints:
   def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, *exception) -> None:
-    self.close()
+  def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    try:
+      self.close()
+    except UserError as fault:
+      if error is None:
+        raise
+      # What ends the run keeps its exit code.
+      print(f"warning: {fault}", file=sys.stderr)

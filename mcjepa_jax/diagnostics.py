@@ -65,8 +65,9 @@ class Diagnosis:
   def __call__(
       self, state: steps.TrainState, arrays: Mapping[str, jax.Array]
   ) -> dict[str, float]:
+    # The optimizer's part is not asked for, and would be held twice.
     found, z = jax.device_get(
-        self._function(state.params, arrays, state.key, state.step)
+        self._function(state.replace(opt_state={}), arrays)
     )
     found = {name: float(value) for name, value in found.items()}
     if z is not None:
@@ -74,23 +75,19 @@ class Diagnosis:
     return {f"diagnosis/{name}": value for name, value in found.items()}
 
 
-def _diagnose(model, recipe, params, arrays, key_data, step):
-  key = jax.random.fold_in(jax.random.wrap_key_data(key_data), step)
+def _diagnose(model, recipe, state, arrays):
   tasks = {"content": "views", "motion": "frames"}
-  tasks = {task: name for task, name in tasks.items() if name in arrays}
-
-  def loss(encoder, name):
-    batch = {name: arrays[name]}
-    return steps.loss_fn(
-        params | {"encoder": encoder}, model, batch, key, step, recipe
-    )[0]
-
-  grads = {
-      task: jax.grad(loss)(params["encoder"], name)
-      for task, name in tasks.items()
-  }
+  grads = {}
+  for task, name in tasks.items():
+    if name in arrays:
+      # As the step takes it, in as many parts.
+      gradient = steps.make_gradient(model, recipe, task)
+      grads[task] = gradient(state, {name: arrays[name]})[1]["encoder"]
   found, z = _compare(grads), None
   if "views" in arrays:
+    params = state.params
+    key = jax.random.wrap_key_data(state.key)
+    key = jax.random.fold_in(key, state.step)
     images = photometry.content_views(
         arrays["views"], key, **recipe.content_augmentation
     )

@@ -16,6 +16,7 @@ import numpy as np
 
 from mcjepa_jax import checkpoint, errors, hosts, step as steps
 
+FOLDER = "dumps"
 _NAMES = ("frames", "views")
 _META = ("step", "kind", "key", "records", "logs", "hosts")
 # Of the calls of `save`, the same on all hosts.
@@ -46,9 +47,9 @@ def save(
 
   All hosts of a run call this, with the workdir that they share.
   """
-  folder = workdir / "dumps" / f"step_{step}"
+  folder = workdir / FOLDER / f"step_{step}"
   others = [path for path in folder.parent.glob("*") if path != folder]
-  full = len(others) >= limit or (folder / "checkpoints").exists()
+  full = len(others) >= limit or checkpoint.complete(folder)
   told = hosts.exchange(f"dump {next(_numbers)}", [full, dict(records)])
   # What the first found: the others may have come after its folder.
   if told[0][0]:

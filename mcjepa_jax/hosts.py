@@ -34,7 +34,10 @@ FLAGS = ("coordinator", "processes", "process")
 _SHOWN = 8  # differences between two hosts
 # What of a config may differ: where things are, and how fast they go.
 _OWN = ("config.data_root", "config.compilation_cache", "config.workers")
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+_PACKAGES = (
+    *("jax", "jaxlib", "libtpu", "flax", "optax", "numpy"),
+    *("orbax-checkpoint", "tensorstore", "grain"),
+)
 _LONGEST = 1024  # bytes of a line of the roll call
 _LATER = 40  # seconds after which JAX itself misses a host that is silent
 
@@ -258,6 +261,8 @@ def _answer(
         reason = "the connection was closed"
     except OSError as error:
       reason = error.strerror or str(error)
+    except (UnicodeDecodeError, json.JSONDecodeError):
+      reason = "another service answers there"
     time.sleep(0.2)
   raise errors.UserError(
       f"{where.name(0)} at {where.address} did not call the roll: {reason}"
@@ -395,7 +400,10 @@ def code() -> dict[str, str]:
   for path in sorted(root.rglob("*.py")):
     digest.update(f"{path.relative_to(root)}\0".encode())
     digest.update(path.read_bytes())
-  versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+  versions = {}
+  for name in _PACKAGES:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      versions[name] = importlib.metadata.version(name)
   return {"mcjepa_jax": digest.hexdigest()[:12]} | versions
 
 
@@ -438,16 +446,23 @@ def shared_folder(folder: pathlib.Path) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def on_sigterm(handler: Callable[..., None]) -> Iterator[None]:
-  """Calls `handler` on SIGTERM inside; of many hosts JAX has its own."""
-  if jax.distributed.is_initialized():
+def on_sigterm(
+    handler: Callable[..., None], *, alone: bool = False
+) -> Iterator[None]:
+  """Calls `handler` on SIGTERM inside.
+
+  Of many hosts JAX has its own, which ends all at one step; where each may end
+  `alone`, the handler takes its place.
+  """
+  if jax.distributed.is_initialized() and not alone:
     yield
     return
   before = signal.signal(signal.SIGTERM, handler)
   try:
     yield
   finally:
-    signal.signal(signal.SIGTERM, before)
+    # None where JAX's own was there: nothing asks it any more.
+    signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 # How often this process asked whether to stop.

@@ -18,11 +18,14 @@ from mcjepa_jax import errors
 from mcjepa_jax.data import files
 
 _CHECKPOINTS = "checkpoints"
+_DUMPS = "dumps"
 _MARKER = "opened.txt"
 
 
 class Folder:
   """`local`, where logs are written; `address`, where checkpoints are."""
+
+  shared = True  # whether all hosts see one `local`
 
   def __init__(self, local: pathlib.Path, address: str | pathlib.Path):
     self.local, self.address = local, address
@@ -33,6 +36,8 @@ class Folder:
 
 class _Mirrored(Folder):
   """A folder in a bucket, and the local one that its logs are in."""
+
+  shared = False
 
   def __init__(self, local: pathlib.Path, remote: files.Remote):
     super().__init__(local, str(remote))
@@ -46,11 +51,13 @@ class _Mirrored(Folder):
     for folder, below, names in self._remote.walk():
       if folder == self._remote and _CHECKPOINTS in below:
         below.remove(_CHECKPOINTS)
+      if folder == self._remote / _DUMPS:  # large: they are only counted
+        for name in below:
+          (self.local / _DUMPS / name).mkdir(parents=True, exist_ok=True)
+        below.clear()
       for name in names:
         target = self.local / folder.relative_to(self._remote) / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        copy, spare = files.copied(folder / name)
-        (shutil.move if spare else shutil.copyfile)(copy, target)
+        _fetch(folder / name, target)
         self._sent[target] = _version(target)
     # Written anew: a bucket that takes nothing is told now.
     (self.local / _MARKER).write_text(f"{time.time()}\n")
@@ -73,6 +80,31 @@ class _Mirrored(Folder):
           self._remote.joinpath(*path.relative_to(self.local).parts),
       )
       self._sent[path] = version
+
+
+def _fetch(file: files.Remote, target: pathlib.Path) -> None:
+  target.parent.mkdir(parents=True, exist_ok=True)
+  copy, spare = files.copied(file)
+  (shutil.move if spare else shutil.copyfile)(copy, target)
+
+
+@contextlib.contextmanager
+def fetched(address: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """Gives a folder here that holds what is at an address; itself if it is here.
+
+  Raises:
+    UserError: a bucket that cannot be read.
+  """
+  place = files.path(address)
+  if not isinstance(place, files.Remote):
+    yield place
+    return
+  with tempfile.TemporaryDirectory(prefix="mcjepa_dump_") as local:
+    for folder, _, names in place.walk():
+      for name in names:
+        target = pathlib.Path(local) / folder.relative_to(place) / name
+        _fetch(folder / name, target)
+    yield pathlib.Path(local)
 
 
 def _version(path: pathlib.Path) -> tuple[int, int]:

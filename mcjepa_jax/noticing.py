@@ -45,26 +45,38 @@ class Watcher:
         run.model, assembly.recipe(run.config), run.mesh
     )
 
-  def before(self, number: int, state: steps.TrainState, batch: Batch) -> None:
-    """Compiles the step of a batch where it is new; diagnoses now and then."""
+  def before(
+      self,
+      number: int,
+      state: steps.TrainState,
+      batch: Batch,
+      following: Batch | None,
+  ) -> None:
+    """Compiles the step of a batch where it is new; diagnoses now and then.
+
+    What alternates between the tasks is diagnosed on the `following` batch, too.
+    """
     run = self._run
     if not run.programs.is_compiled(batch.kind, batch.arrays):
       self._first = not run.programs.compiles
       with run.clock.span("compile"):
         run.programs.compile(batch.kind, state, batch.arrays)
-      if run.programs.compiles > run.programs.expected:
+      if (more := run.programs.beyond(batch.kind)) > 0:
         run.watch.count("recompilation")
         shapes = {name: x.shape for name, x in batch.arrays.items()}
         self._progress.alarm(
             number,
             "recompilation",
-            f"compiled {run.programs.compiles} steps, where the config needs"
-            f" {run.programs.expected}; the last for {shapes}",
+            f"the {batch.kind} step was compiled for {more} more than the"
+            f" config needs; the last for {shapes}",
         )
     every = run.config.alarms.diagnose_every
     if every and number and number % every == 0:
       with run.clock.span("evaluate"):
-        values = self._diagnosis(state, batch.arrays)
+        arrays = batch.arrays
+        if following is not None and following.kind != batch.kind:
+          arrays = following.arrays | arrays
+        values = self._diagnosis(state, arrays)
       self._progress.log.scalars(number, values)
       self._act(number, run.watch.judge(number, values), batch.streams)
 
@@ -140,19 +152,7 @@ class Watcher:
     run, limits = self._run, self._run.config.alarms
     bad = sorted(name for name, x in values.items() if not np.isfinite(x))
     text = f"update skipped, not finite: {', '.join(bad)}"
-    folder = dumps.save(
-        hosts.shared_folder(run.workdir),
-        state,
-        step=pending.number,
-        kind=pending.batch.kind,
-        arrays=pending.batch.arrays,
-        records=pending.batch.records,
-        logs=values,
-        config=run.config,
-        limit=limits.dumps,
-    )
-    if folder:
-      text += f"; python -m mcjepa_jax.replay --dump={folder}"
+    text += self._dumped(pending, values, state)
     self._progress.alarm(
         pending.number, "not_finite", text, records=pending.batch.records
     )
@@ -166,6 +166,38 @@ class Watcher:
       raise alarms.RollBack(
           pending.number - run.watch.row + 1, following, reason
       )
+
+  def _dumped(
+      self,
+      pending: _Pending,
+      values: dict[str, float],
+      state: steps.TrainState,
+  ) -> str:
+    """Keeps a step to look at; how to, for the line that tells of it."""
+    run = self._run
+    many = jax.process_count() > 1
+    if many and not run.folder.shared:
+      return "; not dumped: the hosts share no folder but the bucket"
+    try:
+      folder = dumps.save(
+          hosts.shared_folder(run.workdir),
+          state,
+          step=pending.number,
+          kind=pending.batch.kind,
+          arrays=pending.batch.arrays,
+          records=pending.batch.records,
+          logs=values,
+          config=run.config,
+          limit=run.config.alarms.dumps,
+      )
+    except (OSError, errors.UserError) as error:
+      if many:  # the others may wait for this one's rows
+        raise
+      return f"; not dumped: {error}"
+    if not folder:
+      return ""
+    address = f"{run.folder.address}/{dumps.FOLDER}/{folder.name}"
+    return f"; python -m mcjepa_jax.replay --dump={address}"
 
   def _act(
       self, number: int, fired: list[alarms.Alarm], following: Streams

@@ -19,18 +19,18 @@ class Programs:
       self,
       functions: Mapping[str, Callable[..., Any]],
       *,
-      expected: int,
+      expected: Mapping[str, int],
       devices: int,
   ):
     """Compiles nothing yet.
 
     Args:
       functions: the jitted step by kind.
-      expected: how many programs the config needs.
+      expected: how many programs the config needs, by kind.
       devices: how many share a step.
     """
     self._functions = functions
-    self.expected = expected
+    self._expected = expected
     self._devices = devices
     self._thread = futures.ThreadPoolExecutor(max_workers=1)
     self._begun: dict[Key, futures.Future[Any]] = {}
@@ -43,6 +43,10 @@ class Programs:
   def compiles(self) -> int:
     """How many programs were compiled."""
     return len(self._compiled)
+
+  def beyond(self, kind: str) -> int:
+    """How many more steps of a kind were compiled than the config needs."""
+    return sum(key[0] == kind for key in self._compiled) - self._expected[kind]
 
   def _key(self, kind: str, arrays: Arrays) -> Key:
     return kind, *((name, x.shape) for name, x in sorted(arrays.items()))
@@ -72,11 +76,17 @@ class Programs:
     self._flops[key] = operations / self._devices
 
   def run(
-      self, kind: str, state: steps.TrainState, arrays: Mapping[str, jax.Array]
+      self,
+      kind: str,
+      state: steps.TrainState,
+      arrays: Mapping[str, jax.Array],
+      *,
+      again: bool = False,
   ) -> tuple[steps.TrainState, dict[str, jax.Array]]:
-    """The step of a batch, dispatched."""
+    """The step of a batch, dispatched; one that is run `again` counts once."""
     key = self._key(kind, arrays)
-    self.flops += self._flops[key]
-    self.images += len(arrays.get("views", ())) // 2
-    self.pairs += len(arrays.get("frames", ())) // 2
+    if not again:
+      self.flops += self._flops[key]
+      self.images += len(arrays.get("views", ())) // 2
+      self.pairs += len(arrays.get("frames", ())) // 2
     return self._compiled[key](state, arrays)

@@ -33,6 +33,7 @@ from mcjepa_jax import (
     command,
     dumps,
     errors,
+    mirror,
     sharding,
     step as steps,
     validation,
@@ -122,8 +123,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   def body():
     arguments = command.split(argv, ("dump",))
-    (folder,) = command.single(arguments.flags, dump="WORKDIR/dumps/step_STEP")
-    report = replay(pathlib.Path(folder).expanduser())
+    (address,) = command.single(
+        arguments.flags, remote=("dump",), dump="WORKDIR/dumps/step_STEP"
+    )
+    with mirror.fetched(address) as folder:
+      report = replay(folder)
     for name in ("terms", "gradients"):
       for entry in report[name]:
         print(f"Not finite: {entry}")

@@ -203,6 +203,7 @@ def step_programs(
       for number in (0, start, start + 1)
       if number < config.num_steps
   }
+  sizes = len(assembly.motion_sizes(config))
   functions = {
       kind: steps.jit_train_step(
           steps.make_train_step(model, optimizers, recipe, kind),
@@ -211,12 +212,11 @@ def step_programs(
       )
       for kind in kinds
   }
-  sizes = len(assembly.motion_sizes(config))
   return Programs(
       functions,
-      expected=sum(
-          sizes if "motion" in steps.tasks(kind) else 1 for kind in kinds
-      ),
+      expected={
+          kind: sizes if "motion" in steps.tasks(kind) else 1 for kind in kinds
+      },
       devices=mesh.size,
   )
 
@@ -234,11 +234,15 @@ def save(
   """
   config = run.config
   metrics = {}
-  if config.keep_best and not hurry:
-    # On scenes of their own: what is reported chooses no checkpoint.
-    with run.clock.span("evaluate"):
-      metrics = evaluations_on_the_way(run, state, config.eval_seed + 1)
-  run.folder.push()  # before: what goes on from here finds its logs
+  try:
+    if config.keep_best and not hurry:
+      # On scenes of their own: what is reported chooses no checkpoint.
+      with run.clock.span("evaluate"), until_sigterm(run):
+        metrics = evaluations_on_the_way(run, state, config.eval_seed + 1)
+    run.folder.push()  # before: what goes on from here finds its logs
+  except errors.UserError:
+    run.checkpoints.failures += 1
+    raise
   run.checkpoints.save(
       int(state.step),
       state,
@@ -446,6 +450,7 @@ def _train(config: Any, folder: mirror.Folder) -> dict[str, Any]:
         if newest is None:
           begin_step(run)
           state = first_state(run)
+          count_earlier(run, {"total": 0.0})
         else:
           state, saved, meta = checkpoints.restore(newest, abstract)
           count_earlier(run, meta["seconds"])
@@ -462,7 +467,9 @@ def _train(config: Any, folder: mirror.Folder) -> dict[str, Any]:
     finally:
       for stream in streams.values():
         stream.close()
-    results = finish(run, state, peak_gb)
+    # All is saved: of many hosts, too, one that has to go need ask no other.
+    with hosts.on_sigterm(_leave, alone=True):
+      results = finish(run, state, peak_gb)
   print(evaluate.table(results))
   print(f"Pictures and curves: {workdir / 'pictures'}")
   return results
@@ -489,7 +496,11 @@ def roll_back(run: Run, back: alarms.RollBack) -> steps.TrainState:
         command.EXIT_ALARM, f"rolled back {count - 1} times before: {back}"
     )
   with run.clock.span("initialise"):
-    run.checkpoints.wait_until_finished()
+    try:
+      run.checkpoints.wait_until_finished()
+    except errors.UserError as error:  # what it goes back to is an earlier one
+      run.watch.count("checkpoint")
+      tqdm.tqdm.write(str(error))
     step = run.checkpoints.go_back(back.step)
     if step is None:
       state, seconds = first_state(run), run.began
@@ -510,6 +521,46 @@ def roll_back(run: Run, back: alarms.RollBack) -> steps.TrainState:
   return state
 
 
+class _Interrupted(Exception):
+  """SIGTERM, where it can be heard at once."""
+
+
+def _interrupt(*_: Any) -> None:
+  raise _Interrupted
+
+
+@contextlib.contextmanager
+def until_sigterm(run: Run) -> Iterator[None]:
+  """Has SIGTERM end what is done inside, and then the run at its next step.
+
+  Of many hosts, which have to end at one step, it ends nothing inside.
+  """
+  try:
+    with hosts.on_sigterm(_interrupt):
+      yield
+  except _Interrupted:
+    run.stop.set()
+
+
+def looks_at(config: Any, number: int) -> bool:
+  """Whether something is evaluated or drawn before a step."""
+  every = config.eval_every, config.panel_every
+  return number > 0 and any(n and number % n == 0 for n in every)
+
+
+def look(
+    run: Run, state: steps.TrainState, number: int, log: journal.Journal
+) -> None:
+  """Logs the evaluation and the pictures that are due before a step."""
+  config = run.config
+  with until_sigterm(run):
+    if config.eval_every and number % config.eval_every == 0:
+      with run.clock.span("evaluate"):
+        log.scalars(number, evaluations_on_the_way(run, state))
+    if config.panel_every and number % config.panel_every == 0:
+      draw(run, state, log)
+
+
 def run_loop(run: Run, state: steps.TrainState) -> steps.TrainState:
   """The trained state, by as many ways back as the alarms allow."""
   rolled_back = False
@@ -524,11 +575,14 @@ def run_loop(run: Run, state: steps.TrainState) -> steps.TrainState:
 def run_steps(
     run: Run, state: steps.TrainState, rolled_back: bool
 ) -> steps.TrainState:
-  """The trained state: evaluate, save, next batch, dispatch, settle.
+  """The trained state: save, evaluate, next batch, dispatch, settle.
 
   What is settled is the step BEFORE the one dispatched, so that the host never
   waits. A checkpoint holds the streams as of the next batch to be consumed:
   the queue runs ahead, so each queued batch carries its streams' states.
+
+  It is saved before it is evaluated: what a run that goes on from there logs
+  before its first step is what the one before it had logged there, or had not.
 
   Raises:
     RollBack: to an earlier state. The first step from there is saved, so that
@@ -543,54 +597,61 @@ def run_steps(
   progress = Progress(run, start)
   watcher = noticing.Watcher(run, progress)
   watch = hosts.Watch(config.hang_seconds)
+
+  def following():
+    if queue:
+      return queue[0].streams
+    return {task: stream.state() for task, stream in run.streams.items()}
+
+  def keep(state, number, *, hurry):
+    state, _ = watcher.settle(state, following())
+    # In a row of skipped updates what was saved before it stays newest.
+    if hurry or not run.watch.row:
+      with clock.span("checkpoint"), watcher.writing(number):
+        save(run, state, following(), hurry=hurry)
+    return state
+
   try:
     for number in range(start, config.num_steps):
       watch.step()
-      if number > start:
-        stopping = hosts.stopping(run.stop)
-        # What stops has seconds left, and nothing to lose but its state.
-        looks = not stopping
-        if looks and config.eval_every and number % config.eval_every == 0:
-          with clock.span("evaluate"):
-            progress.log.scalars(number, evaluations_on_the_way(run, state))
-        if looks and config.panel_every and number % config.panel_every == 0:
-          draw(run, state, progress.log)
-        first = rolled_back and number == start + 1
-        if stopping or first or number % config.save_every == 0:
-          state, _ = watcher.settle(state, queue[0].streams)
-          # In a row of skipped updates what was saved before it stays newest.
-          if stopping or not run.watch.row:
-            tolerant = (
-                contextlib.nullcontext()
-                if stopping
-                else watcher.writing(number)
-            )
-            with clock.span("checkpoint"), tolerant:
-              save(run, state, queue[0].streams, hurry=stopping)
-        if stopping:
-          run.checkpoints.wait_until_finished()
-          raise command.Stop(
-              command.EXIT_PREEMPTED, f"SIGTERM: saved at step {number}"
-          )
+      stopping = number > start and hosts.stopping(run.stop)
+      first = rolled_back and number == start + 1
+      periodic = number > start and number % config.save_every == 0
+      if stopping or first or periodic:
+        state = keep(state, number, hurry=stopping)
+      # What stops has seconds left, and nothing to lose but its state.
+      if not stopping and looks_at(config, number):
+        state, _ = watcher.settle(state, following())
+        look(run, state, number, progress.log)
+        if run.stop.is_set():
+          stopping, state = True, keep(state, number, hurry=True)
+      if stopping:
+        run.checkpoints.wait_until_finished()
+        if run.checkpoints.latest_step() != number:
+          raise errors.UserError(f"SIGTERM: step {number} could not be saved")
+        raise command.Stop(
+            command.EXIT_PREEMPTED, f"SIGTERM: saved at step {number}"
+        )
       with clock.span("input"):
         while len(queue) <= config.prefetch and (batch := next(source, None)):
           queue.append(batch)
         batch = queue.popleft()
         progress.log.records(number, batch.records)
         progress.quarantine(number, batch)
-      watcher.before(number, state, batch)
+      watcher.before(number, state, batch, queue[0] if queue else None)
       state, logs = run.programs.run(batch.kind, state, batch.arrays)
       state, skipped = watcher.settle(state, batch.streams)
       if skipped:  # then the step just dispatched has changed nothing
-        state, logs = run.programs.run(batch.kind, state, batch.arrays)
+        state, logs = run.programs.run(
+            batch.kind, state, batch.arrays, again=True
+        )
       watcher.dispatched(number, batch, logs)
-    streams = {task: stream.state() for task, stream in run.streams.items()}
-    state, _ = watcher.settle(state, streams)
+    state, _ = watcher.settle(state, following())
     if start < config.num_steps:
       with clock.span("checkpoint"):
         with watcher.writing(config.num_steps):
           run.checkpoints.wait_until_finished()  # for the one before
-        save(run, state, streams)
+        save(run, state, following())
         run.checkpoints.wait_until_finished()
     draw(run, state, progress.log)
   finally:

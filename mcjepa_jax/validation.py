@@ -121,9 +121,25 @@ def faults(config: Any, *, devices: int | None = None) -> list[str]:
         "best_metric: with keep_best expected a result of one of evals,"
         f" {tuple(config.evals)}, got {config.best_metric!r}"
     )
+  found += _no_way_back(config)
   if devices:
     found += _batch_faults(config, reads, devices)
   return found
+
+
+def _no_way_back(config: Any) -> list[str]:
+  """Alarms that are to roll back, to checkpoints that are gone by then."""
+  if config.alarms.action != "rollback" or config.keep_hours:
+    return []
+  lasts = max((rule.lasts for rule in alarms.rules(config)), default=0)
+  reach = (config.keep_last - 1) * config.save_every
+  if reach >= lasts:
+    return []
+  return [
+      "alarms.action: rollback goes back to before what was judged, as many as"
+      f" {lasts} steps: expected (keep_last - 1) * save_every of as much, or"
+      f" keep_hours, got ({config.keep_last} - 1) * {config.save_every}"
+  ]
 
 
 def _numbers(value: Any) -> bool:

@@ -6,7 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mcjepa_jax import alarms, command, diagnostics, flow_ops, train
+from mcjepa_jax import (
+    alarms,
+    assembly,
+    command,
+    diagnostics,
+    flow_ops,
+    sharding,
+    step as steps,
+    train,
+)
 from tests import tiny
 
 _STEPS = 40
@@ -123,7 +132,9 @@ def test_an_alarm_ends_the_run_where_the_config_says_so(
   cfg = tiny.config(
       **_SOON
       | _COLLAPSE
-      | dict(alarms__action=action, alarms__rollbacks=1, save_every=4)
+      | dict(
+          alarms__action=action, alarms__rollbacks=1, save_every=4, keep_last=3
+      )
   )
   with pytest.raises(command.Stop, match=words) as caught:
     train.train(cfg, tmp_path)
@@ -134,6 +145,43 @@ def test_an_alarm_ends_the_run_where_the_config_says_so(
     (back,) = {x["step"] for x in lines if x["alarm"] == "rollback"}
     # Before the window that was judged; the first step from there is saved.
     assert back <= 4 and back + 1 in saved
+
+
+@pytest.mark.slow
+def test_tasks_that_alternate_are_compared_on_two_batches(tmp_path):
+  fired = _fired(
+      tmp_path,
+      mode="alternate",
+      motion__start_step=0,
+      alarms__warm_up=0,
+      alarms__diagnose_every=2,
+      alarms__least_gradient_share=1.0,
+      num_steps=6,
+  )
+  assert "gradient_share" in fired
+  lines = map(json.loads, (tmp_path / "metrics.jsonl").open())
+  compared = [x["step"] for x in lines if "diagnosis/gradient_cosine" in x]
+  assert compared == [2, 4]
+
+
+@pytest.mark.proof
+@pytest.mark.slow
+def test_a_diagnosis_in_parts_is_that_of_the_whole_batch():
+  found = []
+  for parts in (1, 2):
+    cfg = tiny.config(accumulate=parts, accumulation="exact")
+    mesh = assembly.mesh(cfg)
+    model = assembly.model(cfg)
+    state = steps.init_state(model, assembly.optimizers(cfg), 0)
+    diagnose = diagnostics.Diagnosis(model, assembly.recipe(cfg), mesh)
+    found.append(diagnose(state, sharding.to_global(tiny.batch(), mesh)))
+  assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_a_run_of_one_task_compares_none():
+  for mode in ("content", "motion"):
+    names = {rule.name for rule in alarms.rules(tiny.config(mode=mode))}
+    assert names and not names & {"gradient_share", "gradient_cosine"}
 
 
 def test_alarms_wait_for_their_task_and_for_the_masks():

@@ -486,6 +486,37 @@ def test_a_stranger_on_the_port_is_not_counted():
   assert "these did not come: process 1" in fault
 
 
+def test_another_service_on_the_coordinators_port_is_no_roll_call():
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    port = server.getsockname()[1]
+
+    def serve():
+      for _ in range(2):
+        connection, _ = server.accept()
+        with connection:
+          connection.sendall(b"\x00\x00\x18\x04\xff\xff\n")  # HTTP/2
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    place = hosts.Place(f"127.0.0.1:{port}", 2, 1)
+    (fault,) = _call_all([place], 0.3)
+  assert "did not call the roll: another service answers there" in fault
+
+
+def test_where_each_may_end_alone_sigterm_is_heard_in_spite_of_jax(monkeypatch):
+  monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+  heard = []
+  before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+  try:
+    with hosts.on_sigterm(lambda *_: heard.append("together")):
+      os.kill(os.getpid(), signal.SIGTERM)
+      with hosts.on_sigterm(lambda *_: heard.append("alone"), alone=True):
+        os.kill(os.getpid(), signal.SIGTERM)
+  finally:
+    signal.signal(signal.SIGTERM, before)
+  assert heard == ["alone"]
+
+
 def test_flags_go_before_variables_and_both_before_none(monkeypatch):
   monkeypatch.setenv("MCJEPA_COORDINATOR", "10.0.0.1:1234")
   monkeypatch.setenv("MCJEPA_PROCESSES", "4")

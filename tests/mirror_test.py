@@ -109,6 +109,20 @@ def test_only_what_changed_is_copied(bucket, monkeypatch):
   assert sent == ["opened.txt", "a.txt", "b.txt", "b.txt", "opened.txt"]
 
 
+def test_dumps_are_counted_by_the_next_run_and_read_where_they_are(bucket):
+  address = f"{bucket}/dumped"
+  with mirror.opened(address) as folder:
+    views = folder.local / "dumps" / "step_3" / "views.0.npy"
+    views.parent.mkdir(parents=True)
+    views.write_bytes(b"large")
+  with mirror.opened(address) as again:
+    (counted,) = (again.local / "dumps").iterdir()
+    assert counted.name == "step_3" and not list(counted.iterdir())
+  with mirror.fetched(f"{address}/dumps/step_3") as folder:
+    assert (folder / "views.0.npy").read_bytes() == b"large"
+  assert not folder.exists()
+
+
 def test_a_bucket_that_is_not_there_is_told_before_anything_runs(bucket):
   with pytest.raises((errors.UserError, FileNotFoundError), match="nowhere"):
     with mirror.opened("gs://nowhere/run"):

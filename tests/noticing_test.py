@@ -349,6 +349,43 @@ def test_two_checkpoints_in_a_row_that_fail_end_the_run(
   assert train.train(_config(data), tmp_path / "run")["meta/step"] == 8
 
 
+def test_sigterm_in_an_evaluation_saves_and_the_next_run_evaluates_there(
+    data, tmp_path, monkeypatch
+):
+  config = _config(
+      data, eval_every=3, eval_limit=8, evals=("knn/synthetic",), save_every=100
+  )
+  train.train(config, tmp_path / "whole")
+  plain = train.evaluations
+
+  def preempted(run, state, **options):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+    raise AssertionError("SIGTERM was not heard")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train, "evaluations", preempted)
+    with pytest.raises(command.Stop, match="saved at step 3") as stop:
+      train.train(config, tmp_path / "cut")
+  assert stop.value.code == 75
+  assert train.evaluations is plain
+  train.train(config, tmp_path / "cut")
+  told = [
+      [
+          {
+              key: value
+              for key, value in line.items()
+              if key in ("step", "loss", "knn/synthetic/top1")
+          }
+          for line in workdirs.lines(tmp_path / name / "metrics.jsonl")
+      ]
+      for name in ("whole", "cut")
+  ]
+  assert told[0] == told[1]
+  evaluated = [x["step"] for x in told[1] if "knn/synthetic/top1" in x]
+  assert evaluated == [3, 6]
+
+
 @pytest.mark.proof
 def test_sigterm_in_the_last_evaluation_ends_it_and_the_next_run_evaluates(
     data, tmp_path, monkeypatch

@@ -18,7 +18,9 @@ def programs():
       raise ValueError("three")
     return state.replace(step=state.step + arrays["views"].sum()), {}
 
-  made = Programs({"content": jax.jit(step)}, expected=1, devices=1)
+  made = Programs(
+      {"content": jax.jit(step)}, expected={"content": 1}, devices=1
+  )
   made.traced = traced
   return made
 
@@ -55,6 +57,19 @@ def test_a_batch_of_another_shape_has_its_own_program(programs):
   assert programs.traced == [(4, 2), (6, 2)]
   # What was begun and not used is no recompilation.
   assert programs.compiles == 1
+  assert programs.beyond("content") == 0
+  programs.compile("content", state, {"views": jnp.ones((4, 2))})
+  assert programs.beyond("content") == 1
+
+
+def test_a_step_that_is_run_again_counts_once(programs):
+  state, batch = _state(jnp.zeros(())), {"views": jnp.ones((4, 2))}
+  programs.compile("content", state, batch)
+  programs.run("content", state, batch)
+  counted = programs.images, programs.flops
+  assert counted[0] == 2 and counted[1] > 0
+  assert programs.run("content", state, batch, again=True)[0].step == 8
+  assert (programs.images, programs.flops) == counted
 
 
 def test_what_fails_beside_fails_where_it_is_waited_for(programs):

@@ -74,6 +74,10 @@ def test_the_configs_as_they_are_have_no_fault(module):
             "learning_rate: expected a positive number, got inf",
         ),
         (dict(motion__weight=0.0), "motion: mode combined trains it"),
+        (
+            dict(alarms__action="rollback", alarms__window=100, save_every=50),
+            "alarms.action: .* as 100 steps: .*got \\(2 - 1\\) \\* 50",
+        ),
         (dict(keep_best=1), "best_metric: with keep_best expected a result"),
     ],
 )
