@@ -56,7 +56,8 @@ def foretold(report: dict[str, Any], batch: Batch) -> dict[str, Any]:
   """The largest batch by the report on one: `times` it, and the memory then."""
   fixed = (1 + _GRADIENT) * report["state_gib"]
   each = max(report["gib_per_device"] - fixed, 2.0**-20)
-  times = max(0, int((_MARGIN * report["gib_limit"] - fixed) / each))
+  times = int((_MARGIN * report["gib_limit"] - fixed) / each)
+  times = max(times, int(report["fits"]))  # of once nothing is foretold
   return {
       "times": times,
       "images": times * batch.images,

@@ -3,6 +3,7 @@
 import concurrent.futures
 import importlib.util
 import json
+import multiprocessing
 import re
 from typing import Any
 
@@ -197,6 +198,13 @@ def test_faults_of_the_command_line_exit_with_2(argv, fault, capsys):
   lines = capsys.readouterr().err.splitlines()
   assert any(re.search(fault, line) for line in lines)
   assert all(line.startswith("error: ") for line in lines)
+
+
+def test_a_compiler_that_takes_too_much_memory_is_ended(capsys):
+  flags = "--config=configs/quickstart.py", "--topology=cpu:1"
+  assert preflight.main([*flags, "--host-gb=0.1"]) == 1
+  assert "more than --host-gb=0.1 GB: ended" in capsys.readouterr().err
+  assert not multiprocessing.active_children()
 
 
 @needs_libtpu

@@ -77,6 +77,14 @@ def test_a_batch_that_fits_once_is_not_compiled_again():
   assert found["confirmed"]["gib_per_device"] == pytest.approx(20.0)
 
 
+def test_what_fits_within_the_margin_fits_once():
+  config = mcjepa_convnext_tiny.get_config()
+  compiled, asked = _compiler(limit=20.5)  # of which 20.0 are more than 95 %
+  found = sizing.search(config, 16, compiled)
+  assert found["remat"] == "none" and found["confirmed"]["fits"]
+  assert len(asked) == 2
+
+
 def test_what_was_foretold_wrongly_is_seen_in_the_report():
   compiled, _ = _compiler(more=9.0)
   config = mcjepa_convnext_tiny.get_config()
