@@ -6,7 +6,8 @@ Saves the whole train state of a config in the background, as training does,
 while steps that take the state's own memory (donation) go on; restores it and
 compares it bit for bit with what it was when it was saved. The steps only add to
 the state: what is measured is the writing. Exit code 1 if the save or a step
-meanwhile took half a second or more, or anything differs.
+meanwhile took half a second or more, anything differs, or it took more memory than
+twice the state.
 """
 
 import os
@@ -35,6 +36,7 @@ _JSON = flags.DEFINE_string("json", None, "Where to write the rows.")
 _DIR = flags.DEFINE_string("dir", None, "Folder on the disk to write to.")
 
 _BLOCKED = 0.5  # seconds
+_MEMORY = 2.0  # times the state, beside it: its copy, and what is written
 
 
 def main(argv: list[str]) -> None:
@@ -111,7 +113,9 @@ def main(argv: list[str]) -> None:
       _JSON.value,
       meta,
       rows,
-      failed=max(blocked, later, longest) >= _BLOCKED or differ > 0,
+      failed=max(blocked, later, longest) >= _BLOCKED
+      or differ > 0
+      or peak * 1e9 >= _MEMORY * size,
   )
 
 

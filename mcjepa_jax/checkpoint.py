@@ -37,7 +37,11 @@ _REFUSALS = tuple(
         *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
         *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE),
     )
-)
+) + (
+    "UNAVAILABLE",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+)  # of a bucket
 _policies = ocp.checkpoint_managers
 
 
@@ -311,8 +315,12 @@ class Checkpoints:
     """Raises UserError for what a disk that takes no more raises inside."""
     try:
       yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
       reason = next((x for x in _REFUSALS if x in str(error)), None)
+      if isinstance(error, jax.errors.JaxRuntimeError):
+        # Of several hosts each waits for what the others write.
+        late = "DEADLINE_EXCEEDED" in str(error)
+        reason = "another host has not written its part" if late else None
       if reason is None and isinstance(error, OSError):
         reason = error.strerror or str(error)
       if reason is None:

@@ -408,6 +408,44 @@ def test_a_save_that_cannot_begin_is_told_once_and_the_next_is_made(
     assert checkpoints.all_steps() == [2]
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out."),
+            "another host has not written its part",
+        ),
+        (ValueError("UNAVAILABLE: Error writing b/state"), "UNAVAILABLE"),
+    ],
+)
+def test_what_other_hosts_and_buckets_refuse_is_told(
+    tmp_path, monkeypatch, error, words
+):
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+
+    def refused():
+      raise error
+
+    with monkeypatch.context() as patch:
+      patch.setattr(checkpoints._manager, "wait_until_finished", refused)
+      with pytest.raises(UserError, match=f"cannot be written: {words}; there"):
+        checkpoints.wait_until_finished()
+    assert checkpoints.failures == 1
+
+
+def test_what_ends_a_run_is_not_hidden_by_its_last_save(tmp_path, capsys):
+  with pytest.raises(RuntimeError, match="what ends it"):
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+
+      def refused(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+      checkpoints._manager.save = refused
+      checkpoints.save(1, make_state(), {}, {})
+      raise RuntimeError("what ends it")
+  assert "No space left on device" in capsys.readouterr().err
+
+
 def test_a_save_after_one_that_failed_is_made_before_that_is_told(
     tmp_path, monkeypatch
 ):

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
-from tests import workdirs
+from mcjepa_jax import command, train
+from tests import tiny, workdirs
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _STEPS = 9
@@ -252,3 +254,29 @@ def test_sigterm_saves_with_75_and_the_run_goes_on_as_if_it_had_not_come(
   _assert_equal(whole, workdir)
   records = [workdirs.lines(w / "records.jsonl") for w in (whole, workdir)]
   assert records[0] == records[1]
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_the_encoder_of_another_and_the_rest_anew(
+    whole, tmp_path, monkeypatch
+):
+  started = []
+
+  def captured(run, state):
+    started.append(state)
+    raise command.Stop(command.EXIT_ALARM, "seen")
+
+  monkeypatch.setattr(train, "run_loop", captured)
+  for name, source in (("own", ""), ("taken", str(whole))):
+    cfg = tiny.config(
+        mesh__devices=1, init_checkpoint=source, num_steps=5, seed=3
+    )
+    with pytest.raises(command.Stop, match="seen"):
+      train.train(cfg, tmp_path / name)
+  own, taken = (workdirs.flat(state.params) for state in started)
+  trained = workdirs.flat(workdirs.saved(whole, _STEPS)[0]["params"])
+  for name, x in taken.items():
+    source = trained if name.startswith("encoder/") else own
+    np.testing.assert_array_equal(x, source[name], err_msg=name)
+  assert any((own[k] != taken[k]).any() for k in own)
+  assert int(started[1].step) == 0
