@@ -7,7 +7,8 @@ an expander so wide that a checkpoint takes a second and more to write, saved ev
 few steps. Two runs go through first; the second's length is what the times of the
 kills are drawn from. Then runs are killed by SIGKILL, with all their processes, and
 started again until each has ended, as many as it takes. Every tenth kill waits for
-the next commit, which is too short to be met often by chance.
+the next commit, which is too short to be met often by chance; every third run finds
+no program compiled.
 
 A kill is exact if the next start took the newest checkpoint that was complete when
 it came, the state restored from there is, bit for bit, what the undisturbed run had
@@ -54,6 +55,7 @@ _SPANS = {  # of the run's clock
     "pictures": "evaluation",
 }
 _AIMED = 10  # one kill in so many waits for a commit
+_COLD = 3  # one run in so many compiles for itself, as far as it is let
 _LIFE = 600  # seconds after which a run that does not end is stuck
 _TIMED = ("seconds/", "meta/", "feed/", "step/", "examples_per_second")
 
@@ -146,15 +148,24 @@ def child(folder: pathlib.Path, all_digests: bool, argv: list[str]) -> int:
 class Life:
   """One process of a run, from its start to its end or its kill."""
 
-  def __init__(self, workdir: pathlib.Path, *, all_digests: bool = False):
-    """Starts or goes on with the run of a workdir."""
+  def __init__(
+      self,
+      workdir: pathlib.Path,
+      *,
+      all_digests: bool = False,
+      own_cache: bool = False,
+  ):
+    """Starts or goes on with the run of a workdir.
+
+    With its `own_cache` it compiles what other runs have compiled before.
+    """
     self._told = workdir.with_name(f"{workdir.name}.told")
     self._told.mkdir(exist_ok=True)
     (self._told / "events.jsonl").unlink(missing_ok=True)
     self._checkpoints = workdir / "checkpoints"
     self._began = time.time()
     self.log = self._told / "log"
-    cache = f"{workdir.parent}/cache"
+    cache = workdir.with_name(f"{workdir.name}.cache" if own_cache else "cache")
     arguments = (
         f"--config={__file__}",
         f"--workdir={workdir}",
@@ -333,7 +344,7 @@ def killed_run(
   while True:
     at, aimed = next(draws)
     began = time.monotonic()
-    with Life(workdir) as life:
+    with Life(workdir, own_cache=run % _COLD == 0) as life:
       if life.ends(at) or (aimed and life.commits()):
         yield from settled(life)
         del made[len(made) - len(unsettled) :]

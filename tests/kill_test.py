@@ -156,7 +156,7 @@ class _Life:
 def test_a_kill_when_all_was_done_is_drawn_again(tmp_path, monkeypatch):
   # Killed as it exits; the next life finds a finished run and tells nothing.
   script = [(False, None), (False, "none"), (True, "none")]
-  monkeypatch.setattr(kill, "Life", lambda workdir: _Life(script))
+  monkeypatch.setattr(kill, "Life", lambda workdir, own_cache: _Life(script))
   made = []
   draws = iter([(1.0, False)] * 3)
   kills = [*kill.killed_run(tmp_path, 1, draws, made, {})]
