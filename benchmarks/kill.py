@@ -8,7 +8,7 @@ few steps. Two runs go through first; the second's length is what the times of t
 kills are drawn from. Then runs are killed by SIGKILL, with all their processes, and
 started again until each has ended, as many as it takes. Every tenth kill waits for
 the next commit, which is too short to be met often by chance; every third run finds
-no program compiled.
+no program compiled until it has compiled them.
 
 A kill is exact if the next start took the newest checkpoint that was complete when
 it came, the state restored from there is, bit for bit, what the undisturbed run had
@@ -55,7 +55,7 @@ _SPANS = {  # of the run's clock
     "pictures": "evaluation",
 }
 _AIMED = 10  # one kill in so many waits for a commit
-_COLD = 3  # one run in so many compiles for itself, as far as it is let
+_COLD = 3  # one run in so many finds no program compiled
 _LIFE = 600  # seconds after which a run that does not end is stuck
 _TIMED = ("seconds/", "meta/", "feed/", "step/", "examples_per_second")
 
@@ -405,7 +405,8 @@ def kills_of(
       )
       for kill in kills[first:]:
         kill.exact = False
-    shutil.rmtree(workdir)
+    for path in (workdir, *folder.glob(f"{workdir.name}.*")):
+      shutil.rmtree(path)
   bar.close()
   figures = {
       "seconds_alone": round(length, 1),

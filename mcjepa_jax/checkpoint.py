@@ -37,11 +37,8 @@ _REFUSALS = tuple(
         *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
         *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE),
     )
-) + (
-    "UNAVAILABLE",
-    "PERMISSION_DENIED",
-    "RESOURCE_EXHAUSTED",
-)  # of a bucket
+)
+_REFUSALS += ("UNAVAILABLE", "PERMISSION_DENIED", "DEADLINE_EXCEEDED")  # gs://
 _policies = ocp.checkpoint_managers
 
 
@@ -317,20 +314,29 @@ class Checkpoints:
       yield
     except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
       reason = next((x for x in _REFUSALS if x in str(error)), None)
-      if isinstance(error, jax.errors.JaxRuntimeError):
-        # Of several hosts each waits for what the others write.
-        late = "DEADLINE_EXCEEDED" in str(error)
-        reason = "another host has not written its part" if late else None
+      # Of several hosts each waits for what the others write.
+      barrier = (TimeoutError, jax.errors.JaxRuntimeError)
+      if isinstance(error, barrier) and (
+          isinstance(error, TimeoutError) or reason == "DEADLINE_EXCEEDED"
+      ):
+        reason = "not every host has written its part in time"
       if reason is None and isinstance(error, OSError):
         reason = error.strerror or str(error)
       if reason is None:
         raise
-      steps = _steps(self._folder)
-      left = f"step {steps[-1]} stays" if steps else "there is none before it"
       self.failures += 1
+      left = self._left()
       raise UserError(
           f"a checkpoint in {self._folder} cannot be written: {reason}; {left}"
       ) from error
+
+  def _left(self) -> str:
+    """What there is after a save that failed."""
+    try:
+      steps = _steps(self._folder)
+    except Exception:  # of a bucket: it refuses that as well
+      return "what was there before stays"
+    return f"step {steps[-1]} stays" if steps else "there is none before it"
 
   def _drop_partial(self) -> None:
     """Makes room of what a failed write left; one that goes on, next time."""
@@ -359,6 +365,9 @@ class Checkpoints:
     The oldest one stays, however new it is.
     """
     self._copied = None  # its memory is wanted for what is restored
+    self._join()
+    # A save that failed has taken off the list what it was to replace.
+    self._manager.reload()
     steps = self.all_steps()
     for newer in steps[1:]:
       if newer > step:

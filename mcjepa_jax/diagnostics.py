@@ -65,7 +65,7 @@ class Diagnosis:
   def __call__(
       self, state: steps.TrainState, arrays: Mapping[str, jax.Array]
   ) -> dict[str, float]:
-    # The optimizer's part is not asked for, and would be held twice.
+    # The optimizer's part is not asked for.
     found, z = jax.device_get(
         self._function(state.replace(opt_state={}), arrays)
     )
@@ -91,6 +91,7 @@ def _diagnose(model, recipe, state, arrays):
     images = photometry.content_views(
         arrays["views"], key, **recipe.content_augmentation
     )
+    # All at once: without a gradient a layer's activations go with it.
     _, z = model.apply({"params": params}, images, method=model.content)
     found["correlation"] = correlation(z)
   return found, z

@@ -104,6 +104,8 @@ def fetched(address: str | os.PathLike) -> Iterator[pathlib.Path]:
       for name in names:
         target = pathlib.Path(local) / folder.relative_to(place) / name
         _fetch(folder / name, target)
+    if not any(pathlib.Path(local).iterdir()):
+      raise errors.UserError(f"{place}: there is nothing")
     yield pathlib.Path(local)
 
 

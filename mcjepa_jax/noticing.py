@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 import contextlib
 import dataclasses
+import shutil
 import time
 from typing import Any
 
@@ -74,7 +75,7 @@ class Watcher:
     if every and number and number % every == 0:
       with run.clock.span("evaluate"):
         arrays = batch.arrays
-        if following is not None and following.kind != batch.kind:
+        if run.config.mode == "alternate" and following is not None:
           arrays = following.arrays | arrays
         values = self._diagnosis(state, arrays)
       self._progress.log.scalars(number, values)
@@ -193,6 +194,8 @@ class Watcher:
     except (OSError, errors.UserError) as error:
       if many:  # the others may wait for this one's rows
         raise
+      part = run.workdir / dumps.FOLDER / f"step_{pending.number}"
+      shutil.rmtree(part, ignore_errors=True)  # it counts
       return f"; not dumped: {error}"
     if not folder:
       return ""

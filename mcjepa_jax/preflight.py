@@ -43,9 +43,10 @@ is larger than theirs. The JSON object then holds
 Exit code: 0 if it fits, 1 if it does not, 2 for a fault of the input.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import concurrent.futures
 from concurrent.futures import process
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -53,6 +54,7 @@ import math
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import time
 from typing import Any
@@ -68,6 +70,7 @@ from mcjepa_jax import (
     flops,
     goodput,
     hlo,
+    hosts,
     journal,
     sharding,
     sizing,
@@ -275,6 +278,17 @@ def _report(config: Any, topology: Topology) -> dict[str, Any]:
   )
 
 
+@contextlib.contextmanager
+def _ended_with_this() -> Iterator[None]:
+  """Kills the compiler where this process does not wait for its end."""
+  try:
+    yield
+  except BaseException:
+    for compiler in multiprocessing.active_children():
+      compiler.kill()
+    raise
+
+
 def preflight(
     config: Any,
     topology: str,
@@ -300,13 +314,14 @@ def preflight(
   if faults:
     raise errors.UserError(*faults)
   context = multiprocessing.get_context("spawn")
-  with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+  with (
+      concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool,
+      _ended_with_this(),
+  ):
     report = pool.submit(_report, config, parsed[0])
     while not concurrent.futures.wait([report], timeout=1).done:
       wait()
       if journal.peak_rss_gb() > host_gb:
-        for compiler in multiprocessing.active_children():
-          compiler.kill()
         raise command.Stop(
             1, f"The compiler took more than --host-gb={host_gb} GB: ended."
         )
@@ -429,7 +444,9 @@ def main(argv: Sequence[str] | None = None) -> int:
           f" {report['gib_limit']:.2f}.",
       )
 
-  return command.guarded(body, debug="--debug" in argv)
+  # As what is killed by it, but that the compiler is as well.
+  with hosts.on_sigterm(lambda *_: sys.exit(128 + signal.SIGTERM)):
+    return command.guarded(body, debug="--debug" in argv)
 
 
 if __name__ == "__main__":

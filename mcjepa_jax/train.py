@@ -58,6 +58,7 @@ def set_up_input(
       lambda: check_resume(config, folder),
       lambda: check_init_checkpoint(config),
       lambda: assembly.optimizers(config),
+      lambda: faults.extend(validation.no_way_back(config)),
       lambda: streams.update(assembly.streams(config)),
       # The first batches: what of them cannot be decoded or cut is told before
       # anything is compiled.
@@ -230,14 +231,17 @@ def save(
 ) -> None:
   """Starts an asynchronous checkpoint of the state and the streams.
 
-  In a `hurry` it is not evaluated, and is never the best.
+  In a `hurry`, or where SIGTERM ends that, it is not evaluated, and is never
+  the best; the last step always is evaluated.
   """
   config = run.config
   metrics = {}
+  last = int(state.step) == config.num_steps
+  heard = contextlib.nullcontext() if last else until_sigterm(run)
   try:
     if config.keep_best and not hurry:
       # On scenes of their own: what is reported chooses no checkpoint.
-      with run.clock.span("evaluate"), until_sigterm(run):
+      with run.clock.span("evaluate"), heard:
         metrics = evaluations_on_the_way(run, state, config.eval_seed + 1)
     run.folder.push()  # before: what goes on from here finds its logs
   except errors.UserError:
@@ -467,7 +471,7 @@ def _train(config: Any, folder: mirror.Folder) -> dict[str, Any]:
     finally:
       for stream in streams.values():
         stream.close()
-    # All is saved: of many hosts, too, one that has to go need ask no other.
+    # All is saved: of many hosts, too, one that has to go asks no other.
     with hosts.on_sigterm(_leave, alone=True):
       results = finish(run, state, peak_gb)
   print(evaluate.table(results))
@@ -501,6 +505,10 @@ def roll_back(run: Run, back: alarms.RollBack) -> steps.TrainState:
     except errors.UserError as error:  # what it goes back to is an earlier one
       run.watch.count("checkpoint")
       tqdm.tqdm.write(str(error))
+      journal.append(
+          run.workdir / "alarms.jsonl",
+          {"step": back.step, "alarm": "checkpoint", "text": str(error)},
+      )
     step = run.checkpoints.go_back(back.step)
     if step is None:
       state, seconds = first_state(run), run.began
@@ -521,25 +529,23 @@ def roll_back(run: Run, back: alarms.RollBack) -> steps.TrainState:
   return state
 
 
-class _Interrupted(Exception):
-  """SIGTERM, where it can be heard at once."""
-
-
-def _interrupt(*_: Any) -> None:
-  raise _Interrupted
+class _Interrupted(BaseException):
+  """SIGTERM, where it ends what is done: no fault of a file or of an eval."""
 
 
 @contextlib.contextmanager
 def until_sigterm(run: Run) -> Iterator[None]:
-  """Has SIGTERM end what is done inside, and then the run at its next step.
+  """Has SIGTERM end what is done inside; `run.stop` is set then.
 
   Of many hosts, which have to end at one step, it ends nothing inside.
   """
-  try:
-    with hosts.on_sigterm(_interrupt):
-      yield
-  except _Interrupted:
+
+  def interrupt(*_):
     run.stop.set()
+    raise _Interrupted
+
+  with contextlib.suppress(_Interrupted), hosts.on_sigterm(interrupt):
+    yield
 
 
 def looks_at(config: Any, number: int) -> bool:
@@ -554,6 +560,8 @@ def look(
   """Logs the evaluation and the pictures that are due before a step."""
   config = run.config
   with until_sigterm(run):
+    if run.stop.is_set():  # it came before it would have been heard here
+      return
     if config.eval_every and number % config.eval_every == 0:
       with run.clock.span("evaluate"):
         log.scalars(number, evaluations_on_the_way(run, state))
@@ -581,8 +589,8 @@ def run_steps(
   waits. A checkpoint holds the streams as of the next batch to be consumed:
   the queue runs ahead, so each queued batch carries its streams' states.
 
-  It is saved before it is evaluated: what a run that goes on from there logs
-  before its first step is what the one before it had logged there, or had not.
+  It is saved before it is evaluated for the logs. A run that goes on from a step
+  evaluates there again: its lines from that step on were dropped.
 
   Raises:
     RollBack: to an earlier state. The first step from there is saved, so that
@@ -617,15 +625,18 @@ def run_steps(
       stopping = number > start and hosts.stopping(run.stop)
       first = rolled_back and number == start + 1
       periodic = number > start and number % config.save_every == 0
-      if stopping or first or periodic:
-        state = keep(state, number, hurry=stopping)
+      if not stopping and (first or periodic):
+        state = keep(state, number, hurry=False)
       # What stops has seconds left, and nothing to lose but its state.
       if not stopping and looks_at(config, number):
         state, _ = watcher.settle(state, following())
         look(run, state, number, progress.log)
-        if run.stop.is_set():
-          stopping, state = True, keep(state, number, hurry=True)
+      # SIGTERM meanwhile, to one host. What a run is rolled back to is saved with
+      # the batches that it is to pass over: that takes one step more.
+      if number > 0 and not (rolled_back and number == start):
+        stopping |= run.stop.is_set()
       if stopping:
+        state = keep(state, number, hurry=True)
         run.checkpoints.wait_until_finished()
         if run.checkpoints.latest_step() != number:
           raise errors.UserError(f"SIGTERM: step {number} could not be saved")
@@ -653,6 +664,10 @@ def run_steps(
           run.checkpoints.wait_until_finished()  # for the one before
         save(run, state, following())
         run.checkpoints.wait_until_finished()
+      if hosts.stopping(run.stop):
+        raise command.Stop(
+            command.EXIT_PREEMPTED, f"SIGTERM: saved at step {config.num_steps}"
+        )
     draw(run, state, progress.log)
   finally:
     watch.close()

@@ -121,14 +121,16 @@ def faults(config: Any, *, devices: int | None = None) -> list[str]:
         "best_metric: with keep_best expected a result of one of evals,"
         f" {tuple(config.evals)}, got {config.best_metric!r}"
     )
-  found += _no_way_back(config)
   if devices:
     found += _batch_faults(config, reads, devices)
   return found
 
 
-def _no_way_back(config: Any) -> list[str]:
-  """Alarms that are to roll back, to checkpoints that are gone by then."""
+def no_way_back(config: Any) -> list[str]:
+  """Alarms that are to roll back, to checkpoints that are gone by then.
+
+  Of a run; its config as such has no fault.
+  """
   if config.alarms.action != "rollback" or config.keep_hours:
     return []
   lasts = max((rule.lasts for rule in alarms.rules(config)), default=0)

@@ -413,7 +413,11 @@ def test_a_save_that_cannot_begin_is_told_once_and_the_next_is_made(
     [
         (
             jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out."),
-            "another host has not written its part",
+            "not every host has written its part",
+        ),
+        (
+            TimeoutError("Timed out while waiting for async_write_complete"),
+            "not every host has written its part",
         ),
         (ValueError("UNAVAILABLE: Error writing b/state"), "UNAVAILABLE"),
     ],
@@ -428,9 +432,43 @@ def test_what_other_hosts_and_buckets_refuse_is_told(
 
     with monkeypatch.context() as patch:
       patch.setattr(checkpoints._manager, "wait_until_finished", refused)
-      with pytest.raises(UserError, match=f"cannot be written: {words}; there"):
+      with pytest.raises(
+          UserError, match=f"cannot be written: {words}.*; there"
+      ):
         checkpoints.wait_until_finished()
     assert checkpoints.failures == 1
+
+
+def test_a_bucket_that_cannot_be_listed_either_is_told(tmp_path, monkeypatch):
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+
+    def refused(*_):
+      raise ValueError("UNAVAILABLE: no route")
+
+    with monkeypatch.context() as patch:
+      patch.setattr(checkpoints._manager, "wait_until_finished", refused)
+      patch.setattr(checkpoint, "_steps", refused)
+      with pytest.raises(UserError, match="UNAVAILABLE; what was there before"):
+        checkpoints.wait_until_finished()
+    assert checkpoints.failures == 1
+
+
+def test_after_a_save_that_failed_it_goes_back_to_what_that_was_to_replace(
+    tmp_path, monkeypatch
+):
+  with checkpoint.Checkpoints(tmp_path, keep_last=1) as checkpoints:
+    checkpoints.save(2, make_state(), {}, {})
+    checkpoints.wait_until_finished()
+
+    async def refused(self, x, directory):
+      raise OSError(errno.EROFS, "Read-only file system", str(tmp_path))
+
+    with monkeypatch.context() as patch:
+      patch.setattr(ocp.JsonCheckpointHandler, "_save_fn", refused)
+      checkpoints.save(4, make_state(), {}, {})
+      with pytest.raises(UserError, match="Read-only .* step 2 stays"):
+        checkpoints.wait_until_finished()
+    assert checkpoints.go_back(3) == 2
 
 
 def test_what_ends_a_run_is_not_hidden_by_its_last_save(tmp_path, capsys):

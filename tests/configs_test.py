@@ -35,7 +35,7 @@ def test_a_variant_overrides_keys_of_the_default_and_adds_none(name):
   assert config.name == name
 
 
-@pytest.mark.parametrize("devices", [64, 256])
+@pytest.mark.parametrize("devices", [32, 64, 128, 256])
 def test_the_configs_of_larger_pods_fill_them_and_change_pairs_alone(devices):
   paper, ours = (
       _get(f"mcjepa_convnext_tiny{suffix}") for suffix in ("", f"_{devices}")

@@ -517,6 +517,16 @@ def test_where_each_may_end_alone_sigterm_is_heard_in_spite_of_jax(monkeypatch):
   assert heard == ["alone"]
 
 
+def test_after_it_sigterm_ends_the_process_where_jax_had_heard_it(monkeypatch):
+  monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+  set_to = []
+  # As where the handler before is not of Python.
+  monkeypatch.setattr(signal, "signal", lambda _, to: set_to.append(to))
+  with hosts.on_sigterm(print, alone=True):
+    pass
+  assert set_to == [print, signal.SIG_DFL]
+
+
 def test_flags_go_before_variables_and_both_before_none(monkeypatch):
   monkeypatch.setenv("MCJEPA_COORDINATOR", "10.0.0.1:1234")
   monkeypatch.setenv("MCJEPA_PROCESSES", "4")

@@ -156,7 +156,13 @@ class _Life:
 def test_a_kill_when_all_was_done_is_drawn_again(tmp_path, monkeypatch):
   # Killed as it exits; the next life finds a finished run and tells nothing.
   script = [(False, None), (False, "none"), (True, "none")]
-  monkeypatch.setattr(kill, "Life", lambda workdir, own_cache: _Life(script))
+  cold = []
+
+  def life(workdir, own_cache):
+    cold.append(own_cache)
+    return _Life(script)
+
+  monkeypatch.setattr(kill, "Life", life)
   made = []
   draws = iter([(1.0, False)] * 3)
   kills = [*kill.killed_run(tmp_path, 1, draws, made, {})]
@@ -164,8 +170,9 @@ def test_a_kill_when_all_was_done_is_drawn_again(tmp_path, monkeypatch):
   # A fresh start, killed, and a fresh start that ends: settled.
   script += [(False, None), (True, None)]
   draws = iter([(1.0, False)] * 2)
-  (one,) = kill.killed_run(tmp_path, 1, draws, made, {})
+  (one,) = kill.killed_run(tmp_path, 3, draws, made, {})
   assert one.exact and made == [one]
+  assert cold == [False] * 3 + [True] * 2  # a third run compiles for itself
 
 
 def _made_up(monkeypatch, phases, *, ends_alike):

@@ -232,6 +232,23 @@ def test_waiting_ends_with_the_state(tmp_path, state, code):
   assert f"pod: {state}" in run.stderr
 
 
+@pytest.mark.parametrize(("failures", "code"), [(3, 0), (10, 1)])
+def test_waiting_outlives_questions_that_are_not_answered(
+    tmp_path, failures, code
+):
+  count = tmp_path / "count"
+  _executable(
+      tmp_path / "gcloud",
+      f"#!/bin/sh\necho >> {count}\n"
+      f"[ $(wc -l < {count}) -gt {failures} ] && echo ACTIVE\n",
+  )
+  _executable(tmp_path / "sleep", "#!/bin/sh\n")
+  path = f"{tmp_path}:{os.environ['PATH']}"
+  run = _launch("tpu_pod.sh", "wait", *_POD, PATH=path)
+  assert run.returncode == code, run.stderr
+  assert ("no answer from gcloud" in run.stderr) == bool(code)
+
+
 @pytest.mark.parametrize("code", [0, 3, 75])
 def test_a_slurm_job_runs_main_and_is_queued_again_if_preempted(tmp_path, code):
   record = tmp_path / "record"

@@ -57,6 +57,34 @@ def _mutants(file: str, tests: str, *rows: tuple[str, ...]) -> list[Mutant]:
 
 MUTANTS = (
     *_mutants(
+        "checkpoint.py",
+        "noticing_test.py::test_a_failure_told_once_the_next_is_written_is_not_"
+        "of_a_row",
+        (
+            "failures_are_never_forgotten",
+            "      self.failures = 0\n",
+            "      pass\n",
+        ),
+    ),
+    *_mutants(
+        "validation.py",
+        "validation_test.py",
+        (
+            "rollback_without_a_way_back",
+            "  if reach >= lasts:\n",
+            "  if reach >= 0:\n",
+        ),
+    ),
+    *_mutants(
+        "programs.py",
+        "programs_test.py",
+        (
+            "a_step_run_again_counts_twice",
+            "    if not again:\n",
+            "    if True:\n",
+        ),
+    ),
+    *_mutants(
         "flops.py",
         "flops_test.py",
         ("scan_runs_once", 'times = params["length"]', "times = 1.0"),
@@ -506,6 +534,21 @@ MUTANTS = (
             "          pass\n",
             "train_test.py::test_a_killed_and_resumed_run_equals_the_"
             "uninterrupted_bit_for_bit",
+        ),
+        (
+            "evaluation_lost_by_a_run_that_goes_on",
+            "      if not stopping and looks_at(config, number):\n",
+            "      if number > start and not stopping and"
+            " looks_at(config, number):\n",
+            "noticing_test.py::test_sigterm_in_an_evaluation_saves_and_the_"
+            "next_run_evaluates_there",
+        ),
+        (
+            "sigterm_waits_for_the_evaluation",
+            "    with hosts.on_sigterm(_interrupt):\n",
+            "    with contextlib.nullcontext():\n",
+            "noticing_test.py::test_sigterm_in_an_evaluation_saves_and_the_"
+            "next_run_evaluates_there",
         ),
         (
             "batch_met_again_after_a_rollback",

@@ -386,6 +386,18 @@ def test_sigterm_in_an_evaluation_saves_and_the_next_run_evaluates_there(
   assert evaluated == [3, 6]
 
 
+def test_an_evaluation_that_breaks_the_run_loses_no_step_before_it(
+    data, tmp_path, monkeypatch
+):
+  def broken(run, state, **options):
+    raise RuntimeError("a fault of ours")
+
+  monkeypatch.setattr(train, "evaluations", broken)
+  with pytest.raises(RuntimeError, match="a fault of ours"):
+    train.train(_config(data, eval_every=4, save_every=4), tmp_path)
+  assert (tmp_path / "checkpoints" / "4").is_dir()
+
+
 @pytest.mark.proof
 def test_sigterm_in_the_last_evaluation_ends_it_and_the_next_run_evaluates(
     data, tmp_path, monkeypatch

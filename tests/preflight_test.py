@@ -4,7 +4,12 @@ import concurrent.futures
 import importlib.util
 import json
 import multiprocessing
+import pathlib
 import re
+import signal
+import subprocess
+import sys
+import time
 from typing import Any
 
 import jax
@@ -205,6 +210,30 @@ def test_a_compiler_that_takes_too_much_memory_is_ended(capsys):
   assert preflight.main([*flags, "--host-gb=0.1"]) == 1
   assert "more than --host-gb=0.1 GB: ended" in capsys.readouterr().err
   assert not multiprocessing.active_children()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_sigterm_ends_the_compiler_too():
+  process = subprocess.Popen(
+      [sys.executable, "-m", "mcjepa_jax.preflight", *_COMMAND[:1],
+       "--topology=cpu:1"],
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.DEVNULL,
+  )  # fmt: skip
+  children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+  deadline = time.monotonic() + 120
+  compilers = []
+  while not compilers:
+    assert process.poll() is None and time.monotonic() < deadline
+    compilers = [
+        pid
+        for pid in children.read_text().split()
+        if b"spawn_main" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    time.sleep(0.01)
+  process.terminate()
+  assert process.wait(60) == 128 + signal.SIGTERM
+  assert not any(pathlib.Path(f"/proc/{pid}").exists() for pid in compilers)
 
 
 @needs_libtpu

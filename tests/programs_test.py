@@ -19,7 +19,9 @@ def programs():
     return state.replace(step=state.step + arrays["views"].sum()), {}
 
   made = Programs(
-      {"content": jax.jit(step)}, expected={"content": 1}, devices=1
+      {"content": jax.jit(step), "both": jax.jit(step)},
+      expected={"content": 1, "both": 2},
+      devices=1,
   )
   made.traced = traced
   return made
@@ -60,6 +62,8 @@ def test_a_batch_of_another_shape_has_its_own_program(programs):
   assert programs.beyond("content") == 0
   programs.compile("content", state, {"views": jnp.ones((4, 2))})
   assert programs.beyond("content") == 1
+  # What another kind may still compile is not its own.
+  assert programs.beyond("both") == -2
 
 
 def test_a_step_that_is_run_again_counts_once(programs):

@@ -74,10 +74,6 @@ def test_the_configs_as_they_are_have_no_fault(module):
             "learning_rate: expected a positive number, got inf",
         ),
         (dict(motion__weight=0.0), "motion: mode combined trains it"),
-        (
-            dict(alarms__action="rollback", alarms__window=100, save_every=50),
-            "alarms.action: .* as 100 steps: .*got \\(2 - 1\\) \\* 50",
-        ),
         (dict(keep_best=1), "best_metric: with keep_best expected a result"),
     ],
 )
@@ -125,3 +121,14 @@ def test_a_batch_that_the_devices_divide_feeds_as_many_hosts(pairs, hosts):
 
 def test_what_a_resumed_run_may_change_are_keys_of_the_config():
   assert set(quickstart.get_config()) >= validation.OPERATIONAL
+
+
+def test_a_run_that_is_to_roll_back_keeps_something_to_go_back_to():
+  changes = dict(alarms__action="rollback", alarms__window=100, save_every=50)
+  (fault,) = validation.no_way_back(tiny.config(**changes))
+  assert "as many as 100 steps" in fault and "got (2 - 1) * 50" in fault
+  for more in (dict(keep_last=3), dict(keep_hours=1.0)):
+    assert not validation.no_way_back(tiny.config(**changes | more))
+  assert not validation.no_way_back(
+      tiny.config(**changes | dict(alarms__action="stop"))
+  )
