@@ -65,6 +65,13 @@ MUTANTS = (
             "      self.failures = 0\n",
             "      pass\n",
         ),
+        (
+            "a_rollback_trusts_the_list_after_a_failure",
+            "    self._manager.reload()\n",
+            "    pass\n",
+            "checkpoint_test.py::test_after_a_save_that_failed_it_goes_back_to_"
+            "what_that_was_to_replace",
+        ),
     ),
     *_mutants(
         "validation.py",
@@ -545,8 +552,9 @@ MUTANTS = (
         ),
         (
             "sigterm_waits_for_the_evaluation",
-            "    with hosts.on_sigterm(_interrupt):\n",
-            "    with contextlib.nullcontext():\n",
+            "  with contextlib.suppress(_Interrupted),"
+            " hosts.on_sigterm(interrupt):\n",
+            "  with contextlib.nullcontext():\n",
             "noticing_test.py::test_sigterm_in_an_evaluation_saves_and_the_"
             "next_run_evaluates_there",
         ),
