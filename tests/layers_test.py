@@ -41,7 +41,7 @@ _LAYERS = (
     # 8: evals by name.
     "suite",
     # 9: what commands share; what is done about what a run logs.
-    "evaluate noticing",
+    "evaluate noticing set_up",
     # 10: the commands.
     "train predict preflight replay compare export report data.check",
     # 11: the command that picks one.

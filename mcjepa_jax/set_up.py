@@ -1,0 +1,134 @@
+"""What is looked at before a run trains: config, data, workdir, devices."""
+
+from collections.abc import Iterator
+import contextlib
+import errno
+import fcntl
+import json
+import pathlib
+import sys
+from typing import Any
+
+import jax
+
+from mcjepa_jax import (
+    assembly,
+    checkpoint,
+    command,
+    errors,
+    hosts,
+    journal,
+    mirror,
+    sharding,
+    suite,
+    validation,
+)
+from mcjepa_jax.models import mcjepa
+
+# What a file system without locks answers: then nothing keeps two runs apart.
+_NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
+
+
+def input_and_mesh(
+    config: Any, folder: mirror.Folder
+) -> tuple[dict[str, Any], jax.sharding.Mesh]:
+  """The streams and the mesh, after every check that needs no compilation.
+
+  Raises:
+    UserError: with all that is wrong with config, data and workdir.
+  """
+  sharding.all_devices()  # where there are none, nothing below can be told
+  mesh, streams = [], {}
+  faults = errors.collect(lambda: mesh.append(assembly.mesh(config)))
+  faults += validation.faults(config, devices=mesh[0].size if mesh else None)
+  for check in (
+      lambda: journal.check_writable(folder.local, "workdir"),
+      lambda: check_resume(config, folder),
+      lambda: check_init_checkpoint(config),
+      lambda: assembly.optimizers(config),
+      lambda: faults.extend(validation.no_way_back(config)),
+      lambda: streams.update(assembly.streams(config)),
+      # The first batches: what of them cannot be decoded or cut is told before
+      # anything is compiled.
+      lambda: [stream[0] for stream in streams.values()],
+      lambda: faults.extend(suite.check(config, folder.local)),
+  ):
+    try:
+      faults.extend(errors.collect(check))
+    except Exception:
+      if not faults:  # else it stumbled over a value that is already named
+        raise
+  data = {task: s.state()["fingerprint"] for task, s in streams.items()}
+  hosts.agree(
+      {"config": command.leaves(config), "data": data},
+      list(dict.fromkeys(faults)),
+  )
+  hosts.check_shared(folder)
+  if hosts.first():
+    for line in assembly.miscounts(config, streams):
+      print(f"warning: {line}", file=sys.stderr)
+  return streams, mesh[0]
+
+
+@contextlib.contextmanager
+def sole_owner(workdir: pathlib.Path) -> Iterator[None]:
+  """Holds the workdir: a second run in it would delete the first one's saves.
+
+  Raises:
+    UserError: another process holds it.
+  """
+  with (workdir / ".lock").open("w") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise errors.UserError(
+          f"workdir: another run is using {workdir}; wait for it or use another"
+      ) from error
+    except OSError as error:
+      if error.errno not in _NO_LOCKS:
+        raise errors.UserError(
+            f"workdir: cannot lock {workdir}: {error.strerror}"
+        ) from error
+    yield
+
+
+def check_init_checkpoint(config: Any) -> None:
+  """Raises UserError if the encoder to start from is not there or another."""
+  if not config.init_checkpoint:
+    return
+  model = assembly.model(config)
+  encoder = jax.eval_shape(lambda: mcjepa.init_params(model, 0))["encoder"]
+  checkpoint.check_params(config.init_checkpoint, {"encoder": encoder})
+
+
+def resumable_config(config: Any) -> dict[str, Any]:
+  """The part of a config that a resumed run must share, flat."""
+  return {
+      key: value
+      for key, value in command.leaves(config).items()
+      if key.split(".")[0] not in validation.OPERATIONAL
+  }
+
+
+def check_resume(config: Any, folder: mirror.Folder) -> None:
+  """Raises UserError if the workdir holds a run of another config."""
+  path = folder.local / "config.json"
+  # A run that ended before its first checkpoint left nothing to resume.
+  if not path.exists() or not checkpoint.begun(folder.address):
+    return
+  try:
+    saved = dict(json.loads(path.read_text()))
+  except (OSError, TypeError, ValueError) as error:
+    raise errors.UserError(
+        f"{path}: expected the config of the run, got: {error}"
+    ) from error
+  # Through JSON, where a tuple is a list.
+  ours = json.loads(json.dumps(resumable_config(config)))
+  faults = [
+      f"{key}: the run in {folder.address} has {saved.get(key)!r}, this config"
+      f" {ours.get(key)!r}; use another workdir"
+      for key in sorted(saved.keys() | ours.keys())
+      if saved.get(key) != ours.get(key)
+  ]
+  if faults:
+    raise errors.UserError(*faults)
