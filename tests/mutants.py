@@ -312,9 +312,9 @@ MUTANTS = (
             "jnp.exp(edge_weight * edge)",
         ),
         (
-            "cycle_goes_there_twice",
-            "there = flow_ops.warp(x_1, flow_21)",
-            "there = flow_ops.warp(x_1, flow_12)",
+            "cycle_does_not_come_back",
+            "l2_distance(x_1, flow_ops.warp(there, flow_12))",
+            "l2_distance(x_1, there)",
         ),
         (
             "windows_at_the_border_count",
@@ -567,8 +567,8 @@ MUTANTS = (
         ),
         (
             "streams_saved_as_of_the_queue",
-            "queue[0].streams, hurry=stopping)",
-            "{k: s.state() for k, s in run.streams.items()})",
+            "save(run, state, following(), hurry=hurry)",
+            "save(run, state, {k: s.state() for k, s in run.streams.items()})",
             "train_test.py::test_a_killed_and_resumed_run_equals_the_"
             "uninterrupted_bit_for_bit",
         ),
