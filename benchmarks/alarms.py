@@ -98,12 +98,7 @@ def train_once(run: Run, workdir: pathlib.Path) -> set[str]:
   config.alarms.diagnose_every = 50
   if run.fires:
     config.num_steps = _STEPS
-  for name, value in run.changes.items():
-    *parents, last = name.split(".")
-    part = config
-    for parent in parents:
-      part = part[parent]
-    part[last] = value
+  config.update_from_flattened_dict(run.changes)
   with run.broken():
     results = train.train(config.lock(), workdir)
   jax.clear_caches()
@@ -117,10 +112,8 @@ def train_once(run: Run, workdir: pathlib.Path) -> set[str]:
 def main(argv: list[str] | None = None) -> int:
   """The exit code; a row is printed for each training."""
   argv = sys.argv[1:] if argv is None else argv
-  failed = False
 
   def body():
-    nonlocal failed
     flags = command.split(argv, ("only", "json")).flags
     wanted = list(RUNS)
     if "only" in flags:
@@ -132,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     path = command.single(flags, json="PATH")[0] if "json" in flags else None
     absl_flags.FLAGS.mark_as_parsed()  # Grain's workers read them
-    rows = []
+    rows, failed = [], False
     for name in wanted:
       run, began = RUNS[name], time.monotonic()
       with tempfile.TemporaryDirectory() as folder:
@@ -153,11 +146,10 @@ def main(argv: list[str] | None = None) -> int:
         path,
         {"cores": os.cpu_count(), "jax": jax.__version__},
         rows,
-        failed=False,
+        failed=failed,
     )
 
-  code = command.guarded(body, debug="--debug" in argv)
-  return code or int(failed)
+  return command.guarded(body, debug="--debug" in argv)
 
 
 if __name__ == "__main__":

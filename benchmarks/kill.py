@@ -311,7 +311,7 @@ class Kill:
 def undisturbed(
     workdir: pathlib.Path, *, all_digests: bool
 ) -> tuple[dict[int, str], float]:
-  """The digest of each step that a run saves, and how long the run takes."""
+  """The digest of each step that a run saves, if wanted; how long it takes."""
   began = time.monotonic()
   with Life(workdir, all_digests=all_digests) as life:
     if not life.ends(_LIFE):

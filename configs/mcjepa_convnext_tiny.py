@@ -22,3 +22,11 @@ def get_config() -> default.ConfigDict:
       "flow/flying_chairs",
   )
   return config
+
+
+def for_devices(count: int) -> default.ConfigDict:
+  """The same with a pair for every two devices, which is ours, not the paper's."""
+  config = get_config()
+  config.name = f"mcjepa_convnext_tiny_{count}"
+  config.motion.batch_size = count // 2
+  return config

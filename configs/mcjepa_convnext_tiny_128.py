@@ -11,8 +11,5 @@ from configs import default, mcjepa_convnext_tiny
 
 
 def get_config() -> default.ConfigDict:
-  """The paper's recipe with a pair for every two devices."""
-  config = mcjepa_convnext_tiny.get_config()
-  config.name = "mcjepa_convnext_tiny_128"
-  config.motion.batch_size = 64
-  return config
+  """The paper's recipe with a pair for every two of 128 devices."""
+  return mcjepa_convnext_tiny.for_devices(128)

@@ -75,13 +75,15 @@ class Alarm:
 def rules(config: Any) -> list[Rule]:
   """The rules of `config.alarms`, for the tasks that the mode trains."""
   alarms = config.alarms
-  reads = steps.tasks_of_mode(config.mode)
+  reads = set(steps.tasks_of_mode(config.mode))
   starts = {"content": 0, "motion": 0}
-  if config.mode in ("combined", "alternate"):
-    starts["motion"] = config.motion.start_step
+  if len(reads) > 1:
+    # Of both tasks: from the later one's start on.
+    starts["motion"] = starts["both"] = config.motion.start_step
+    reads.add("both")
 
   def rule(name, metric, task, *, delay=0, window=alarms.window, **bounds):
-    start = starts[task] + delay + alarms.warm_up
+    start = starts.get(task, 0) + delay + alarms.warm_up
     return task, Rule(name, metric, start, window, **bounds)
 
   def diagnosed(name, metric, task, **bounds):
@@ -130,24 +132,20 @@ def rules(config: Any) -> list[Rule]:
           "motion",
           most=alarms.most_zero_ratio,
       ),
-  )
-  # Of both tasks: from the later one's start on.
-  of_both = (
       diagnosed(
           "gradient_share",
           "gradient_share",
-          "motion",
+          "both",
           least=alarms.least_gradient_share,
       ),
       diagnosed(
           "gradient_cosine",
           "gradient_cosine",
-          "motion",
+          "both",
           least=alarms.least_gradient_cosine,
       ),
   )
-  both = of_both if len(reads) == 2 else ()
-  return [one for task, one in (*found, *both) if task in reads]
+  return [one for task, one in found if task in reads]
 
 
 class Watch:

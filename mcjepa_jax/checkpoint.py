@@ -315,9 +315,9 @@ class Checkpoints:
     except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
       reason = next((x for x in _REFUSALS if x in str(error)), None)
       # Of several hosts each waits for what the others write.
-      barrier = (TimeoutError, jax.errors.JaxRuntimeError)
-      if isinstance(error, barrier) and (
-          isinstance(error, TimeoutError) or reason == "DEADLINE_EXCEEDED"
+      of_jax = isinstance(error, jax.errors.JaxRuntimeError)
+      if isinstance(error, TimeoutError) or (
+          of_jax and reason == "DEADLINE_EXCEEDED"
       ):
         reason = "not every host has written its part in time"
       if reason is None and isinstance(error, OSError):

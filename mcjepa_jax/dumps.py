@@ -14,9 +14,8 @@ import jax
 import ml_collections
 import numpy as np
 
-from mcjepa_jax import checkpoint, errors, hosts, step as steps
+from mcjepa_jax import checkpoint, errors, hosts, mirror, step as steps
 
-FOLDER = "dumps"
 _NAMES = ("frames", "views")
 _META = ("step", "kind", "key", "records", "logs", "hosts")
 # Of the calls of `save`, the same on all hosts.
@@ -47,7 +46,7 @@ def save(
 
   All hosts of a run call this, with the workdir that they share.
   """
-  folder = workdir / FOLDER / f"step_{step}"
+  folder = workdir / mirror.DUMPS / f"step_{step}"
   others = [path for path in folder.parent.glob("*") if path != folder]
   full = len(others) >= limit or checkpoint.complete(folder)
   told = hosts.exchange(f"dump {next(_numbers)}", [full, dict(records)])

@@ -18,7 +18,7 @@ from mcjepa_jax import errors
 from mcjepa_jax.data import files
 
 _CHECKPOINTS = "checkpoints"
-_DUMPS = "dumps"
+DUMPS = "dumps"  # in it, of steps that were not finite
 _MARKER = "opened.txt"
 
 
@@ -51,9 +51,9 @@ class _Mirrored(Folder):
     for folder, below, names in self._remote.walk():
       if folder == self._remote and _CHECKPOINTS in below:
         below.remove(_CHECKPOINTS)
-      if folder == self._remote / _DUMPS:  # large: they are only counted
+      if folder == self._remote / DUMPS:  # large: they are only counted
         for name in below:
-          (self.local / _DUMPS / name).mkdir(parents=True, exist_ok=True)
+          (self.local / DUMPS / name).mkdir(parents=True, exist_ok=True)
         below.clear()
       for name in names:
         target = self.local / folder.relative_to(self._remote) / name

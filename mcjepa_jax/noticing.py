@@ -18,6 +18,7 @@ from mcjepa_jax import (
     dumps,
     errors,
     hosts,
+    mirror,
     step as steps,
 )
 from mcjepa_jax.progress import Batch, Progress, Run
@@ -194,12 +195,12 @@ class Watcher:
     except (OSError, errors.UserError) as error:
       if many:  # the others may wait for this one's rows
         raise
-      part = run.workdir / dumps.FOLDER / f"step_{pending.number}"
+      part = run.workdir / mirror.DUMPS / f"step_{pending.number}"
       shutil.rmtree(part, ignore_errors=True)  # it counts
       return f"; not dumped: {error}"
     if not folder:
       return ""
-    address = f"{run.folder.address}/{dumps.FOLDER}/{folder.name}"
+    address = f"{run.folder.address}/{mirror.DUMPS}/{folder.name}"
     return f"; python -m mcjepa_jax.replay --dump={address}"
 
   def _act(

@@ -57,7 +57,7 @@ def foretold(report: dict[str, Any], batch: Batch) -> dict[str, Any]:
   fixed = (1 + _GRADIENT) * report["state_gib"]
   each = max(report["gib_per_device"] - fixed, 2.0**-20)
   times = int((_MARGIN * report["gib_limit"] - fixed) / each)
-  times = max(times, int(report["fits"]))  # of once nothing is foretold
+  times = max(times, int(report["fits"]))  # what was compiled wants no margin
   return {
       "times": times,
       "images": times * batch.images,

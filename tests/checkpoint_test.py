@@ -351,6 +351,10 @@ def test_a_full_disk_is_named_and_what_was_saved_stays(tmp_path):
     subprocess.run(["umount", "-l", tmp_path], check=True)
 
 
+async def _refused(self, x, directory):
+  raise OSError(errno.EROFS, "Read-only file system", str(directory))
+
+
 def test_a_write_that_fails_is_told_without_waiting_for_the_next(
     tmp_path, monkeypatch
 ):
@@ -358,11 +362,8 @@ def test_a_write_that_fails_is_told_without_waiting_for_the_next(
     checkpoints.save(1, make_state(), {}, {})
     checkpoints.wait_until_finished()
 
-    async def refused(self, x, directory):
-      raise OSError(errno.EROFS, "Read-only file system", str(tmp_path))
-
     with monkeypatch.context() as patch:
-      patch.setattr(ocp.JsonCheckpointHandler, "_save_fn", refused)
+      patch.setattr(ocp.JsonCheckpointHandler, "_save_fn", _refused)
       checkpoints.save(2, make_state(), {}, {})
       checkpoints.latest_step()  # it has begun
       deadline = time.monotonic() + 60
@@ -460,11 +461,8 @@ def test_after_a_save_that_failed_it_goes_back_to_what_that_was_to_replace(
     checkpoints.save(2, make_state(), {}, {})
     checkpoints.wait_until_finished()
 
-    async def refused(self, x, directory):
-      raise OSError(errno.EROFS, "Read-only file system", str(tmp_path))
-
     with monkeypatch.context() as patch:
-      patch.setattr(ocp.JsonCheckpointHandler, "_save_fn", refused)
+      patch.setattr(ocp.JsonCheckpointHandler, "_save_fn", _refused)
       checkpoints.save(4, make_state(), {}, {})
       with pytest.raises(UserError, match="Read-only .* step 2 stays"):
         checkpoints.wait_until_finished()
@@ -489,11 +487,8 @@ def test_a_save_after_one_that_failed_is_made_before_that_is_told(
 ):
   with checkpoint.Checkpoints(tmp_path, keep_last=9) as checkpoints:
 
-    async def refused(self, x, directory):
-      raise OSError(errno.EROFS, "Read-only file system", str(tmp_path))
-
     with monkeypatch.context() as patch:
-      patch.setattr(ocp.JsonCheckpointHandler, "_save_fn", refused)
+      patch.setattr(ocp.JsonCheckpointHandler, "_save_fn", _refused)
       checkpoints.save(1, make_state(), {}, {})
       with pytest.raises(UserError, match="Read-only"):
         checkpoints.wait_until_finished()

@@ -349,6 +349,13 @@ def test_two_checkpoints_in_a_row_that_fail_end_the_run(
   assert train.train(_config(data), tmp_path / "run")["meta/step"] == 8
 
 
+def _preempted(run, state, **_):
+  """An evaluation in which SIGTERM comes."""
+  os.kill(os.getpid(), signal.SIGTERM)
+  time.sleep(60)
+  raise AssertionError("SIGTERM was not heard")
+
+
 def test_sigterm_in_an_evaluation_saves_and_the_next_run_evaluates_there(
     data, tmp_path, monkeypatch
 ):
@@ -356,19 +363,12 @@ def test_sigterm_in_an_evaluation_saves_and_the_next_run_evaluates_there(
       data, eval_every=3, eval_limit=8, evals=("knn/synthetic",), save_every=100
   )
   train.train(config, tmp_path / "whole")
-  plain = train.evaluations
-
-  def preempted(run, state, **options):
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(60)
-    raise AssertionError("SIGTERM was not heard")
 
   with monkeypatch.context() as patch:
-    patch.setattr(train, "evaluations", preempted)
+    patch.setattr(train, "evaluations", _preempted)
     with pytest.raises(command.Stop, match="saved at step 3") as stop:
       train.train(config, tmp_path / "cut")
   assert stop.value.code == 75
-  assert train.evaluations is plain
   train.train(config, tmp_path / "cut")
   told = [
       [
@@ -402,13 +402,8 @@ def test_an_evaluation_that_breaks_the_run_loses_no_step_before_it(
 def test_sigterm_in_the_last_evaluation_ends_it_and_the_next_run_evaluates(
     data, tmp_path, monkeypatch
 ):
-  def preempted(run, state, **_):
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(60)
-    raise AssertionError("SIGTERM was not heard")
-
   with monkeypatch.context() as patch:
-    patch.setattr(train, "evaluations", preempted)
+    patch.setattr(train, "evaluations", _preempted)
     with pytest.raises(command.Stop) as stop:
       train.train(_config(data, num_steps=2), tmp_path / "run")
   assert stop.value.code == 75
