@@ -20,6 +20,7 @@ import pytest
 from mcjepa_jax import (
     checkpoint,
     command,
+    dumps,
     errors,
     hosts,
     journal,
@@ -338,6 +339,78 @@ def test_a_failure_told_once_the_next_is_written_is_not_of_a_row(
   assert (tmp_path / "checkpoints" / "8").is_dir()
 
 
+def test_where_the_save_before_a_rollback_fails_it_goes_back_to_an_earlier_one(
+    data, no_epsilon, tmp_path, monkeypatch
+):
+  def alarms(workdir, name):
+    lines = workdirs.lines(workdir / "alarms.jsonl")
+    return [line for line in lines if line["alarm"] == name]
+
+  config = _config(
+      data, alarms__skips_in_a_row=1, alarms__dumps=0, save_every=1
+  )
+  train.train(config, tmp_path / "well")
+  step = alarms(tmp_path / "well", "rollback")[0]["step"]
+  assert step > 1
+  refused, go_back = {step}, checkpoint.Checkpoints.go_back
+  _refused(monkeypatch, refused)
+
+  def relieved(self, step):
+    refused.clear()
+    return go_back(self, step)
+
+  monkeypatch.setattr(checkpoint.Checkpoints, "go_back", relieved)
+  # So that it is the rollback that meets it, which waits for the save.
+  monkeypatch.setattr(checkpoint.Checkpoints, "check_errors", lambda self: None)
+  results = train.train(config, tmp_path / "ill")
+  assert alarms(tmp_path / "ill", "rollback")[0]["step"] == step - 1
+  (told,) = alarms(tmp_path / "ill", "checkpoint")
+  assert f"step {step - 1} stays" in told["text"]
+  assert results["alarm/checkpoint"] == 1 and results["meta/step"] == 8
+  assert not _poisoned(tmp_path / "ill")
+
+
+def test_what_a_full_disk_keeps_from_being_dumped_is_told_and_takes_no_room(
+    data, no_epsilon, tmp_path, monkeypatch
+):
+  def full(x):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  monkeypatch.setattr(dumps, "_own_rows", full)
+  results = train.train(_config(data), tmp_path)
+  told = [x["text"] for x in workdirs.lines(tmp_path / "alarms.jsonl")]
+  assert told and all(
+      "not dumped: [Errno 28] No space left on device" in text for text in told
+  )
+  assert results["alarm/not_finite"] == len(told)
+  assert not list((tmp_path / "dumps").iterdir())
+
+
+def test_what_a_run_did_before_it_had_a_checkpoint_is_time_lost(
+    data, tmp_path, monkeypatch
+):
+  class Killed(BaseException):
+    pass
+
+  def killed(*args, **kwargs):
+    raise Killed
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train, "save", killed)
+    with pytest.raises(Killed):
+      train.train(_config(data), tmp_path)
+  lines = workdirs.lines(tmp_path / "metrics.jsonl")
+  finish, seen = train.finish, []
+
+  def finished(run, *args):
+    seen.append(run.clock.seconds()["lost"])
+    return finish(run, *args)
+
+  monkeypatch.setattr(train, "finish", finished)
+  train.train(_config(data), tmp_path)
+  assert seen == [max(line["seconds/total"] for line in lines)]
+
+
 @pytest.mark.proof
 def test_two_checkpoints_in_a_row_that_fail_end_the_run(
     data, tmp_path, monkeypatch
@@ -384,6 +457,28 @@ def test_sigterm_in_an_evaluation_saves_and_the_next_run_evaluates_there(
   assert told[0] == told[1]
   evaluated = [x["step"] for x in told[1] if "knn/synthetic/top1" in x]
   assert evaluated == [3, 6]
+
+
+def test_a_save_whose_evaluation_sigterm_ends_is_made_and_not_the_best(
+    data, tmp_path, monkeypatch
+):
+  config = _config(
+      data,
+      keep_best=1,
+      keep_last=1,
+      best_metric="knn/synthetic/top1",
+      best_is_larger=True,
+      evals=("knn/synthetic",),
+      eval_limit=8,
+  )
+  with monkeypatch.context() as patch:
+    patch.setattr(train, "evaluations", _preempted)
+    with pytest.raises(command.Stop, match="saved at step 2") as stop:
+      train.train(config, tmp_path)
+  assert stop.value.code == 75
+  train.train(config, tmp_path)
+  saved = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
+  assert 8 in saved and 2 not in saved and len(saved) <= 2
 
 
 def test_an_evaluation_that_breaks_the_run_loses_no_step_before_it(
