@@ -14,11 +14,10 @@ import types
 
 import jax
 import numpy as np
-from PIL import Image
 import pytest
 
-from mcjepa_jax import dumps, errors, hosts, photometry, replay, sharding
-from tests import job, tiny, workdirs
+from mcjepa_jax import dumps, errors, hosts, replay, sharding
+from tests import job, poison, workdirs
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _STEPS = 3
@@ -58,24 +57,6 @@ if "TEST_FAULT" in os.environ:
 if "TEST_CLOCK" in os.environ:
   true = time.time
   time.time = lambda: true() + float(os.environ["TEST_CLOCK"])
-"""
-
-
-# One record of one flat colour, and a view stretched to its own range: 0 / 0.
-_POISONED = """
-from configs import quickstart
-from mcjepa_jax import photometry
-from tests import tiny
-
-photometry.content_views = tiny.stretched(photometry.content_views)
-
-def get_config():
-  config = tiny.config(quickstart, mode="content", num_steps=8, save_every=2,
-                       content__sources=(("images", 1.0),),
-                       content__batch_size=4, content__jitter__p=0.0,
-                       log_every=1, log_records=True, keep_last=9,
-                       alarms__diagnose_every=0, alarms__skips_in_a_row=1)
-  return config.lock()
 """
 
 
@@ -303,15 +284,8 @@ def test_a_fault_of_one_host_in_training_ends_both_with_it(
 def test_two_hosts_skip_dump_and_roll_back_as_one(
     tmp_path, monkeypatch, capsys
 ):
-  path = tmp_path / "configs" / "poisoned.py"
-  path.parent.mkdir()
-  path.write_text(_POISONED)
-  for i in range(23):
-    tiny.save_image(tmp_path / "data" / "images" / f"{i:02d}.png", seed=i)
-  flat = Image.fromarray(np.full((40, 48, 3), 90, np.uint8))
-  flat.save(tmp_path / "data" / "images" / "flat.png")
+  path, option = poison.run(tmp_path, images=24)
   one, many = tmp_path / "one", tmp_path / "many"
-  option = f"--config.data_root={tmp_path / 'data'}"
   job.run(path, one, option)
   job.run(path, many, option, count=2)
   # Past the poisoned batch, with all that comes after it.
@@ -339,10 +313,9 @@ def test_two_hosts_skip_dump_and_roll_back_as_one(
   )
   metas = [dumps.read_meta(folder)[0] for folder in (whole, parted)]
   assert metas[0]["records"] == metas[1]["records"]
-  assert "images/flat.png" in metas[1]["records"]["content"]
+  assert poison.RECORD in metas[1]["records"]["content"]
   assert (metas[0]["hosts"], metas[1]["hosts"]) == (1, 2)
-  plain = photometry.content_views
-  monkeypatch.setattr(photometry, "content_views", tiny.stretched(plain))
+  poison.stretch(monkeypatch)
   capsys.readouterr()
   assert replay.main([f"--dump={parted}"]) == 0
   report = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -14,7 +14,7 @@ import pytest
 
 from mcjepa_jax import compare, errors, mirror
 from mcjepa_jax.data import files
-from tests import buckets, workdirs
+from tests import buckets, job, poison, workdirs
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _STEPS = 6
@@ -208,6 +208,48 @@ def test_a_run_in_a_bucket_is_killed_goes_on_and_is_evaluated(bucket, tmp_path):
   assert results["meta/checkpoint"] == address
   assert results["meta/step"] == _STEPS
   assert results["rankme/synthetic/rank"] > 1
+
+
+@pytest.mark.proof
+@pytest.mark.slow
+def test_two_hosts_share_a_bucket_roll_back_are_killed_and_go_on(
+    bucket, tmp_path
+):
+  config, option = poison.run(tmp_path, images=24)
+  job.run(config, tmp_path / "whole", option)
+
+  address = f"{bucket}/two"
+  place = files.path(address)
+  port = job.free_port()
+  processes = [
+      job.start(config, address, option, index=i, count=2, port=port)
+      for i in range(2)
+  ]
+  deadline = time.monotonic() + 400
+  committed = "checkpoints", "2"
+  while "commit_success.txt" not in place.joinpath(*committed).names():
+    assert not any(map(subprocess.Popen.poll, processes)), job.wait(processes)
+    assert time.monotonic() < deadline
+    time.sleep(0.02)
+    files.forget_below(place)
+  for process in processes:
+    process.kill()
+  job.wait(processes)
+
+  out, *_ = job.run(config, address, option, count=2)[0][1:]
+  assert "Resumed at step " in out
+  with mirror.opened(address) as folder:
+    assert job.records(folder.local, 2) == job.records(tmp_path / "whole", 1)
+    told = workdirs.lines(folder.local / "alarms.jsonl")
+    assert not (folder.local / "dumps").exists()
+  whole = workdirs.lines(tmp_path / "whole" / "alarms.jsonl")
+  assert [(x["step"], x["alarm"]) for x in told] == [
+      (x["step"], x["alarm"]) for x in whole
+  ]
+  assert {x["alarm"] for x in told} == {"not_finite", "rollback"}
+  for line in told:
+    if line["alarm"] == "not_finite":
+      assert "not dumped: the hosts share no folder but" in line["text"]
 
 
 def test_a_store_that_no_run_was_written_to_is_refused():

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from PIL import Image
 import pytest
 
 from mcjepa_jax import (
@@ -24,34 +23,26 @@ from mcjepa_jax import (
     errors,
     hosts,
     journal,
-    photometry,
     replay,
     sharding,
     train,
 )
-from tests import tiny, workdirs
+from tests import poison, tiny, workdirs
 
 pytestmark = pytest.mark.slow
 
 _IMAGES = 12  # of two a step: one step in six is poisoned
-_FLAT = "images/flat.png"
 
 
 @pytest.fixture
 def data(tmp_path):
-  folder = tmp_path / "data"
-  for i in range(_IMAGES - 1):
-    tiny.save_image(folder / "images" / f"{i:02d}.png", seed=i)
-  flat = np.full((40, 48, 3), 90, np.uint8)
-  Image.fromarray(flat).save(folder / "images" / "flat.png")
-  return folder
+  return poison.data(tmp_path / "data", _IMAGES)
 
 
 @pytest.fixture
 def no_epsilon(monkeypatch):
   """Stretches each view to its own range: 0 / 0 for a flat one."""
-  plain = photometry.content_views
-  monkeypatch.setattr(photometry, "content_views", tiny.stretched(plain))
+  poison.stretch(monkeypatch)
 
 
 def _config(data, **changes):
@@ -79,7 +70,7 @@ def _poisoned(workdir):
   return [
       line["step"]
       for line in workdirs.lines(workdir / "records.jsonl")
-      if _FLAT in line["content"]
+      if poison.RECORD in line["content"]
   ]
 
 
@@ -147,11 +138,14 @@ def test_a_step_that_is_not_finite_is_skipped_dumped_and_replayed(
   assert dump.name == f"step_{poisoned[0]}"
   noticed = workdirs.lines(workdir / "alarms.jsonl")
   assert [line["step"] for line in noticed] == poisoned
-  assert all(_FLAT in line["records"]["content"] for line in noticed)
+  assert all(poison.RECORD in line["records"]["content"] for line in noticed)
   capsys.readouterr()
   assert replay.main([f"--dump={dump}"]) == 0
   report = json.loads(capsys.readouterr().out.splitlines()[-1])
-  assert report["step"] == poisoned[0] and _FLAT in report["records"]["content"]
+  assert (
+      report["step"] == poisoned[0]
+      and poison.RECORD in report["records"]["content"]
+  )
   assert {"loss", "content/variance"} <= set(report["terms"])
   assert any(leaf.startswith("encoder/") for leaf in report["gradients"])
   assert "nan" in report["operation"]
