@@ -3,12 +3,14 @@
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import errno
+import itertools
 import json
 import math
 import os
 import pathlib
 import resource
 import socket
+import struct
 import sys
 import time
 from typing import Any
@@ -21,6 +23,7 @@ from mcjepa_jax import errors, visualize
 
 _FEW_RECORDS = 1_000
 _NAMED = 10  # bad records in an error
+_files = itertools.count()  # of TensorBoard, by this process
 
 
 class Clock:
@@ -186,15 +189,16 @@ class Journal:
     self._records = None
     if records:
       self._records = _reopen(workdir / "records.jsonl", step)
-    self._board = _event_writer(workdir / "tensorboard", step, board)
+    self._board = _Board(workdir / "tensorboard", step) if board else None
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
     """Logs numbers of one step."""
     self._metrics.write(json.dumps({"step": step} | dict(values)) + "\n")
     self._metrics.flush()
-    for name, value in values.items():
-      if math.isfinite(value):  # what is not has no place on a curve
-        self._board.add_scalar(name, value, step)
+    if self._board:
+      # What is not finite has no place on a curve.
+      finite = {name: x for name, x in values.items() if math.isfinite(x)}
+      self._board.scalars(step, finite)
 
   def records(self, step: int, records: Mapping[str, list[str]]) -> None:
     """Logs which examples a step consumes, where the config asks for it."""
@@ -206,7 +210,8 @@ class Journal:
       self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]
   ) -> None:
     """Logs a picture, also as WORKDIR/pictures/NAME.png (the newest)."""
-    self._board.add_image(name, image, step, dataformats="HWC")
+    if self._board:
+      self._board.picture(step, name, image)
     save_picture(self._workdir, name, image)
 
   def close(self) -> None:
@@ -214,7 +219,8 @@ class Journal:
     self._metrics.close()
     if self._records is not None:
       self._records.close()
-    self._board.close()
+    if self._board:
+      self._board.close()
 
 
 class Quarantine:
@@ -275,21 +281,62 @@ class Quarantine:
     self._file.close()
 
 
-def _event_writer(folder: pathlib.Path, step: int, to_disk: bool) -> Any:
-  """A TensorBoard writer that drops earlier events from `step` on."""
-  # tensorboardX imports torch where it finds it: seconds, and no use here.
-  absent = object()
-  torch = sys.modules.get("torch", absent)
-  if torch is absent:
-    sys.modules["torch"] = None
-  try:
-    import tensorboardX
-  finally:
+class _Board:
+  """The event file of TensorBoard.
+
+  Written where it is called: what tensorboardX writes in a thread waits for ever
+  once that thread has met a full disk.
+  """
+
+  def __init__(self, folder: pathlib.Path, step: int):
+    """Opens a new file; earlier files' events from `step` on are dropped."""
+    # tensorboardX imports torch where it finds it: seconds, and no use here.
+    absent = object()
+    torch = sys.modules.get("torch", absent)
     if torch is absent:
-      del sys.modules["torch"]
-  return tensorboardX.SummaryWriter(
-      str(folder), purge_step=step or None, write_to_disk=to_disk
-  )
+      sys.modules["torch"] = None
+    try:
+      from tensorboardX import record_writer, summary
+      from tensorboardX.proto import event_pb2
+    finally:
+      if torch is absent:
+        del sys.modules["torch"]
+    self._summary, self._proto = summary, event_pb2
+    self._checksum = record_writer.masked_crc32c
+    folder.mkdir(exist_ok=True)
+    # Two files of one second have two names.
+    name = f"{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+    path = folder / f"events.out.tfevents.{name}.{next(_files)}"
+    self._file = path.open("wb")
+    self._add(step, file_version="brain.Event:2")
+    if step:
+      start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+      self._add(step, session_log=start)
+
+  def _add(self, step: int, **content: Any) -> None:
+    event = self._proto.Event(wall_time=time.time(), step=step, **content)
+    data = event.SerializeToString()
+    # A record: u64 length, checksum of it, data, checksum of these.
+    for part in (struct.pack("<Q", len(data)), data):
+      self._file.write(part + struct.pack("<I", self._checksum(part)))
+
+  def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    """Adds a point to the curve of each name."""
+    for name, value in values.items():
+      self._add(step, summary=self._summary.scalar(name, value))
+    self._file.flush()
+
+  def picture(
+      self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]
+  ) -> None:
+    """Adds a picture."""
+    image = self._summary.image(name, image, dataformats="HWC")
+    self._add(step, summary=image)
+    self._file.flush()
+
+  def close(self) -> None:
+    """Flushes all."""
+    self._file.close()
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:

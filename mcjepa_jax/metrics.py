@@ -6,6 +6,7 @@ the truth holds elsewhere, NaN included, is never read.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import math
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int64, Integer
@@ -221,8 +222,10 @@ def rank_me(z: Float[np.ndarray, "n d"], *, eps: float = 1e-7) -> float:
   """Effective rank of embeddings, 1 to min(n, d); arXiv 2210.02885, eq. 1-2.
 
   exp(-sum_k p_k log p_k), p_k = sigma_k / sum sigma + eps, of the singular
-  values of the matrix as it is, not centred.
+  values of the matrix as it is, not centred. NaN where one is not finite.
   """
+  if not np.isfinite(z).all():  # these have no singular values
+    return math.nan
   sigma = np.linalg.svd(z.astype(np.float64), compute_uv=False)
   p = sigma / max(sigma.sum(), np.finfo(np.float64).tiny) + eps
   return float(np.exp(-np.sum(p * np.log(p))))

@@ -11,6 +11,7 @@ import contextlib
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 import time
 
@@ -133,5 +134,10 @@ def opened(workdir: str | os.PathLike) -> Iterator[Folder]:
     folder = _Mirrored(pathlib.Path(local), place)
     try:
       yield folder
-    finally:
-      folder.push()
+    except BaseException:
+      try:
+        folder.push()
+      except errors.UserError as fault:  # what ends the run keeps its exit code
+        print(f"warning: {fault}", file=sys.stderr)
+      raise
+    folder.push()

@@ -151,6 +151,30 @@ def test_tensorboard_has_the_numbers_and_the_pictures(tmp_path):
   assert Image.open(tmp_path / "pictures" / "flow.png").size == (12, 8)
 
 
+def test_events_of_a_full_disk_are_told_where_they_are_written(tmp_path):
+  log = journal.Journal(tmp_path, step=0, records=False)
+  log._board._file = open("/dev/full", "wb")
+  with journal.refusal_told(tmp_path):
+    with pytest.raises(OSError, match="No space left on device"):
+      for step in range(2_000):
+        log.scalars(step, {f"loss/{i}": 1.0 for i in range(100)})
+
+
+def test_a_run_that_goes_on_hides_later_events_and_keeps_the_file(tmp_path):
+  for step in (0, 4):
+    log = journal.Journal(tmp_path, step=step, records=False)
+    log.scalars(step + 3, {"loss": 1.0})
+    log.close()
+  first, second = sorted((tmp_path / "tensorboard").iterdir())
+  events = [
+      [event_pb2.Event.FromString(data) for data in _records(path.read_bytes())]
+      for path in (first, second)
+  ]
+  assert [event.step for event in events[0]] == [0, 3]
+  assert [event.step for event in events[1]] == [4, 4, 7]
+  assert events[1][1].session_log.status == event_pb2.SessionLog.START
+
+
 def _records(data):
   """The payloads of a TFRecord file: u64 length, u32, payload, u32."""
   while data:
