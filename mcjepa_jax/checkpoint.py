@@ -17,9 +17,11 @@ import sys
 import tempfile
 from typing import Any
 
+from absl import flags
 from etils import epath
 import jax
 from jax import numpy as jnp
+from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
 
 from mcjepa_jax.data import files
@@ -74,9 +76,9 @@ def begun(workdir: str | os.PathLike) -> bool:
   return (_absolute(workdir) / _FOLDER).exists()
 
 
-def complete(workdir: str | os.PathLike) -> bool:
-  """Returns whether a workdir has a complete checkpoint."""
-  return bool(_steps(_absolute(workdir) / _FOLDER))
+def newest_step(workdir: str | os.PathLike) -> int | None:
+  """Returns the newest step of which a workdir has a complete checkpoint."""
+  return max(_steps(_absolute(workdir) / _FOLDER), default=None)
 
 
 def locate(path: str | os.PathLike) -> epath.Path:
@@ -175,6 +177,10 @@ def _read(step: epath.Path, item: str, handler: Any, args: Any) -> Any:
 def _unreadable(step: epath.Path, error: Exception) -> UserError:
   reason = (str(error).strip() or type(error).__name__).splitlines()[0]
   reason = reason.split(" [tensorstore_spec")[0]
+  if step.name.isdigit():
+    earlier = [n for n in _steps(step.parent) if n < int(step.name)]
+    if earlier:
+      reason += f"; without its folder step {earlier[-1]} is the newest"
   return UserError(f"checkpoint {step} cannot be read: {reason}")
 
 
@@ -296,23 +302,35 @@ class Checkpoints:
     self._begun: futures.Future[Any] | None = None  # a save, in the thread
     self._awaited = False  # whether a save's end was not waited for yet
     self.failures = 0  # saves that failed since the last that did not
-    self._manager = ocp.CheckpointManager(
-        self._folder,
-        options=ocp.CheckpointManagerOptions(
-            preservation_policy=_policies.AnyPreservationPolicy(keep),
-            # Without it Orbax writes no metrics, and forgets on restart which
-            # steps were the best.
-            best_fn=goodness,
-            cleanup_tmp_directories=True,
-        ),
-    )
+    # Hosts wait for one that could not begin by a barrier that ends.
+    flags.FLAGS.experimental_orbax_use_distributed_barrier = True
+    try:
+      self._manager = ocp.CheckpointManager(
+          self._folder,
+          options=ocp.CheckpointManagerOptions(
+              preservation_policy=_policies.AnyPreservationPolicy(keep),
+              # Without it Orbax writes no metrics, and forgets on restart which
+              # steps were the best.
+              best_fn=goodness,
+              cleanup_tmp_directories=True,
+          ),
+      )
+    except _STORAGE_ERRORS as error:  # it reads the metrics of each
+      raise _unreadable(self._folder, error) from error
+    # JAX answers by the largest number that it was asked with, which has to be
+    # the run's own: Orbax asks with training steps.
+    self._manager.reached_preemption = lambda step: False
 
   @contextlib.contextmanager
   def _written(self) -> Iterator[None]:
     """Raises UserError for what a disk that takes no more raises inside."""
+    remote = "://" in str(self._folder)
+    kinds = (OSError, ValueError, jax.errors.JaxRuntimeError)
+    if remote:  # what a bucket's clients raise has no class in common
+      kinds = (Exception,)
     try:
       yield
-    except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
+    except kinds as error:
       reason = next((x for x in _REFUSALS if x in str(error)), None)
       # Of several hosts each waits for what the others write.
       of_jax = isinstance(error, jax.errors.JaxRuntimeError)
@@ -322,6 +340,8 @@ class Checkpoints:
         reason = "not every host has written its part in time"
       if reason is None and isinstance(error, OSError):
         reason = error.strerror or str(error)
+      if reason is None and remote:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
       if reason is None:
         raise
       self.failures += 1
@@ -369,6 +389,8 @@ class Checkpoints:
     # A save that failed has taken off the list what it was to replace.
     self._manager.reload()
     steps = self.all_steps()
+    if jax.process_count() > 1:  # all have listed what all are to delete
+      multihost_utils.sync_global_devices("go_back")
     for newer in steps[1:]:
       if newer > step:
         self._manager.delete(newer)
@@ -501,8 +523,11 @@ class Checkpoints:
     """Raises, once, what the last save has failed with; waits for nothing."""
     if not self._awaited:  # each step asks
       return
-    if self._begun is not None and not self._begun.done():
-      return
+    if self._begun is not None:
+      if not self._begun.done():
+        return
+      if self._begun.exception():  # Orbax takes that save for one under way
+        self.wait_until_finished()
     # The manager's own check finds nothing: the thread that ends a save took it.
     if not self._manager.is_saving_in_progress():
       self.wait_until_finished()

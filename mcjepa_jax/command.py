@@ -6,10 +6,11 @@ import dataclasses
 import difflib
 import functools
 import importlib.util
+import os
 import pathlib
 import sys
 import traceback
-from typing import Any
+from typing import Any, NoReturn
 
 from mcjepa_jax.errors import UserError, collect
 
@@ -21,8 +22,11 @@ EXIT_LOST = 77  # another host of the run
 EXIT_INTERRUPTED = 130  # as shells have it
 
 
-class Stop(RuntimeError):
-  """Ends a command with an exit code of its own and one line that says why."""
+class Stop(BaseException):
+  """Ends a command with an exit code of its own and one line that says why.
+
+  No Exception: raised by a signal, it is no fault of the file that is read.
+  """
 
   def __init__(self, code: int, message: str):
     super().__init__(message)
@@ -105,7 +109,8 @@ def number(
   if name not in flags:
     return default
   text = " ".join(flags[name])
-  if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= most):
+  digits = text.isascii() and text.isdigit() and len(text) < 20
+  if not (digits and 1 <= int(text) <= most):
     raise UserError(
         f"--{name}: expected a number from 1 to {most}, got {text!r}"
     )
@@ -248,6 +253,18 @@ def guarded(function: Callable[[], Any], *, debug: bool) -> int:
     print("interrupted: started again, it goes on", file=sys.stderr)
     return EXIT_INTERRUPTED
   return 0
+
+
+def leave(code: int) -> NoReturn:
+  """Ends this process; of one that failed nothing that still runs is awaited.
+
+  A step that compiles in a thread may take minutes, and cannot be ended.
+  """
+  if code:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  raise SystemExit(0)
 
 
 def run(

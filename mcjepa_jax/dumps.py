@@ -48,7 +48,7 @@ def save(
   """
   folder = workdir / mirror.DUMPS / f"step_{step}"
   others = [path for path in folder.parent.glob("*") if path != folder]
-  full = len(others) >= limit or checkpoint.complete(folder)
+  full = len(others) >= limit or checkpoint.newest_step(folder) is not None
   told = hosts.exchange(f"dump {next(_numbers)}", [full, dict(records)])
   # What the first found: the others may have come after its folder.
   if told[0][0]:
@@ -97,6 +97,9 @@ def read_meta(folder: pathlib.Path) -> tuple[dict[str, Any], Any]:
     steps.tasks(meta["kind"])
     if type(meta["hosts"]) is not int or meta["hosts"] < 1:
       raise ValueError(f"hosts: {meta['hosts']}")
+    if not 0 <= int(meta["step"]) < 2**31:
+      raise ValueError(f"step: {meta['step']}")
+    dict(meta["logs"]), dict(meta["records"])
     np.asarray(meta["key"], np.uint32)
     return {k: meta[k] for k in _META}, config
   except (AttributeError, KeyError, TypeError, ValueError) as error:

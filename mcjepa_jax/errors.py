@@ -19,6 +19,10 @@ class UserError(ValueError):
     self.messages = messages
 
 
+class Passing(UserError):
+  """A fault of what is around a run, which may be gone at its next start."""
+
+
 def collect(*checks: Callable[[], Any]) -> list[str]:
   """The messages of all the UserErrors of the checks, called in their order.
 

@@ -28,7 +28,7 @@ import jax
 from jax._src import clusters, distributed
 from jax.experimental import multihost_utils
 
-from mcjepa_jax import errors, lifeline, mirror, sharding
+from mcjepa_jax import command, errors, lifeline, mirror, sharding
 
 FLAGS = ("coordinator", "processes", "process")
 _SHOWN = 8  # differences between two hosts
@@ -40,6 +40,11 @@ _PACKAGES = (
 )
 _LONGEST = 1024  # bytes of a line of the roll call
 _LATER = 40  # seconds after which JAX itself misses a host that is silent
+
+
+def _absent(message: str) -> command.Stop:
+  """What ends a host that the others do not come to: a run to start again."""
+  return command.Stop(command.EXIT_LOST, message)
 
 
 class Place(NamedTuple):
@@ -59,7 +64,9 @@ class Place(NamedTuple):
     return f"process {index}{known}"
 
 
-def place(flags: Mapping[str, Sequence[str]]) -> Place | None:
+def place(
+    flags: Mapping[str, Sequence[str]], *, seconds: float = 300.0
+) -> Place | None:
   """The place that flags, MCJEPA_* variables or the cluster give; None alone.
 
   Clusters are those that JAX knows: Cloud TPU, one slice or several, created
@@ -67,6 +74,7 @@ def place(flags: Mapping[str, Sequence[str]]) -> Place | None:
 
   Raises:
     UserError: a part is missing, or is none.
+    Stop: the first host's name is not known within `seconds` (77).
   """
   given = {}
   for name in FLAGS:
@@ -80,20 +88,52 @@ def place(flags: Mapping[str, Sequence[str]]) -> Place | None:
       clusters.GceTpuCluster,
   ):
     if cluster.is_env_present() and cluster.get_process_count() > 1:
-      address = cluster.get_coordinator_address(
-          timeout_secs=300, override_coordinator_port=None
-      )
+      try:
+        address = cluster.get_coordinator_address(
+            timeout_secs=seconds, override_coordinator_port=None
+        )
+      except RuntimeError as error:
+        raise _absent(f"process 0 did not come: {error}") from error
       count = cluster.get_process_count()
-      names = ()
-      if issubclass(cluster, clusters.cloud_tpu_cluster.BaseTpuCluster):
-        workers = cluster._get_worker_list_in_slice()
-        # Of this slice; another slice's are not told here.
-        if len(workers) == count:
-          names = tuple(workers)
+      if cluster is clusters.SlurmCluster:
+        names = _nodes(count)
+      else:
+        names = tuple(cluster._get_worker_list_in_slice())
+        if len(names) != count:  # those of another slice are not told here
+          workers = len(names)
+          names = tuple(
+              f"slice {i // workers}, worker {i % workers}"
+              for i in range(count)
+          )
       return Place(
           address, count, cluster.get_process_id(), names, cluster.name
       )
   return None
+
+
+def _nodes(count: int) -> tuple[str, ...]:
+  """The node of each of srun's tasks; none where they do not go node by node.
+
+  Of variables such as `gpu[001-003],login` and `4(x2),1`.
+  """
+  if not os.environ.get("SLURM_DISTRIBUTION", "block").startswith("block"):
+    return ()
+  nodes, tasks = [], []
+  for prefix, ranges in re.findall(
+      r"([^,[\]]+)(?:\[([\d,-]*)\])?", os.environ["SLURM_STEP_NODELIST"]
+  ):
+    for part in ranges.split(","):
+      first, _, last = part.partition("-")
+      numbers = range(int(first), int(last) + 1) if last else (first,)
+      nodes += [f"{prefix}{n:0>{len(first)}}" for n in numbers]
+  for number, times in re.findall(
+      r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+  ):
+    tasks += [int(number)] * int(times or 1)
+  names = tuple(
+      node for node, n in zip(nodes, tasks, strict=False) for _ in range(n)
+  )
+  return names if len(names) == count else ()
 
 
 def _given_place(given: Mapping[str, str]) -> Place | None:
@@ -132,7 +172,8 @@ def start(
   One that is silent for `silence` seconds then counts as lost.
 
   Raises:
-    UserError: some did not come within `seconds`; they are named.
+    UserError: two say that they have the same place.
+    Stop: some did not come within `seconds` (77); they are named.
   """
   if where is None:
     return
@@ -164,7 +205,8 @@ def roll_call(
   Process 0 has one to each of the others, they have one to process 0.
 
   Raises:
-    UserError: some did not, within `seconds`, or two have the same place.
+    UserError: two have the same place.
+    Stop: some did not come within `seconds` (77).
   """
   host, _, port = where.address.rpartition(":")
   deadline = time.monotonic() + seconds
@@ -225,19 +267,31 @@ def _call(
         fault = f"{present[index]} and {name} both say they are process {index}"
       present[index] = name
     absent = [i for i in range(where.count) if i not in present]
-    if absent and not fault:
-      fault = (
-          f"waited {time.monotonic() - began:.0f} s for {where.count} processes;"
-          f" these did not come: {', '.join(map(where.name, absent))}"
-      )
     names = [present.get(i, "") for i in range(where.count)]
+    answer = f"go {json.dumps(names)}"
+    if fault:
+      answer = f"fault {fault}"
+    elif absent:
+      answer = (
+          f"absent waited {time.monotonic() - began:.0f} s for"
+          f" {where.count} processes; these did not come:"
+          f" {', '.join(map(where.name, absent))}"
+      )
     for _, connection in waiting:
       with contextlib.suppress(OSError):
-        connection.sendall(f"{fault or f'go {json.dumps(names)}'}\n".encode())
-    if fault:
-      raise errors.UserError(fault)
+        connection.sendall(f"{answer}\n".encode())
+    _raise_told(answer)
     # The others are closed here; these stay open.
     return names, {i: connection.dup() for i, connection in waiting}
+
+
+def _raise_told(answer: str) -> None:
+  """Raises what the roll call ended with, unless it is that all go."""
+  word, _, text = answer.strip().partition(" ")
+  if word == "fault":
+    raise errors.UserError(text)
+  if word == "absent":
+    raise _absent(text)
 
 
 def _answer(
@@ -256,15 +310,16 @@ def _answer(
         answer = _line_of(connection, _LONGEST * (where.count + 64))
         if answer.startswith("go "):
           return json.loads(answer[3:]), {0: connection.dup()}
-        if answer.endswith("\n"):
-          raise errors.UserError(answer.strip())
+        _raise_told(answer)
         reason = "the connection was closed"
+        if answer:
+          reason = "another service answers there"
     except OSError as error:
       reason = error.strerror or str(error)
     except (UnicodeDecodeError, json.JSONDecodeError):
       reason = "another service answers there"
     time.sleep(0.2)
-  raise errors.UserError(
+  raise _absent(
       f"{where.name(0)} at {where.address} did not call the roll: {reason}"
   )
 
@@ -278,7 +333,7 @@ def exchange(name: str, value: Any, *, seconds: float = 600.0) -> list[Any]:
   """Every host's value, as JSON, by process: a barrier with a time limit.
 
   Raises:
-    UserError: some hosts did not come within `seconds`; they are named.
+    Stop: some hosts did not come within `seconds` (77); they are named.
   """
   if jax.process_count() == 1:
     return [value]
@@ -300,7 +355,7 @@ def exchange(name: str, value: Any, *, seconds: float = 600.0) -> list[Any]:
       values.append(json.loads(text))
   if absent:
     names = ", ".join(map(lifeline.name, absent))
-    raise errors.UserError(
+    raise _absent(
         f"{name}: waited {seconds:.0f} s for all hosts; these did not come:"
         f" {names}"
     )
@@ -407,6 +462,10 @@ def code() -> dict[str, str]:
   return {"mcjepa_jax": digest.hexdigest()[:12]} | versions
 
 
+def _same(tree: Any) -> Any:  # one function, which is compiled once
+  return tree
+
+
 def local(tree: Any, mesh: jax.sharding.Mesh) -> tuple[Any, jax.sharding.Mesh]:
   """Arrays whole on this host's own devices, and a mesh of these.
 
@@ -415,7 +474,7 @@ def local(tree: Any, mesh: jax.sharding.Mesh) -> tuple[Any, jax.sharding.Mesh]:
   if jax.process_count() == 1:
     return tree, mesh
   everywhere = sharding.replicated(mesh)
-  tree = jax.jit(lambda x: x, out_shardings=everywhere)(tree)
+  tree = jax.jit(_same, out_shardings=everywhere)(tree)
   mesh = sharding.mesh_of(jax.local_devices())
   here = sharding.replicated(mesh)
 
@@ -474,11 +533,21 @@ def stopping(stop: threading.Event) -> bool:
 
   All hosts ask as often, and all hear it at the same step.
   """
-  if jax.process_count() == 1:
+  if jax.process_count() == 1 or stop.is_set():
     return stop.is_set()
   # Of a SIGTERM before the first question JAX makes number 1 the last one, so
   # a resumed run's steps are no numbers to ask by.
-  return multihost_utils.reached_preemption_sync_point(next(_asked))
+  if multihost_utils.reached_preemption_sync_point(next(_asked)):
+    stop.set()  # on all: JAX says so once
+  return stop.is_set()
+
+
+def leave(*_: Any) -> None:
+  """Handles SIGTERM where there is nothing new to save."""
+  raise command.Stop(
+      command.EXIT_PREEMPTED,
+      "SIGTERM outside of the steps: what is saved is all there is",
+  )
 
 
 class Watch:

@@ -62,7 +62,7 @@ class Lifeline:
     """
     self.names = [f"process {i} ({name})" for i, name in enumerate(names)]
     self.reason = ""  # why this process ends
-    self._index = index
+    self.index = index
     self._connections = dict(connections)
     self._silence = silence
     self._grace = grace
@@ -105,17 +105,17 @@ class Lifeline:
     """
     with self._news:
       self._claim(code)
-      if code or self._index:
-        self._send({"end": [self._index, code, self.reason]})
+      if code or self.index:
+        self._send({"end": [self.index, code, self.reason]})
       limit = None if not code else self._limit(code) + 2 * _LAST
       self._news.wait_for(self._is_over, limit)
       if not code:
-        if not self._index:
+        if not self.index:
           self._send({"end": [0, 0, ""]})
         if self._fault:
           code, line = self._fault
           print(line, file=sys.stderr, flush=True)
-      if code and not self._index:
+      if code and not self.index:
         self._news.wait_for(lambda: not self._heard, _LAST)
       self._closed = True
     if not code:
@@ -170,7 +170,7 @@ class Lifeline:
     self._heard[index] = time.monotonic()
     for line in lines:
       message = json.loads(line)
-      if "time" in message and not self._index:
+      if "time" in message and not self.index:
         self._compare(index, message["time"] - time.time())
       if "end" in message:
         self._hear(*message["end"])
@@ -202,7 +202,7 @@ class Lifeline:
         self._fault = code, line
         lost = code == command.EXIT_LOST
         self._deadline = time.monotonic() + (0 if lost else self._limit(code))
-        if not self._index:
+        if not self.index:
           self._send({"end": [index, code, reason]}, but=index)
       self._news.notify_all()
 
@@ -230,7 +230,7 @@ class Lifeline:
     # Below the bar.
     print(f"\n{line}", file=sys.__stderr__, flush=True)
     deadline = time.monotonic() + _LAST
-    while not self._index and len(selector.get_map()) > 0:
+    while not self.index and len(selector.get_map()) > 0:
       for key, _ in selector.select(0.1):
         if not self._read(key.data, key.fileobj):
           selector.unregister(key.fileobj)
@@ -266,6 +266,8 @@ def together() -> Iterator[None]:
   except (errors.UserError, command.Stop) as error:
     if _held:
       _held.reason = "; ".join(str(error).splitlines())
+      if getattr(error, "code", None) == command.EXIT_LOST:
+        _held.reason = f"{_held.names[_held.index]}: {_held.reason}"
     raise
   except Exception as error:
     if not _held:

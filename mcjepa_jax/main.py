@@ -25,11 +25,23 @@ def main(argv: list[str] | None = None) -> int:
   return lifeline.end(command.run(argv, _run, flags=_FLAGS))
 
 
+def _seconds(variable: str, default: float) -> float:
+  text = os.environ.get(variable) or str(default)
+  try:
+    seconds = float(text)
+  except ValueError:
+    seconds = 0.0
+  if not 0 < seconds < float("inf"):
+    raise errors.UserError(f"{variable}: expected seconds, got {text!r}")
+  return seconds
+
+
 def _run(config, workdir, flags) -> None:
   # Imported here: a Grain worker imports this module again, and needs no JAX.
   from mcjepa_jax import hosts
 
-  where = hosts.place(flags)
+  seconds = _seconds("MCJEPA_START_SECONDS", 300.0)
+  where = hosts.place(flags, seconds=seconds)
   if where and config.task == "evaluate":
     raise errors.UserError(
         f"task: evaluate runs on one host, got {where.count}"
@@ -38,13 +50,13 @@ def _run(config, workdir, flags) -> None:
     stack.enter_context(lifeline.together())
     hosts.start(
         where,
-        seconds=float(os.environ.get("MCJEPA_START_SECONDS") or 300),
-        silence=float(
-            os.environ.get("MCJEPA_LOST_SECONDS") or lifeline.SILENCE
-        ),
+        seconds=seconds,
+        silence=_seconds("MCJEPA_LOST_SECONDS", lifeline.SILENCE),
     )
     from mcjepa_jax import evaluate, train
+    from mcjepa_jax.data import files
 
+    stack.callback(files.remove_temporary)
     if not hosts.first():
       quiet = stack.enter_context(open(os.devnull, "w"))
       stack.enter_context(contextlib.redirect_stdout(quiet))
@@ -55,4 +67,4 @@ def _run(config, workdir, flags) -> None:
 
 
 if __name__ == "__main__":
-  raise SystemExit(main())
+  command.leave(main())

@@ -21,6 +21,7 @@ from mcjepa_jax.data import files
 _CHECKPOINTS = "checkpoints"
 DUMPS = "dumps"  # in it, of steps that were not finite
 _MARKER = "opened.txt"
+_SHOWN = 4
 
 
 class Folder:
@@ -50,13 +51,22 @@ class _Mirrored(Folder):
   def _pull(self) -> None:
     files.forget_below(self._remote)
     for folder, below, names in self._remote.walk():
-      if folder == self._remote and _CHECKPOINTS in below:
-        below.remove(_CHECKPOINTS)
+      if folder == self._remote:
+        if (below or names) and _MARKER not in names:
+          raise errors.UserError(
+              f"workdir: expected a new folder or one of a run, which has a"
+              f" {_MARKER}; in {folder} are"
+              f" {', '.join(sorted([*below, *names])[:_SHOWN])}"
+          )
+        if _CHECKPOINTS in below:
+          below.remove(_CHECKPOINTS)
       if folder == self._remote / DUMPS:  # large: they are only counted
         for name in below:
           (self.local / DUMPS / name).mkdir(parents=True, exist_ok=True)
         below.clear()
       for name in names:
+        if name == _MARKER:  # another host may be writing it
+          continue
         target = self.local / folder.relative_to(self._remote) / name
         _fetch(folder / name, target)
         self._sent[target] = _version(target)
@@ -75,11 +85,16 @@ class _Mirrored(Folder):
         continue
       handle, part = tempfile.mkstemp()
       os.close(handle)
-      shutil.copyfile(path, part)  # what is appended meanwhile comes next time
-      files.put(
-          pathlib.Path(part),
-          self._remote.joinpath(*path.relative_to(self.local).parts),
-      )
+      try:
+        shutil.copyfile(
+            path, part
+        )  # what is appended meanwhile comes next time
+        files.put(
+            pathlib.Path(part),
+            self._remote.joinpath(*path.relative_to(self.local).parts),
+        )
+      finally:
+        pathlib.Path(part).unlink(missing_ok=True)
       self._sent[path] = version
 
 

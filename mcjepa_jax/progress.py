@@ -62,9 +62,7 @@ class Progress:
     self._bar = tqdm.tqdm(
         total=config.num_steps, initial=start, unit="step", smoothing=0.1
     )
-    self._examples = sum(
-        config[task].batch_size for task in steps.tasks_of_mode(config.mode)
-    )
+    self._examples: int | None = None  # of the step before
     self.log = journal.Journal(
         run.workdir,
         step=start,
@@ -82,13 +80,17 @@ class Progress:
     """Shows what a step logged."""
     config = self._run.config
     self._bar.update()
-    rate = (self._bar.format_dict["rate"] or 0.0) * self._examples
-    losses = [f"loss {values['loss']:.3f}"]
+    losses, examples = [f"loss {values['loss']:.3f}"], 0
     for task in steps.tasks_of_mode(config.mode):
       if f"loss/{task}" in values:
         self._reports[task] += 1
         self._before.setdefault(task, self._run.clock.seconds()["step"])
         losses.append(f"{task} {values[f'loss/{task}']:.3f}")
+        examples += config[task].batch_size
+    # Where tasks alternate, of two steps.
+    before = examples if self._examples is None else self._examples
+    self._examples = examples
+    rate = (self._bar.format_dict["rate"] or 0.0) * (before + examples) / 2
     self._bar.set_postfix_str(f"{', '.join(losses)}, {rate:.0f} examples/s")
     if number % config.log_every == 0 or number + 1 == config.num_steps:
       seconds = {

@@ -72,10 +72,13 @@ def replay(folder: pathlib.Path) -> dict[str, Any]:
   """The report on a dump's step, run again.
 
   Raises:
-    UserError: there is no dump, or it does not fit the devices here.
+    UserError: there is no dump, or none that this version reads.
   """
   meta, config = dumps.read_meta(folder)
   try:
+    with config.unlocked():
+      config.data_cache = ""  # its rows are in the dump
+      config.mesh.update(devices=1, data=-1, shard=-1)
     faults = validation.faults(config)
   except (AttributeError, KeyError, TypeError) as error:
     faults = [f"{type(error).__name__}: {error}"]
@@ -83,6 +86,11 @@ def replay(folder: pathlib.Path) -> dict[str, Any]:
     raise errors.UserError(
         *(f"{folder}: its config cannot be used: {fault}" for fault in faults)
     )
+  # Of the devices here as many as divide its batch, whatever those of the run.
+  fitting = range(len(sharding.all_devices()), 0, -1)
+  config.mesh.devices = next(
+      n for n in fitting if not validation.faults(config, devices=n)
+  )
   kind = meta["kind"]
   arrays = dumps.read_arrays(folder, kind, meta["hosts"])
   mesh = assembly.mesh(config)

@@ -44,7 +44,7 @@ def input_and_mesh(
   for check in (
       lambda: journal.check_writable(folder.local, "workdir"),
       lambda: check_resume(config, folder),
-      lambda: check_init_checkpoint(config),
+      lambda: check_init_checkpoint(config, folder),
       lambda: assembly.optimizers(config),
       lambda: faults.extend(validation.no_way_back(config)),
       lambda: streams.update(assembly.streams(config)),
@@ -60,7 +60,12 @@ def input_and_mesh(
         raise
   data = {task: s.state()["fingerprint"] for task, s in streams.items()}
   hosts.agree(
-      {"config": command.leaves(config), "data": data},
+      {
+          "config": command.leaves(config),
+          "data": data,
+          # A listing may be late.
+          "newest checkpoint": checkpoint.newest_step(folder.address),
+      },
       list(dict.fromkeys(faults)),
   )
   hosts.check_shared(folder)
@@ -92,9 +97,11 @@ def sole_owner(workdir: pathlib.Path) -> Iterator[None]:
     yield
 
 
-def check_init_checkpoint(config: Any) -> None:
+def check_init_checkpoint(config: Any, folder: mirror.Folder) -> None:
   """Raises UserError if the encoder to start from is not there or another."""
   if not config.init_checkpoint:
+    return
+  if checkpoint.newest_step(folder.address) is not None:  # it has started
     return
   model = assembly.model(config)
   encoder = jax.eval_shape(lambda: mcjepa.init_params(model, 0))["encoder"]
@@ -113,7 +120,7 @@ def resumable_config(config: Any) -> dict[str, Any]:
 def check_resume(config: Any, folder: mirror.Folder) -> None:
   """Raises UserError if the workdir holds a run of another config."""
   path = folder.local / "config.json"
-  # A run that ended before its first checkpoint left nothing to resume.
+  # A run that ended before it could save left nothing to resume.
   if not path.exists() or not checkpoint.begun(folder.address):
     return
   try:

@@ -127,15 +127,16 @@ def save(
   metrics = {}
   last = int(state.step) == config.num_steps
   heard = contextlib.nullcontext() if last else until_sigterm(run)
+  if config.keep_best and not hurry:
+    # On scenes of their own: what is reported chooses no checkpoint.
+    with run.clock.span("evaluate"), heard:
+      metrics = evaluations_on_the_way(run, state, config.eval_seed + 1)
+  refused = None
   try:
-    if config.keep_best and not hurry:
-      # On scenes of their own: what is reported chooses no checkpoint.
-      with run.clock.span("evaluate"), heard:
-        metrics = evaluations_on_the_way(run, state, config.eval_seed + 1)
     run.folder.push()  # before: what goes on from here finds its logs
-  except errors.UserError:
-    run.checkpoints.failures += 1
-    raise
+  except errors.UserError as error:
+    refused = error
+  # Also then: of many hosts each has its own logs, and all save together.
   run.checkpoints.save(
       int(state.step),
       state,
@@ -152,6 +153,8 @@ def save(
       },
       metrics,
   )
+  if refused:
+    raise refused
 
 
 def evaluations(
@@ -288,18 +291,12 @@ def train(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
 
   Raises:
     UserError: the config, the data or the workdir cannot be used.
-    Stop: an alarm ends it (76), or SIGTERM came and the state is saved (75).
+    Stop: an alarm ends it (76), SIGTERM came and the state is saved (75), or a
+      worker or a bucket failed in the steps (77).
   """
   # In the steps the loop's own handler takes its place.
-  with hosts.on_sigterm(_leave), mirror.opened(workdir) as folder:
+  with hosts.on_sigterm(hosts.leave), mirror.opened(workdir) as folder:
     return _train(config, folder)
-
-
-def _leave(*_: Any) -> None:
-  raise command.Stop(
-      command.EXIT_PREEMPTED,
-      "SIGTERM outside of the steps: what is saved is all there is",
-  )
 
 
 def _train(config: Any, folder: mirror.Folder) -> dict[str, Any]:
@@ -309,8 +306,8 @@ def _train(config: Any, folder: mirror.Folder) -> dict[str, Any]:
   model, optimizers = assembly.model(config), assembly.optimizers(config)
   abstract = assembly.abstract_state(config, model, optimizers, mesh)
   with (
-      set_up.sole_owner(workdir) if hosts.first() else contextlib.nullcontext(),
       journal.refusal_told(workdir),
+      set_up.sole_owner(workdir) if hosts.first() else contextlib.nullcontext(),
       checkpoint.Checkpoints(
           folder.address,
           keep_last=config.keep_last,
@@ -353,15 +350,18 @@ def _train(config: Any, folder: mirror.Folder) -> dict[str, Any]:
           print(f"Resumed at step {newest} of {config.num_steps}.")
         checkpoints.make_room(state)
       run.began = clock.seconds()
-      state = run_loop(run, state)
+      try:
+        state = run_loop(run, state)
+      except errors.Passing as error:  # not of the input, which was read so far
+        raise command.Stop(command.EXIT_LOST, f"error: {error}") from error
       if run.stop.is_set():  # after the last step was saved
-        _leave()
+        hosts.leave()
       peak_gb = journal.peak_rss_gb()  # while the workers live
     finally:
       for stream in streams.values():
         stream.close()
     # All is saved: of many hosts, too, one that has to go asks no other.
-    with hosts.on_sigterm(_leave, alone=True):
+    with hosts.on_sigterm(hosts.leave, alone=True):
       results = finish(run, state, peak_gb)
   print(evaluate.table(results))
   print(f"Pictures and curves: {workdir / 'pictures'}")
@@ -494,6 +494,7 @@ def run_steps(
   progress = Progress(run, start)
   watcher = noticing.Watcher(run, progress)
   watch = hosts.Watch(config.hang_seconds)
+  kept = start  # the step from which a run that ends now would go on
 
   def following():
     if queue:
@@ -501,11 +502,13 @@ def run_steps(
     return {task: stream.state() for task, stream in run.streams.items()}
 
   def keep(state, number, *, hurry):
+    nonlocal kept
     state, _ = watcher.settle(state, following())
     # In a row of skipped updates what was saved before it stays newest.
     if hurry or not run.watch.row:
       with clock.span("checkpoint"), watcher.writing(number):
         save(run, state, following(), hurry=hurry)
+        kept = number
     return state
 
   try:
@@ -513,7 +516,10 @@ def run_steps(
       watch.step()
       stopping = number > start and hosts.stopping(run.stop)
       first = rolled_back and number == start + 1
-      periodic = number > start and number % config.save_every == 0
+      # Where flow starts another step is compiled, which may take minutes.
+      periodic = number > start and (
+          number % config.save_every == 0 or number == config.motion.start_step
+      )
       if not stopping and (first or periodic):
         state = keep(state, number, hurry=False)
       # What stops has seconds left, and nothing to lose but its state.
@@ -538,7 +544,12 @@ def run_steps(
         batch = queue.popleft()
         progress.log.records(number, batch.records)
         progress.quarantine(number, batch)
-      watcher.before(number, state, batch, queue[0] if queue else None)
+      # Compiling takes minutes, in which SIGTERM is not to be lost.
+      at_once = number == kept and not rolled_back
+      with (
+          hosts.on_sigterm(hosts.leave) if at_once else contextlib.nullcontext()
+      ):
+        watcher.before(number, state, batch, queue[0] if queue else None)
       state, logs = run.programs.run(batch.kind, state, batch.arrays)
       state, skipped = watcher.settle(state, batch.streams)
       if skipped:  # then the step just dispatched has changed nothing

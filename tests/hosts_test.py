@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from mcjepa_jax import dumps, errors, hosts, replay, sharding
+from mcjepa_jax import command, dumps, errors, hosts, replay, sharding
 from tests import job, poison, workdirs
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -50,10 +50,21 @@ if "TEST_FAULT" in os.environ:
 
   def dying(self):
     if self._next_batch == 8:
-      raise feed.UserError("a worker of the content stream died")
+      raise feed.Passing("a worker of the content stream died")
     return take(self)
 
   feed.Stream._take = dying
+if "TEST_SLEEP" in os.environ:
+  from mcjepa_jax.data import feed
+
+  take = feed.Stream._take
+
+  def late(self):
+    if self._next_batch == 8:
+      time.sleep(6)
+    return take(self)
+
+  feed.Stream._take = late
 if "TEST_CLOCK" in os.environ:
   true = time.time
   time.time = lambda: true() + float(os.environ["TEST_CLOCK"])
@@ -101,13 +112,13 @@ def test_two_processes_are_one_run_and_resume(config_path, tmp_path):
 @pytest.mark.slow
 def test_four_processes_are_one_run(config_path, tmp_path):
   _same_as_one(
-      config_path, tmp_path, 4, "--config.mode=content",
-      "--config.mesh.shard_min_mib=0.0005", "--config.panel_every=2",
+      config_path, tmp_path, 4, "--config.mesh.shard_min_mib=0.0005",
+      "--config.panel_every=2",
   )  # fmt: skip
 
 
-def _two_in_training(config_path, workdir, *overrides, **env):
-  """Two processes of a run that has saved and trains."""
+def _two_in_training(config_path, workdir, *overrides, lines=5, **env):
+  """Two processes of a run that has logged so many lines."""
   port = job.free_port()
   processes = [
       job.start(config_path, workdir, "--config.mode=content", *overrides,
@@ -115,7 +126,7 @@ def _two_in_training(config_path, workdir, *overrides, **env):
       for i in range(2)
   ]  # fmt: skip
   log, deadline = workdir / "metrics.jsonl", time.monotonic() + 400
-  while not (log.exists() and log.read_text().count("\n") > 4):
+  while lines and not (log.exists() and log.read_text().count("\n") >= lines):
     assert time.monotonic() < deadline
     if any(p.poll() is not None for p in processes):
       raise AssertionError(job.wait(processes))
@@ -135,11 +146,23 @@ def test_four_processes_share_two_pairs_by_their_frames(config_path, tmp_path):
   assert (many / "pictures" / "flow.png").exists()
 
 
+def _preempted(processes):
+  """The step at which both have saved, and ended with 75."""
+  results = job.wait(processes)
+  assert [code for code, _, _ in results] == [75, 75], results
+  steps = [
+      int(err.rsplit("saved at step ", 1)[1].split()[0])
+      for _, _, err in results
+  ]
+  assert steps[0] == steps[1]
+  return steps[0]
+
+
 @pytest.mark.proof
 @pytest.mark.slow
-@pytest.mark.parametrize("shard_min_mib", [4.0, 0.0005], ids=str)
+@pytest.mark.parametrize("shard_min_mib, host", [(4.0, 0), (0.0005, 1)])
 def test_sigterm_to_one_process_saves_and_ends_all_and_they_go_on(
-    config_path, tmp_path, shard_min_mib
+    config_path, tmp_path, shard_min_mib, host
 ):
   options = (
       "--config.num_steps=400",
@@ -147,10 +170,8 @@ def test_sigterm_to_one_process_saves_and_ends_all_and_they_go_on(
   )
   ended, whole = tmp_path / "ended", tmp_path / "whole"
   processes = _two_in_training(config_path, ended, *options)
-  processes[1].send_signal(signal.SIGTERM)
-  results = job.wait(processes)
-  assert [code for code, _, _ in results] == [75, 75], results
-  step = int(results[0][2].rsplit("saved at step ", 1)[1].split()[0])
+  processes[host].send_signal(signal.SIGTERM)
+  step = _preempted(processes)
   assert (ended / "checkpoints" / str(step)).is_dir()
 
   options = "--config.mode=content", *options
@@ -164,37 +185,38 @@ def test_sigterm_to_one_process_saves_and_ends_all_and_they_go_on(
 
 @pytest.mark.proof
 @pytest.mark.slow
-def test_sigterm_before_the_first_step_of_a_resumed_run_is_heard(
+def test_sigterm_to_a_resumed_run_is_heard_before_its_first_step_and_after_saves(
     config_path, tmp_path
 ):
-  endless = ("--config.mode=content", "--config.num_steps=100000")
+  endless = ("--config.num_steps=100000", "--config.save_every=20")
 
   def pair():
-    port = job.free_port()
-    return [
-        job.start(config_path, tmp_path, *endless, index=i, count=2, port=port,
-               PYTHONUNBUFFERED="1")
-        for i in range(2)
-    ]  # fmt: skip
+    return _two_in_training(
+        config_path, tmp_path, *endless, lines=0, PYTHONUNBUFFERED="1"
+    )
 
-  log, processes = tmp_path / "metrics.jsonl", pair()
-  deadline = time.monotonic() + 400
-  while not (log.exists() and log.read_text().count("\n") > 2):
-    assert time.monotonic() < deadline
-    time.sleep(0.1)
+  def logged(count):
+    deadline = time.monotonic() + 400
+    while len(workdirs.lines(tmp_path / "metrics.jsonl")) < count:
+      assert time.monotonic() < deadline
+      time.sleep(0.1)
+
+  processes = pair()
+  logged(300)  # more than a resumed run asks by the time of its first saves
   processes[1].send_signal(signal.SIGTERM)
-  first = job.wait(processes)
-  assert [code for code, _, _ in first] == [75, 75], first
-  step = int(first[0][2].rsplit("saved at step ", 1)[1].split()[0])
+  step = _preempted(processes)
   processes = pair()
   for line in processes[0].stdout:
     if line.startswith("Resumed at step"):
       break
   processes[1].send_signal(signal.SIGTERM)  # it compiles
-  again = job.wait(processes)
-  assert [code for code, _, _ in again] == [75, 75], again
-  saved = int(again[0][2].rsplit("saved at step ", 1)[1].split()[0])
+  saved = _preempted(processes)
   assert step < saved <= step + 3
+  processes = pair()
+  logged(saved + 50)
+  processes[0].send_signal(signal.SIGTERM)
+  sent = len(workdirs.lines(tmp_path / "metrics.jsonl"))
+  assert _preempted(processes) <= sent + 30
 
 
 @pytest.mark.proof
@@ -203,8 +225,11 @@ def test_sigterm_before_the_first_step_of_a_resumed_run_is_heard(
 def test_a_lost_host_is_named_by_the_other_and_the_run_goes_on(
     config_path, tmp_path, lost
 ):
-  options = ["--config.num_steps=100", "--config.save_every=2"]
-  processes = _two_in_training(config_path, tmp_path, *options)
+  options, workdir = (
+      ("--config.num_steps=100", "--config.save_every=2"),
+      tmp_path / "lost",
+  )
+  processes = _two_in_training(config_path, workdir, *options)
   processes[lost].kill()
   began = time.monotonic()
   results = job.wait(processes)
@@ -212,11 +237,14 @@ def test_a_lost_host_is_named_by_the_other_and_the_run_goes_on(
   code, _, err = results[1 - lost]
   text = f"process {lost} ({socket.gethostname()}) is lost: its connection was"
   assert code == 77 and text in err, (code, err[-3000:])
-  again = job.run(
-      config_path, tmp_path, "--config.mode=content", *options, count=2
-  )
+  options = "--config.mode=content", *options
+  again = job.run(config_path, workdir, *options, count=2)
   assert "Resumed at step " in again[0][1]
-  assert json.loads((tmp_path / "results.json").read_text())["meta/step"] == 100
+  whole = tmp_path / "whole"
+  job.run(config_path, whole, *options, count=2)
+  (state, streams), other = (workdirs.saved(w, 100) for w in (workdir, whole))
+  assert not workdirs.differences(state, other[0]) and streams == other[1]
+  assert job.records(workdir, 2) == job.records(whole, 2)
 
 
 @pytest.mark.proof
@@ -257,14 +285,14 @@ def test_a_fault_of_one_host_in_training_ends_both_with_it(
         ended.setdefault(i, time.monotonic())
     time.sleep(0.05)
   results = job.wait(processes)
-  assert [code for code, _, _ in results] == [2, 2], results
+  assert [code for code, _, _ in results] == [77, 77], results
   assert abs(ended[0] - ended[1]) < 15
   own, other = results[which][2], results[1 - which][2]
   assert "\nerror: a worker of the content stream died" in own
   host = socket.gethostname()
   assert (
-      f"\nerror: process {which} ({host}) ended with exit code 2: a worker of"
-      " the content stream died" in other
+      f"process {which} ({host}): error: a worker of the content stream died;"
+      " started again, the run goes on" in other
   )
   # The other one's clock is an hour ahead: told from the start on.
   relation = "ahead of" if which == 0 else "behind"
@@ -277,6 +305,24 @@ def test_a_fault_of_one_host_in_training_ends_both_with_it(
       rf"process 1 \({host}\) is 3[56]\d\d s {relation} process 0 \({host}\):",
       line,
   )
+
+
+@pytest.mark.proof
+@pytest.mark.slow
+def test_a_late_step_prints_the_stacks_of_every_host_and_goes_on(
+    faulty_path, tmp_path
+):
+  port = job.free_port()
+  processes = [
+      job.start(faulty_path, tmp_path, "--config.mode=content",
+             "--config.num_steps=20", "--config.hang_seconds=3.0",
+             index=i, count=2, port=port, **({"TEST_SLEEP": "1"} if i else {}))
+      for i in range(2)
+  ]  # fmt: skip
+  for code, _, err in job.wait(processes):
+    assert code == 0, err[-3000:]
+    stacks = err[err.index("Timeout (0:00:03)!") :]
+    assert "Thread 0x" in stacks and "train.py" in stacks
 
 
 @pytest.mark.proof
@@ -376,7 +422,7 @@ def test_a_process_that_does_not_come_is_named(config_path, tmp_path):
       for i in (0, 2)
   ]  # fmt: skip
   for code, _, err in job.wait(processes):
-    assert code == 2, err[-3000:]
+    assert code == 77, err[-3000:]
     assert "for 4 processes; these did not come: process 1, process 3" in err
 
 
@@ -394,7 +440,7 @@ def _call_all(places, seconds=5.0):
           {0} if place.index else set(range(1, place.count))
       )
       results[i] = "all here"
-    except errors.UserError as error:
+    except (command.Stop, errors.UserError) as error:
       results[i] = str(error)
 
   threads = [
@@ -545,6 +591,17 @@ def test_slurm_gives_the_place(monkeypatch):
   place = hosts.place({})
   assert place.address.startswith("node004:")
   assert (place.count, place.index, place.cluster) == (4, 3, "slurm")
+  assert place.names == ()
+  monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "1(x2),2,1")
+  monkeypatch.setenv("SLURM_NTASKS", "5")
+  place = hosts.place({})
+  assert place.names == ("node004", "node005", "node006", "node006", "node007")
+  assert place.name(3) == "process 3 (node006)"
+  monkeypatch.setenv("SLURM_STEP_NODELIST", "login,gpu[9-10,12]")
+  monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "2,1(x3)")
+  assert hosts.place({}).names == ("login", "login", "gpu9", "gpu10", "gpu12")
+  monkeypatch.setenv("SLURM_DISTRIBUTION", "cyclic")
+  assert hosts.place({}).names == ()
   monkeypatch.setenv("SLURM_NTASKS", "1")
   assert hosts.place({}) is None
 
@@ -561,13 +618,32 @@ def test_a_slice_of_gke_gives_the_place_and_the_names(monkeypatch):
   assert place.address.startswith("pod-0.svc:")
   assert (place.count, place.index) == (2, 1)
   assert place.name(1) == "process 1 (pod-1.svc)"
-  # Two slices: places go on, names are of one slice only.
+  # Two slices: places go on, names are of this slice only.
   monkeypatch.setenv("MEGASCALE_NUM_SLICES", "2")
   monkeypatch.setenv("MEGASCALE_SLICE_ID", "1")
   monkeypatch.setenv("MEGASCALE_COORDINATOR_ADDRESS", "pod-0.first")
   place = hosts.place({})
   assert place.address.startswith("pod-0.first:")
-  assert (place.count, place.index, place.names) == (4, 3, ())
+  assert (place.count, place.index) == (4, 3)
+  assert place.name(2) == "process 2 (slice 1, worker 0)"
+
+
+def test_a_first_host_whose_name_is_never_known_is_told(monkeypatch):
+  monkeypatch.setattr(
+      hosts.clusters.cloud_tpu_cluster, "running_in_cloud_tpu_vm", True
+  )
+  for name, value in (
+      ("TPU_WORKER_HOSTNAMES", "a.invalid,b.invalid"), ("TPU_WORKER_ID", "1"),
+      ("MEGASCALE_COORDINATOR_ADDRESS", "a.invalid"),
+      ("MEGASCALE_NUM_SLICES", "1"), ("MEGASCALE_SLICE_ID", "0"),
+  ):  # fmt: skip
+    monkeypatch.setenv(name, value)
+  monkeypatch.setattr(time, "sleep", lambda seconds: None)
+  with pytest.raises(
+      command.Stop, match="process 0 did not come: .*a.inval"
+  ) as e:
+    hosts.place({}, seconds=0.1)
+  assert e.value.code == 77
 
 
 def test_a_slice_of_compute_engine_gives_the_place_and_the_names(monkeypatch):
@@ -601,7 +677,8 @@ def test_a_slice_of_compute_engine_gives_the_place_and_the_names(monkeypatch):
   )
   place = hosts.place({})
   assert place.address.startswith("a:") and not place.address.endswith("8080")
-  assert (place.count, place.index, place.names) == (4, 3, ())
+  assert (place.count, place.index) == (4, 3)
+  assert place.name(1) == "process 1 (slice 0, worker 1)"
   # One host is no run of several.
   metadata["worker-network-endpoints"] = "c"
   metadata["tpu-env"] = ""
@@ -650,8 +727,9 @@ def test_a_host_that_does_not_come_to_an_exchange_is_named(two):
   two(here=[1, 2])
   assert hosts.exchange("here", "x", seconds=5.0) == ["x", [1, 2]]
   began = time.monotonic()
-  with pytest.raises(errors.UserError) as caught:
+  with pytest.raises(command.Stop) as caught:
     hosts.exchange("start", 1, seconds=0.3)
+  assert caught.value.code == 77
   assert 0.2 < time.monotonic() - began < 2
   assert str(caught.value) == (
       "start: waited 0 s for all hosts; these did not come: process 1 (b)"

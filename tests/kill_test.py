@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import kill
+from mcjepa_jax import errors
 from tests import checkpoint_test, workdirs
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -151,6 +152,29 @@ class _Life:
 
   def events(self, kind):
     return [{"restored": self._event}] if self._event != "none" else []
+
+
+def test_a_run_that_does_not_go_on_makes_its_kills_inexact(
+    tmp_path, monkeypatch
+):
+  class Broken(_Life):
+
+    def ends(self, seconds):
+      if self._ends is None:
+        raise errors.UserError("a run that was not killed ended with 1")
+      return self._ends
+
+  script = [(False, None), (False, None), (None, None)]
+  monkeypatch.setattr(kill, "Life", lambda workdir, own_cache: Broken(script))
+  monkeypatch.setattr(kill, "undisturbed", lambda *_, **__: ({}, 60.0))
+  monkeypatch.setattr(kill, "outcome", lambda workdir: "as it should be")
+  monkeypatch.setattr(kill, "seconds_to_write", lambda workdir: 1.0)
+  monkeypatch.setattr(
+      kill, "complete", lambda path: [4] if path.name == "again" else []
+  )
+  monkeypatch.setattr(kill.shutil, "rmtree", lambda path: None)
+  kills, _ = kill.kills_of(tmp_path, 2, seed=1)
+  assert [one.exact for one in kills] == [False, False]
 
 
 def test_a_kill_when_all_was_done_is_drawn_again(tmp_path, monkeypatch):

@@ -118,8 +118,12 @@ def test_an_update_that_is_not_finite_changes_nothing_but_the_step():
 def test_a_step_that_is_not_finite_is_skipped_dumped_and_replayed(
     data, no_epsilon, tmp_path, capsys
 ):
-  workdir = tmp_path / "w"
-  results = train.train(_config(data, alarms__dumps=1), workdir)
+  workdir, cache = tmp_path / "w", tmp_path / "cache"
+  # It is diagnosed before it is skipped.
+  config = _config(
+      data, alarms__dumps=1, alarms__diagnose_every=1, data_cache=str(cache)
+  )
+  results = train.train(config, workdir)
   poisoned = _poisoned(workdir)
   assert poisoned and _skipped(workdir) == poisoned
   assert results["alarm/not_finite"] == len(poisoned)
@@ -136,11 +140,18 @@ def test_a_step_that_is_not_finite_is_skipped_dumped_and_replayed(
 
   (dump,) = (workdir / "dumps").iterdir()
   assert dump.name == f"step_{poisoned[0]}"
-  noticed = workdirs.lines(workdir / "alarms.jsonl")
+  noticed = [
+      line
+      for line in workdirs.lines(workdir / "alarms.jsonl")
+      if line["alarm"] == "not_finite"
+  ]
   assert [line["step"] for line in noticed] == poisoned
   assert all(poison.RECORD in line["records"]["content"] for line in noticed)
+  # The machine that runs it again need not be as the run's.
+  cache.rmdir()
   capsys.readouterr()
   assert replay.main([f"--dump={dump}"]) == 0
+  assert not cache.exists()
   report = json.loads(capsys.readouterr().out.splitlines()[-1])
   assert (
       report["step"] == poisoned[0]
@@ -245,6 +256,7 @@ def test_too_many_end_the_run_with_76_and_a_checkpoint_stays(
   with pytest.raises(command.Stop, match=words) as caught:
     train.train(cfg, tmp_path)
   assert caught.value.code == 76
+  assert list((tmp_path / "checkpoints").iterdir())
   for folder in (tmp_path / "checkpoints").iterdir():
     state, _ = workdirs.saved(tmp_path, int(folder.name))
     assert all(np.isfinite(x).all() for x in workdirs.flat(state).values())

@@ -24,7 +24,7 @@ from jaxtyping import UInt8
 import numpy as np
 
 from mcjepa_jax.data import handover
-from mcjepa_jax.errors import UserError
+from mcjepa_jax.errors import Passing, UserError
 
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
@@ -183,7 +183,7 @@ class Stream(Iterator):
     return part._replace(arrays=arrays), seconds
 
   def _wait(self) -> tuple[Part, float]:
-    """Returns the next batch, or raises UserError for a worker that died.
+    """Returns the next batch, or raises Passing for a worker that died.
 
     Grain would wait for ever where a worker dies within sending a batch, which
     is most of the time where the batches go through pipes.
@@ -211,7 +211,7 @@ class Stream(Iterator):
       # Closing it would wait for the same bytes; at exit Grain ends what is
       # left without.
       _ABANDONED.append(self._running.pop())
-    raise UserError(
+    raise Passing(
         f"a worker of the {self._fingerprint['stream']} stream died: "
         f"{self._died()}; SIGKILL is the kernel's where memory runs out: fewer "
         "workers, or a smaller batch, need less"

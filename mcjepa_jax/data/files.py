@@ -28,7 +28,7 @@ import tempfile
 import time
 from typing import IO, Any, NamedTuple
 
-from mcjepa_jax.errors import UserError
+from mcjepa_jax.errors import Passing, UserError
 
 # What a user does where a store does not answer as it should.
 _HINTS = {
@@ -46,7 +46,7 @@ _GONE = "no such file or bucket"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
-class Unreachable(UserError):
+class Unreachable(Passing):
   """A store does not answer, or not to us: no fault of a file."""
 
   final = True
@@ -238,6 +238,13 @@ def _temporary() -> str:
   folder = tempfile.mkdtemp(prefix="mcjepa_")
   atexit.register(shutil.rmtree, folder, ignore_errors=True)
   return folder
+
+
+def remove_temporary() -> None:
+  """Deletes this process's copies but the cache's, where it ends without atexit."""
+  if _temporary.cache_info().currsize:
+    shutil.rmtree(_temporary(), ignore_errors=True)
+    _temporary.cache_clear()
 
 
 def listed(folder: Location) -> Location:
