@@ -17,10 +17,10 @@ import sys
 import tempfile
 from typing import Any
 
-from absl import flags
 from etils import epath
 import jax
 from jax import numpy as jnp
+from jax._src import distributed
 from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
 
@@ -302,8 +302,10 @@ class Checkpoints:
     self._begun: futures.Future[Any] | None = None  # a save, in the thread
     self._awaited = False  # whether a save's end was not waited for yet
     self.failures = 0  # saves that failed since the last that did not
-    # Hosts wait for one that could not begin by a barrier that ends.
-    flags.FLAGS.experimental_orbax_use_distributed_barrier = True
+    self._part_failed = False  # of several hosts, this one's
+    among = None
+    if jax.process_count() > 1:
+      among = ocp.AsyncOptions(barrier_sync_fn=self._wait_for_others)
     try:
       self._manager = ocp.CheckpointManager(
           self._folder,
@@ -313,6 +315,7 @@ class Checkpoints:
               # steps were the best.
               best_fn=goodness,
               cleanup_tmp_directories=True,
+              async_options=among,
           ),
       )
     except _STORAGE_ERRORS as error:  # it reads the metrics of each
@@ -349,6 +352,16 @@ class Checkpoints:
       raise UserError(
           f"a checkpoint in {self._folder} cannot be written: {reason}; {left}"
       ) from error
+
+  def _wait_for_others(self, *, key: str, timeout_ms: int) -> None:
+    """Waits at a barrier of a save's, unless this host's part of it has failed.
+
+    Orbax would have it wait for the others first, and these wait for it.
+    """
+    if error := sys.exception():  # is on its way through Orbax
+      self._part_failed = True
+      raise error
+    distributed.global_state.client.wait_at_barrier(key, timeout_ms)
 
   def _left(self) -> str:
     """What there is after a save that failed."""
@@ -529,7 +542,7 @@ class Checkpoints:
       if self._begun.exception():  # Orbax takes that save for one under way
         self.wait_until_finished()
     # The manager's own check finds nothing: the thread that ends a save took it.
-    if not self._manager.is_saving_in_progress():
+    if self._part_failed or not self._manager.is_saving_in_progress():
       self.wait_until_finished()
 
   def close(self) -> None:

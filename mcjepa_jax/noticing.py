@@ -84,16 +84,27 @@ class Watcher:
 
   @contextlib.contextmanager
   def writing(self, number: int) -> Iterator[None]:
-    """Notes a checkpoint that failed inside; raises at the second in a row."""
+    """Notes a checkpoint that failed inside; raises at the second in a row.
+
+    Of several hosts at the first, as the others wait for what this one writes;
+    but not where only logs could not be copied to a bucket.
+    """
     try:
       yield
+    except errors.Passing as error:
+      self._note(number, error)
     except errors.UserError as error:
+      if jax.process_count() > 1:
+        raise errors.Passing(*error.messages) from error
       if self._run.checkpoints.failures > 1:
         raise
-      self._run.watch.count("checkpoint")
-      self._progress.alarm(
-          number, "checkpoint", f"{error}; the next save tries again"
-      )
+      self._note(number, error)
+
+  def _note(self, number: int, error: errors.UserError) -> None:
+    self._run.watch.count("checkpoint")
+    self._progress.alarm(
+        number, "checkpoint", f"{error}; the next save tries again"
+    )
 
   def dispatched(
       self, number: int, batch: Batch, logs: dict[str, jax.Array]

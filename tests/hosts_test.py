@@ -54,6 +54,25 @@ if "TEST_FAULT" in os.environ:
     return take(self)
 
   feed.Stream._take = dying
+if "TEST_REFUSE" in os.environ:
+  import errno
+
+  import orbax.checkpoint as ocp
+
+  name = os.environ["TEST_REFUSE"]
+  written, begun = ocp.JsonCheckpointHandler._save_fn, ocp.CheckpointManager.save
+
+  async def write(self, x, directory):
+    if "checkpoints/20." in str(directory) and name == "write":
+      raise OSError(errno.EACCES, "Permission denied", str(directory))
+    await written(self, x, directory)
+
+  def begin(self, step, *args, **kwargs):
+    if step == 20 and name == "begin":
+      raise OSError(errno.ESTALE, "Stale file handle")
+    return begun(self, step, *args, **kwargs)
+
+  ocp.JsonCheckpointHandler._save_fn, ocp.CheckpointManager.save = write, begin
 if "TEST_SLEEP" in os.environ:
   from mcjepa_jax.data import feed
 
@@ -305,6 +324,33 @@ def test_a_fault_of_one_host_in_training_ends_both_with_it(
       rf"process 1 \({host}\) is 3[56]\d\d s {relation} process 0 \({host}\):",
       line,
   )
+
+
+@pytest.mark.proof
+@pytest.mark.slow
+@pytest.mark.parametrize("host, fault", [(0, "write"), (1, "begin")])
+def test_a_checkpoint_that_one_host_cannot_write_ends_all_and_they_go_on(
+    faulty_path, tmp_path, host, fault
+):
+  options = (
+      "--config.mode=content", "--config.num_steps=200",
+      "--config.save_every=10", "--config.hang_seconds=60.0",
+  )  # fmt: skip
+  port = job.free_port()
+  processes = [
+      job.start(faulty_path, tmp_path, *options, index=i, count=2, port=port,
+             **({"TEST_REFUSE": fault} if i == host else {}))
+      for i in range(2)
+  ]  # fmt: skip
+  results = job.wait(processes)
+  reason = {"write": "Permission denied", "begin": "Stale file handle"}[fault]
+  for code, _, err in results:
+    assert code == 77 and f"cannot be written: {reason}; step 10 stays" in err
+    assert "Timeout" not in err  # of a step that came late
+  steps = [x["step"] for x in workdirs.lines(tmp_path / "metrics.jsonl")]
+  assert 19 <= max(steps) < 30  # before the next save
+  again = job.run(faulty_path, tmp_path, *options, count=2)
+  assert "Resumed at step 10 " in again[0][1]
 
 
 @pytest.mark.proof
