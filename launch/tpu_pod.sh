@@ -118,8 +118,9 @@ start() {
   need_run
   local command
   command="$(quoted .venv/bin/python -m mcjepa_jax.main "${arguments[@]}")"
+  local once="if kill -0 \"\$(cat ../mcjepa.pid 2>&1)\" 2> /dev/null; then echo main.py runs here already: stop it first >&2; exit 1; fi"
   # Apart from the connection, which ends as soon as it runs.
-  everywhere "cd mcjepa_jax && { JAX_PLATFORMS=tpu,cpu nohup setsid $command > ../mcjepa.log 2>&1 < /dev/null & echo \$! > ../mcjepa.pid; }"
+  everywhere "cd mcjepa_jax && { $once; JAX_PLATFORMS=tpu,cpu nohup setsid $command > ../mcjepa.log 2>&1 < /dev/null & echo \$! > ../mcjepa.pid; }"
 }
 
 case "$action" in

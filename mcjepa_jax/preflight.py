@@ -35,7 +35,7 @@ is larger than theirs. The JSON object then holds
 
   foretold             by remat: times the smallest batch that the devices divide,
                        images, pairs, gib_per_device, flops beside remat=none's
-  remat                none if the config's own batch fits so, else block
+  remat                the one with the larger batch; of equal ones none
   confirmed            the report above on that batch
 
 --host-gb ends a compiler that takes more of this machine's memory.

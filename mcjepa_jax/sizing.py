@@ -73,8 +73,7 @@ def search(
 ) -> dict[str, Any]:
   """What fits: `foretold` by policy, the `remat` chosen, the `confirmed` report.
 
-  The policy is none where the config's own batch fits so, else the one with the
-  larger batch. `compiled` gives preflight's report on a config; it is told what
+  The policy is the one with the larger batch; of equal ones none. `compiled` gives preflight's report on a config; it is told what
   it compiles. What fits no more than once is confirmed by its own first report.
 
   Raises:
@@ -94,10 +93,7 @@ def search(
   for policy, row in rows.items():
     own = reports[policy]["flops_per_step"]
     row["flops"] = own / flops if own and flops else None
-  wanted = config.content.batch_size // batch.images
-  policy = "none"
-  if rows["none"]["times"] < min(wanted, rows["block"]["times"]):
-    policy = "block"
+  policy = max(POLICIES, key=lambda name: rows[name]["times"])
   times = rows[policy]["times"]
   if not times:
     raise command.Stop(

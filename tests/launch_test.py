@@ -207,10 +207,14 @@ def test_odd_arguments_reach_main_on_a_pod(tmp_path):
       ' --command=*) bash -c "${a#*=}" ;; esac; done\n',
   )
   record = tmp_path / "record"
-  run = _launch(
-      "tpu_pod.sh", "run", *_POD, "--", *_ODD,
-      PATH=f"{tmp_path}/bin:{os.environ['PATH']}", RECORD=str(record),
-  )  # fmt: skip
+
+  def launched():
+    return _launch(
+        "tpu_pod.sh", "run", *_POD, "--", *_ODD,
+        PATH=f"{tmp_path}/bin:{os.environ['PATH']}", RECORD=str(record),
+    )  # fmt: skip
+
+  run = launched()
   assert run.returncode == 0, run.stderr
   deadline = time.monotonic() + 20  # it was started in the background
   while not (record.exists() and record.read_text().endswith("\n")):
@@ -219,6 +223,12 @@ def test_odd_arguments_reach_main_on_a_pod(tmp_path):
   words = json.loads(record.read_text())
   assert words == ["python", "-m", "mcjepa_jax.main", *_ODD]
   assert int((tmp_path / "mcjepa.pid").read_text()) > 1
+  # A second one beside it would be the one that `stop` ends.
+  (tmp_path / "mcjepa.pid").write_text(f"{os.getpid()}\n")
+  record.unlink()
+  assert "main.py runs here already" in launched().stderr
+  assert (tmp_path / "mcjepa.pid").read_text() == f"{os.getpid()}\n"
+  assert not record.exists()
 
 
 @pytest.mark.parametrize(

@@ -44,32 +44,34 @@ def test_a_batch_that_no_part_of_divides_is_refused():
     sizing.smallest(config, 32)
 
 
-def test_without_rematerialisation_where_the_configs_own_batch_fits():
+def test_the_larger_batch_is_confirmed_with_what_it_wants():
   config = mcjepa_convnext_tiny.get_config()
   config.content.batch_size, config.motion.batch_size = 96, 2
   compiled, asked = _compiler()
   found = sizing.search(config, 4, compiled)
   # 0.8 and 96 * 0.05 each time: (0.95 * 15.75 - 0.8) / 4.8 = 2.95.
-  assert found["remat"] == "none"
   assert found["foretold"]["none"]["times"] == 2
   assert found["foretold"]["none"]["gib_per_device"] == pytest.approx(10.4)
+  # And 96 * 0.02: 7.38.
   assert found["foretold"]["block"]["flops"] == pytest.approx(4 / 3)
-  assert asked == [("none", 96, 2), ("block", 96, 2), ("none", 192, 4)]
-  assert found["confirmed"]["fits"]
+  assert found["remat"] == "block" and found["confirmed"]["fits"]
+  assert found["foretold"]["block"]["images"] == asked[-1][1] == 672
+  assert asked == [("none", 96, 2), ("block", 96, 2), ("block", 672, 14)]
+  assert config.remat == "none" and config.content.batch_size == 96
 
 
-def test_with_it_where_that_alone_fits_the_configs_own():
+def test_of_equal_batches_the_one_without_rematerialisation(monkeypatch):
+  monkeypatch.setitem(_GIB, "block", 0.0499)
   config = mcjepa_convnext_tiny.get_config()
   compiled, asked = _compiler()
   found = sizing.search(config, 4, compiled)
-  # Of 384 images without it 192 would fit.
-  assert found["remat"] == "block"
-  assert found["foretold"]["block"]["images"] == asked[-1][1] == 672
-  assert config.remat == "none" and config.content.batch_size == 384
+  assert found["remat"] == "none"
+  assert asked[-1] == ("none", 192, 4)
 
 
-def test_a_batch_that_fits_once_is_not_compiled_again():
+def test_a_batch_that_fits_once_is_not_compiled_again(monkeypatch):
   config = mcjepa_convnext_tiny.get_config()
+  monkeypatch.setitem(_GIB, "block", 0.04)
   compiled, asked = _compiler(limit=25.0)
   found = sizing.search(config, 16, compiled)
   assert found["remat"] == "none" and found["foretold"]["none"]["times"] == 1
@@ -77,8 +79,9 @@ def test_a_batch_that_fits_once_is_not_compiled_again():
   assert found["confirmed"]["gib_per_device"] == pytest.approx(20.0)
 
 
-def test_what_fits_within_the_margin_fits_once():
+def test_what_fits_within_the_margin_fits_once(monkeypatch):
   config = mcjepa_convnext_tiny.get_config()
+  monkeypatch.setitem(_GIB, "block", 0.04)
   compiled, asked = _compiler(limit=20.5)  # of which 20.0 are more than 95 %
   found = sizing.search(config, 16, compiled)
   assert found["remat"] == "none" and found["confirmed"]["fits"]
