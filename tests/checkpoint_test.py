@@ -4,12 +4,15 @@ import errno
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+from etils import epath
 from flax import struct
+import gcsfs
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -310,6 +313,27 @@ def test_a_damaged_checkpoint_is_named(tmp_path, file, fault):
     checkpoint.restore_params(tmp_path, shapes(state.params))
 
 
+# As above.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_with_a_damaged_one_the_one_before_it_is_named(tmp_path):
+  with checkpoint.Checkpoints(tmp_path, keep_last=2) as checkpoints:
+    for step in (2, 5):
+      checkpoints.save(step, make_state(), {}, {})
+  folder = tmp_path / "checkpoints" / "5"
+  (folder / "state" / "manifest.ocdbt").unlink()
+  hint = "without its folder step 2 is the newest"
+  with checkpoint.Checkpoints(tmp_path, keep_last=2) as checkpoints:
+    with pytest.raises(UserError, match=f"checkpoints/5 .*{hint}$"):
+      checkpoints.restore(5, shapes(make_state()))
+  shutil.rmtree(folder)
+  with checkpoint.Checkpoints(tmp_path, keep_last=2) as checkpoints:
+    assert checkpoints.latest_step() == 2
+  metrics = tmp_path / "checkpoints" / "2" / "metrics" / "metrics"
+  metrics.write_text('{"loss": ')
+  with pytest.raises(UserError, match="checkpoints cannot be read"):
+    checkpoint.Checkpoints(tmp_path, keep_last=2)
+
+
 def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
   (tmp_path / "file").write_text("in the way")
   workdir = tmp_path / "file" / "run"
@@ -386,8 +410,9 @@ def test_a_write_that_fails_is_told_without_waiting_for_the_next(
     assert checkpoints.all_steps()[-1] == step < 60
 
 
+@pytest.mark.parametrize("early", [True, False])
 def test_a_save_that_cannot_begin_is_told_once_and_the_next_is_made(
-    tmp_path, monkeypatch
+    tmp_path, monkeypatch, early
 ):
   with checkpoint.Checkpoints(tmp_path, keep_last=9) as checkpoints:
 
@@ -395,7 +420,11 @@ def test_a_save_that_cannot_begin_is_told_once_and_the_next_is_made(
       raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-      patch.setattr(checkpoints._manager, "save", refused)
+      # The manager, or what it calls once it has noted a save under way.
+      manager = checkpoints._manager
+      patch.setattr(
+          manager if early else manager._checkpointer, "save", refused
+      )
       checkpoints.save(1, make_state(), {}, {})
       deadline = time.monotonic() + 60
       with pytest.raises(UserError, match="No space .* there is none before"):
@@ -421,6 +450,10 @@ def test_a_save_that_cannot_begin_is_told_once_and_the_next_is_made(
             "not every host has written its part",
         ),
         (ValueError("UNAVAILABLE: Error writing b/state"), "UNAVAILABLE"),
+        (
+            gcsfs.retry.HttpError({"code": 429, "message": "slow"}),
+            "HttpError: slow",
+        ),
     ],
 )
 def test_what_other_hosts_and_buckets_refuse_is_told(
@@ -433,6 +466,9 @@ def test_what_other_hosts_and_buckets_refuse_is_told(
 
     with monkeypatch.context() as patch:
       patch.setattr(checkpoints._manager, "wait_until_finished", refused)
+      if isinstance(error, gcsfs.retry.HttpError):
+        patch.setattr(checkpoints, "_folder", epath.Path("gs://b/run"))
+        patch.setattr(checkpoint, "_steps", lambda folder: [])
       with pytest.raises(
           UserError, match=f"cannot be written: {words}.*; there"
       ):

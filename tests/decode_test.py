@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from mcjepa_jax import command
 from mcjepa_jax.data import image_io
 from mcjepa_jax.errors import UserError
 
@@ -37,6 +38,15 @@ def without_pillow(monkeypatch):
     raise AssertionError("Pillow was asked")
 
   monkeypatch.setattr(image_io.Image, "open", refuse)
+
+
+def test_what_a_signal_raises_meanwhile_is_no_fault_of_the_image(monkeypatch):
+  def interrupted(*_, **__):
+    raise command.Stop(command.EXIT_PREEMPTED, "SIGTERM")
+
+  monkeypatch.setattr(image_io.Image, "open", interrupted)
+  with pytest.raises(command.Stop, match="SIGTERM"):
+    image_io.decode_image(b"BM", "a.bmp")
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])

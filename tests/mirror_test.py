@@ -12,7 +12,7 @@ import time
 from gcp_storage_emulator import server as emulator, storage
 import pytest
 
-from mcjepa_jax import compare, errors, mirror
+from mcjepa_jax import command, compare, errors, mirror
 from mcjepa_jax.data import files
 from tests import buckets, job, poison, workdirs
 
@@ -121,6 +121,43 @@ def test_dumps_are_counted_by_the_next_run_and_read_where_they_are(bucket):
   with mirror.fetched(f"{address}/dumps/step_3") as folder:
     assert (folder / "views.0.npy").read_bytes() == b"large"
   assert not folder.exists()
+
+
+def test_what_was_written_to_by_no_run_is_refused_before_it_is_copied(
+    bucket, monkeypatch
+):
+  files.write(files.path(f"{bucket}/parent/run/checkpoints/4/state"), b"large")
+  monkeypatch.setattr(mirror, "_fetch", None)
+  with pytest.raises(errors.UserError, match="a run.*opened.txt.* are run$"):
+    with mirror.opened(f"{bucket}/parent"):
+      pytest.fail("it was opened")
+
+
+def test_what_another_host_is_writing_is_not_read(bucket, monkeypatch):
+  with mirror.opened(f"{bucket}/many") as folder:
+    (folder.local / "metrics.jsonl").write_text("1\n")
+  fetched = []
+  monkeypatch.setattr(
+      mirror, "_fetch", lambda file, to: fetched.append(to.name)
+  )
+  monkeypatch.setattr(mirror, "_version", lambda path: (0, 0))
+  with mirror.opened(f"{bucket}/many"):
+    assert fetched == ["metrics.jsonl"]
+
+
+def test_what_ends_a_run_is_not_hidden_by_its_bucket(
+    bucket, monkeypatch, capsys
+):
+  def refused(part, path):
+    raise files.Unreachable(f"{path}: cannot be written")
+
+  with pytest.raises(command.Stop, match="preempted") as stop:
+    with mirror.opened(f"{bucket}/ended") as folder:
+      (folder.local / "metrics.jsonl").write_text("1\n")
+      monkeypatch.setattr(files, "put", refused)
+      raise command.Stop(75, "preempted")
+  assert stop.value.code == 75
+  assert "warning: gs://runs/ended/metrics.jsonl" in capsys.readouterr().err
 
 
 def test_a_bucket_that_is_not_there_is_told_before_anything_runs(bucket):

@@ -23,10 +23,13 @@ from mcjepa_jax import (
     errors,
     hosts,
     journal,
+    mirror,
     replay,
     sharding,
     train,
 )
+from mcjepa_jax.data import files
+from mcjepa_jax.programs import Programs
 from tests import poison, tiny, workdirs
 
 pytestmark = pytest.mark.slow
@@ -485,6 +488,44 @@ def test_a_save_whose_evaluation_sigterm_ends_is_made_and_not_the_best(
   train.train(config, tmp_path)
   saved = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
   assert 8 in saved and 2 not in saved and len(saved) <= 2
+
+
+def test_logs_that_a_bucket_refuses_are_told_and_the_state_is_saved(
+    data, tmp_path, monkeypatch
+):
+  refused = [files.Unreachable("gs://b/run/metrics.jsonl: cannot be written")]
+
+  def push(folder):
+    if refused:
+      raise refused.pop()
+
+  monkeypatch.setattr(mirror.Folder, "push", push)
+  results = train.train(_config(data), tmp_path)
+  assert results["alarm/checkpoint"] == 1 and results["meta/step"] == 8
+  assert (tmp_path / "checkpoints" / "2").is_dir()
+
+
+@pytest.mark.parametrize("start_step", [0, 3])
+def test_sigterm_while_a_step_compiles_loses_none_before_it(
+    tmp_path, monkeypatch, start_step
+):
+  plain = Programs.compile
+
+  def compile(self, kind, state, arrays):
+    if kind == "both":
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(60)
+      raise AssertionError("SIGTERM was not heard")
+    plain(self, kind, state, arrays)
+
+  monkeypatch.setattr(Programs, "compile", compile)
+  monkeypatch.setattr(train, "begin_step", lambda run: None)
+  config = tiny.config(motion__start_step=start_step, save_every=100)
+  with pytest.raises(command.Stop, match="what is saved is all there is") as e:
+    train.train(config, tmp_path)
+  assert e.value.code == 75
+  saved = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+  assert saved == ([str(start_step)] if start_step else [])
 
 
 def test_an_evaluation_that_breaks_the_run_loses_no_step_before_it(

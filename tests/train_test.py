@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from mcjepa_jax import command, train
+from mcjepa_jax import command, errors, mirror, set_up, train
 from tests import tiny, workdirs
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -256,6 +256,45 @@ def test_sigterm_saves_with_75_and_the_run_goes_on_as_if_it_had_not_come(
   assert records[0] == records[1]
 
 
+_COMPILES_LONG = f"""{_CONFIG}
+import pathlib
+import time
+from mcjepa_jax import step
+
+def endless(*args):
+  def trace(*args):
+    pathlib.Path(__file__).with_name("compiles").touch()
+    time.sleep(600)
+  endless.trace = trace
+  return endless
+
+step.jit_train_step = endless
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_to_a_run_that_compiles_ends_it_before_it_has_compiled(
+    tmp_path,
+):
+  path = tmp_path / "configs" / "long.py"
+  path.parent.mkdir()
+  path.write_text(_COMPILES_LONG)
+  process = subprocess.Popen(
+      _command(path, tmp_path / "run"),
+      env=_environment(),
+      cwd=_ROOT,
+      stderr=subprocess.PIPE,
+      text=True,
+  )
+  deadline = time.monotonic() + 300
+  while not path.with_name("compiles").exists():
+    assert time.monotonic() < deadline and process.poll() is None
+    time.sleep(0.02)
+  process.send_signal(signal.SIGTERM)
+  _, err = process.communicate(timeout=120)
+  assert process.returncode == 75 and "what is saved is all there is" in err
+
+
 @pytest.mark.slow
 def test_a_run_starts_from_the_encoder_of_another_and_the_rest_anew(
     whole, tmp_path, monkeypatch
@@ -280,3 +319,9 @@ def test_a_run_starts_from_the_encoder_of_another_and_the_rest_anew(
     np.testing.assert_array_equal(x, source[name], err_msg=name)
   assert any((own[k] != taken[k]).any() for k in own)
   assert int(started[1].step) == 0
+  # Once it has saved, it does not ask for the other again.
+  cfg = tiny.config(init_checkpoint=str(tmp_path / "gone"))
+  folder = mirror.Folder(tmp_path / "taken", tmp_path / "taken")
+  with pytest.raises(errors.UserError, match="gone does not exist"):
+    set_up.check_init_checkpoint(cfg, folder)
+  set_up.check_init_checkpoint(cfg, mirror.Folder(whole, whole))
