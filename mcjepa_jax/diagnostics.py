@@ -45,6 +45,16 @@ def _compare(grads: Mapping[str, Any]) -> dict[str, jax.Array]:
   return found
 
 
+def jit_diagnosis(
+    model: mcjepa.MCJEPA, recipe: steps.Recipe, mesh: jax.sharding.Mesh
+) -> Callable[..., Any]:
+  """The program of a diagnosis: of a state without its optimizer, and a batch."""
+  return jax.jit(
+      functools.partial(_diagnose, model, recipe),
+      out_shardings=sharding.replicated(mesh),
+  )
+
+
 class Diagnosis:
   """Quantities by name, `diagnosis/...`, of a state and a batch.
 
@@ -57,10 +67,7 @@ class Diagnosis:
       recipe: steps.Recipe,
       mesh: jax.sharding.Mesh,
   ):
-    self._function: Callable[..., Any] = jax.jit(
-        functools.partial(_diagnose, model, recipe),
-        out_shardings=sharding.replicated(mesh),
-    )
+    self._function = jit_diagnosis(model, recipe, mesh)
 
   def __call__(
       self, state: steps.TrainState, arrays: Mapping[str, jax.Array]

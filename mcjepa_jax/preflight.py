@@ -4,6 +4,7 @@
     --topology=v5e:2x2
 
     [--mfu=PERCENT] [--price=DEVICE=USD ...] [--search] [--host-gb=N]
+    [--diagnosis]
 
 Topologies are a TPU's kind and layout (v4:2x2x2, v5e:4x4, v5p:2x2x1, v6e:2x4),
 several slices of it (2xv5e:4x4) or `cpu:N`, N emulated devices. The last line
@@ -38,6 +39,7 @@ is larger than theirs. The JSON object then holds
   remat                the one with the larger batch; of equal ones none
   confirmed            the report above on that batch
 
+--diagnosis is of the program that a run runs every alarms.diagnose_every steps.
 --host-gb ends a compiler that takes more of this machine's memory.
 
 Exit code: 0 if it fits, 1 if it does not, 2 for a fault of the input.
@@ -66,6 +68,7 @@ import tqdm
 from mcjepa_jax import (
     assembly,
     command,
+    diagnostics,
     errors,
     flops,
     goodput,
@@ -197,8 +200,8 @@ def _gib(memory: Any) -> float:
   return size / 2**30
 
 
-def _state_gib(abstract: steps.TrainState) -> float:
-  """What a device holds of the train state."""
+def _state_gib(abstract: Any) -> float:
+  """What a device holds of the train state, or of a part of it."""
   return (
       sum(
           math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -209,23 +212,28 @@ def _state_gib(abstract: steps.TrainState) -> float:
 
 
 def _compiled(
-    config: Any, mesh: jax.sharding.Mesh, kind: str
+    config: Any, mesh: jax.sharding.Mesh, kind: str, diagnosis: bool
 ) -> dict[str, Any]:
-  """What the compiler says of one kind of step, the one that train runs."""
+  """What the compiler says of one kind of step as train runs it, or diagnoses."""
   model, optimizers = assembly.model(config), assembly.optimizers(config)
+  recipe = assembly.recipe(config)
   abstract = assembly.abstract_state(config, model, optimizers, mesh)
-  step = steps.jit_train_step(
-      steps.make_train_step(model, optimizers, assembly.recipe(config), kind),
-      abstract,
-      mesh,
-  )
+  held = 0.0  # beside the program
+  if diagnosis:
+    step = diagnostics.jit_diagnosis(model, recipe, mesh)
+    held = _state_gib(abstract.opt_state)
+    abstract = abstract.replace(opt_state={})
+  else:
+    step = steps.jit_train_step(
+        steps.make_train_step(model, optimizers, recipe, kind), abstract, mesh
+    )
   # The largest of the sources': the step is compiled for each.
   frame_size = max(assembly.motion_sizes(config), key=math.prod)
   batch = assembly.batch_shapes(config, kind, frame_size)
   traced = step.trace(abstract, batch)
   report = {
-      "state_gib": _state_gib(abstract),
-      "step": kind,
+      "state_gib": held + _state_gib(abstract),
+      "step": f"diagnosis of {kind}" if diagnosis else kind,
       "images": config.content.batch_size if "views" in batch else 0,
       "pairs": config.motion.batch_size if "frames" in batch else 0,
       "finest_stride": config.model.estimator.finest_stride,
@@ -237,13 +245,14 @@ def _compiled(
   try:
     compiled = traced.lower().compile()
   except jax.errors.JaxRuntimeError as error:
-    report["gib_per_device"] = gib_asked(str(error))
-    if report["gib_per_device"] is None:
+    asked = gib_asked(str(error))
+    if asked is None:
       raise
+    report["gib_per_device"] = held + asked
   else:
     text = compiled.as_text()
     report |= {
-        "gib_per_device": _gib(compiled.memory_analysis()),
+        "gib_per_device": held + _gib(compiled.memory_analysis()),
         "hbm_bytes": hlo.hbm_bytes(text),
         "collective_bytes": hlo.collective_bytes(text),
     }
@@ -251,7 +260,7 @@ def _compiled(
   return report
 
 
-def _report(config: Any, topology: Topology) -> dict[str, Any]:
+def _report(config: Any, topology: Topology, diagnosis: bool) -> dict[str, Any]:
   """The report, made in a process that has used no backend yet."""
   sizes = config.mesh
   mesh = sharding.mesh_of(_devices(topology), sizes.data, sizes.shard)
@@ -259,7 +268,7 @@ def _report(config: Any, topology: Topology) -> dict[str, Any]:
   # The steps before flow starts need less than those that follow.
   kinds = {steps.kind_at(config.mode, start + i, start) for i in (0, 1)}
   report = max(
-      (_compiled(config, mesh, kind) for kind in sorted(kinds)),
+      (_compiled(config, mesh, kind, diagnosis) for kind in sorted(kinds)),
       key=lambda report: report["gib_per_device"],
   )
   if topology.kind == "cpu":
@@ -293,12 +302,13 @@ def preflight(
     config: Any,
     topology: str,
     *,
+    diagnosis: bool = False,
     host_gb: float = math.inf,
     wait: Callable[[], Any] = lambda: None,
 ) -> dict[str, Any]:
   """The report on a config's step on a topology, compiled in a new process.
 
-  `wait` is called each second. A compiler that takes more than `host_gb` of this
+  Or on the `diagnosis` that a run makes now and then between its steps. `wait` is called each second. A compiler that takes more than `host_gb` of this
   machine's memory is ended.
 
   Raises:
@@ -318,7 +328,7 @@ def preflight(
       concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool,
       _ended_with_this(),
   ):
-    report = pool.submit(_report, config, parsed[0])
+    report = pool.submit(_report, config, parsed[0], diagnosis)
     while not concurrent.futures.wait([report], timeout=1).done:
       wait()
       if journal.peak_rss_gb() > host_gb:
@@ -387,8 +397,11 @@ def _assumptions(
     host_gb = positive(text)
     if host_gb is None:
       faults.append(f"--host-gb: expected a positive number, got {text!r}")
-  if flags.get("search"):
-    faults.append(f"--search: expected no value, got {flags['search'][0]!r}")
+  for name in ("search", "diagnosis"):
+    if flags.get(name):
+      faults.append(f"--{name}: expected no value, got {flags[name][0]!r}")
+  if "search" in flags and "diagnosis" in flags:
+    faults.append("--search: expected no --diagnosis beside it")
   if "search" in flags and mfu is not None:
     faults.append("--search: expected no --mfu beside it")
   if faults:
@@ -418,7 +431,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   def body():
     arguments = command.split(
-        argv, ("config", "topology", "mfu", "price", "search", "host-gb")
+        argv,
+        (
+            *("config", "topology", "mfu", "price"),
+            *("search", "diagnosis", "host-gb"),
+        ),
     )
     file, topology = command.single(
         arguments.flags, config="FILE.py", topology="KIND:LAYOUT"
@@ -430,7 +447,12 @@ def main(argv: Sequence[str] | None = None) -> int:
       report = found["confirmed"]
       print(json.dumps(found), flush=True)
     else:
-      report = preflight(config, topology, host_gb=host_gb)
+      report = preflight(
+          config,
+          topology,
+          diagnosis="diagnosis" in arguments.flags,
+          host_gb=host_gb,
+      )
     if mfu and report["flops_per_step"]:
       report |= estimate(
           report["flops_per_step"], config.num_steps, mfu, prices

@@ -3,6 +3,7 @@
 import concurrent.futures
 import importlib.util
 import json
+import math
 import multiprocessing
 import pathlib
 import re
@@ -13,6 +14,7 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from configs import quickstart
@@ -148,6 +150,17 @@ def test_reports_on_emulated_devices():
   assert size <= sum(report["collective_bytes"].values())
 
 
+def test_reports_on_a_diagnosis():
+  config = _small_config("content")
+  report = preflight.preflight(config, "cpu:2", diagnosis=True)
+  assert set(report) == _KEYS
+  assert report["step"] == "diagnosis of content" and report["images"] == 8
+  step = preflight.preflight(config, "cpu:2")
+  # The optimizer's part of the state is there meanwhile.
+  assert report["state_gib"] == pytest.approx(step["state_gib"])
+  assert report["gib_per_device"] > report["state_gib"]
+
+
 _COMMAND = ["--config=configs/quickstart.py", "--topology=v5e:2x2"]
 
 
@@ -169,6 +182,38 @@ def test_exit_code_says_whether_it_fits(monkeypatch, capsys):
   out, err = capsys.readouterr()
   assert json.loads(out.splitlines()[-1])["gib_limit"] == 2.0
   assert err == "Does not fit: 3.00 GiB per device, of 2.00.\n"
+
+
+def test_the_search_prints_what_it_found_and_how_far_it_is(monkeypatch, capsys):
+  asked = []
+
+  def report(config, topology, *, host_gb, wait):
+    wait()
+    images = config.content.batch_size
+    asked.append((topology, config.remat, images, host_gb))
+    gib = images * {"none": 0.5, "block": 0.25}[config.remat]
+    return {
+        "state_gib": 0.0,
+        "gib_per_device": gib,
+        "gib_limit": 15.75,
+        "fits": gib <= 15.75 and images < 100,
+        "flops_per_step": images,
+    }
+
+  monkeypatch.setattr(preflight, "preflight", report)
+  flags = [*_COMMAND, "--search", "--host-gb=9"]
+  overrides = "--config.content.batch_size=8", "--config.motion.batch_size=4"
+  assert preflight.main([*flags, *overrides]) == 0
+  told = capsys.readouterr()
+  found = json.loads(told.out.splitlines()[-1])
+  assert found["remat"] == "block" and found["confirmed"]["fits"]
+  assert {name: row["images"] for name, row in found["foretold"].items()} == {
+      "none": 28,
+      "block": 56,
+  }
+  assert [batch for _, _, batch, _ in asked] == [4, 4, 56]
+  assert {(name, gb) for name, *_, gb in asked} == {("v5e:2x2", 9.0)}
+  assert "block, 56+28" in told.err and "3/3" in told.err
 
 
 def test_hours_and_cost_follow_from_an_mfu_and_prices(monkeypatch, capsys):
@@ -264,15 +309,50 @@ def test_too_large_a_batch_does_not_fit():
   assert report["gib_per_device"] > report["gib_limit"]
 
 
+def _groups_that_gather(config: Any, name: str) -> list[np.ndarray]:
+  """The devices of each group of each all-gather; in a process of its own."""
+  topology = preflight.parse_topology(name)
+  mesh = sharding.mesh_of(preflight._devices(topology))
+  model, optimizers = assembly.model(config), assembly.optimizers(config)
+  abstract = assembly.abstract_state(config, model, optimizers, mesh)
+  step = steps.make_train_step(
+      model, optimizers, assembly.recipe(config), "content"
+  )
+  shapes = assembly.batch_shapes(config, "content", (64, 64))
+  lowered = steps.jit_train_step(step, abstract, mesh).lower(abstract, shapes)
+  text, found = lowered.compile().as_text(), []
+  for groups in re.findall(
+      r" all-gather(?:-start)?\(.*replica_groups=(\S+?)(?:, |$)", text, re.M
+  ):
+    if iota := re.fullmatch(
+        r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", groups
+    ):
+      to, of, order = (
+          tuple(map(int, part.split(","))) if part else None
+          for part in iota.groups()
+      )
+      ids = np.arange(math.prod(of)).reshape(of)
+      found += [*np.transpose(ids, order).reshape(to)]
+    else:
+      found += [
+          np.array(json.loads(f"[{group}]"))
+          for group in re.findall(r"\{([\d,]+)\}", groups)
+      ]
+  return found
+
+
 @needs_libtpu
 @pytest.mark.proof
 @pytest.mark.slow
 def test_two_slices_gather_parameters_in_each():
   config = _small_config("content")
   config.mesh.shard_min_mib = 0.0005
-  report = preflight.preflight(config, "2xv5e:2x2")
-  assert report["fits"] and report["devices"] == 8
-  assert report["collective_bytes"]["all-gather"] > 0
+  context = multiprocessing.get_context("spawn")
+  with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+    groups = pool.submit(_groups_that_gather, config, "2xv5e:2x2").result()
+  assert groups
+  for group in groups:
+    assert len(group) <= 4 and len(set(group // 4)) == 1, groups
 
 
 @needs_libtpu
