@@ -404,6 +404,8 @@ def kills_of(
         bar.update()
       same = outcome(workdir) == expected
     except errors.UserError as error:
+      if len(made) == first:  # it was not even killed
+        raise
       same, fault = False, f"it did not go on: {error}"
       kills[first:] = made[first:]
     if not same:
@@ -411,7 +413,7 @@ def kills_of(
       for kill in kills[first:]:
         kill.exact = False
     for path in (workdir, *folder.glob(f"{workdir.name}.*")):
-      shutil.rmtree(path)
+      shutil.rmtree(path, ignore_errors=True)
   bar.close()
   figures = {
       "seconds_alone": round(length, 1),

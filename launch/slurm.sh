@@ -11,7 +11,7 @@
 #
 # ARGUMENTS are main.py's; .venv (launch/install.sh cuda), data and --workdir
 # are in folders that all nodes share. A job that is preempted is queued again
-# and goes on.
+# and goes on; so is one that ends with 77, up to 20 times.
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -36,7 +36,8 @@ export PYTHONPATH=$(quoted "$root") JAX_PLATFORMS=cuda,cpu
 code=0
 srun --kill-on-bad-exit=0 --cpus-per-task=$cpus \\
   $(quoted "$venv/bin/python" -m mcjepa_jax.main "${arguments[@]}") || code=\$?
-[[ \$code != 75 ]] || scontrol requeue \"\$SLURM_JOB_ID\"
+again=\$(( code == 75 || code == 77 && \${SLURM_RESTART_COUNT:-0} < 20 ))
+[[ \$again == 0 ]] || scontrol requeue \"\$SLURM_JOB_ID\"
 exit \$code"
 
 submit=(sbatch --job-name="$name" --nodes="$nodes"

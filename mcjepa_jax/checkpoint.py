@@ -10,11 +10,13 @@ from concurrent import futures
 import contextlib
 import errno
 import functools
+import itertools
 import math
 import os
 import shutil
 import sys
 import tempfile
+import threading
 from typing import Any
 
 from etils import epath
@@ -25,7 +27,7 @@ from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
 
 from mcjepa_jax.data import files
-from mcjepa_jax.errors import UserError
+from mcjepa_jax.errors import Passing, UserError
 
 _FOLDER = "checkpoints"
 _SHOWN = 4
@@ -177,10 +179,9 @@ def _read(step: epath.Path, item: str, handler: Any, args: Any) -> Any:
 def _unreadable(step: epath.Path, error: Exception) -> UserError:
   reason = (str(error).strip() or type(error).__name__).splitlines()[0]
   reason = reason.split(" [tensorstore_spec")[0]
-  if step.name.isdigit():
-    earlier = [n for n in _steps(step.parent) if n < int(step.name)]
-    if earlier:
-      reason += f"; without its folder step {earlier[-1]} is the newest"
+  *_, before, newest = [None, None, *_steps(step.parent)]
+  if before is not None and step.name == str(newest):
+    reason += f"; without its folder step {before} is the newest"
   return UserError(f"checkpoint {step} cannot be read: {reason}")
 
 
@@ -236,6 +237,10 @@ def _copies_into(old: Any, state: Any) -> Any:
   """The copies of a state, in the memory of copies that were made before."""
   del old
   return _copies(state)
+
+
+# Of the objects below, the same on all hosts.
+_numbers = itertools.count()
 
 
 class Checkpoints:
@@ -302,6 +307,7 @@ class Checkpoints:
     self._begun: futures.Future[Any] | None = None  # a save, in the thread
     self._awaited = False  # whether a save's end was not waited for yet
     self.failures = 0  # saves that failed since the last that did not
+    self._number = next(_numbers)
     self._part_failed = False  # of several hosts, this one's
     among = None
     if jax.process_count() > 1:
@@ -349,7 +355,7 @@ class Checkpoints:
         raise
       self.failures += 1
       left = self._left()
-      raise UserError(
+      raise (Passing if remote else UserError)(
           f"a checkpoint in {self._folder} cannot be written: {reason}; {left}"
       ) from error
 
@@ -358,10 +364,15 @@ class Checkpoints:
 
     Orbax would have it wait for the others first, and these wait for it.
     """
-    if error := sys.exception():  # is on its way through Orbax
+    # In the thread that ends a save: an exception on its way through Orbax.
+    aside = threading.current_thread() is not threading.main_thread()
+    if aside and (error := sys.exception()):
       self._part_failed = True
       raise error
-    distributed.global_state.client.wait_at_barrier(key, timeout_ms)
+    # A dump may be written beside a checkpoint.
+    distributed.global_state.client.wait_at_barrier(
+        f"{self._number}/{key}", timeout_ms
+    )
 
   def _left(self) -> str:
     """What there is after a save that failed."""

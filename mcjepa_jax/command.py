@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Callable, Mapping, Sequence
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -18,7 +19,7 @@ EXIT_CRASHED = 1  # as Python has it
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75
 EXIT_ALARM = 76
-EXIT_LOST = 77  # another host of the run
+EXIT_LOST = 77  # a host, a worker or a bucket: to be started again
 EXIT_INTERRUPTED = 130  # as shells have it
 
 
@@ -261,8 +262,9 @@ def leave(code: int) -> NoReturn:
   A step that compiles in a thread may take minutes, and cannot be ended.
   """
   if code:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # a full disk, a pipe that was closed
+      sys.stdout.flush()
+      sys.stderr.flush()
     os._exit(code)
   raise SystemExit(0)
 

@@ -8,7 +8,8 @@ class UserError(ValueError):
   """A fault of the user's input, one message per fault found.
 
   Each message names the file, key or value, what was expected and what came.
-  The commands print each as one line `error: ...` and exit with code 2.
+  The commands print each as one line `error: ...` and exit with code 2; a run
+  that has begun, with 77 for what is `Passing`.
   """
 
   # Whether more of the same kind are certain to fail in the same way.

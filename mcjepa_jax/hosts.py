@@ -15,22 +15,20 @@ import itertools
 import json
 import os
 import pathlib
-import re
 import signal
 import socket
 import sys
 import threading
 import time
-from typing import Any, NamedTuple
+from typing import Any
 import uuid
 
 import jax
-from jax._src import clusters, distributed
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from mcjepa_jax import command, errors, lifeline, mirror, sharding
+from mcjepa_jax import command, errors, lifeline, mirror, places, sharding
 
-FLAGS = ("coordinator", "processes", "process")
 _SHOWN = 8  # differences between two hosts
 # What of a config may differ: where things are, and how fast they go.
 _OWN = ("config.data_root", "config.compilation_cache", "config.workers")
@@ -42,127 +40,8 @@ _LONGEST = 1024  # bytes of a line of the roll call
 _LATER = 40  # seconds after which JAX itself misses a host that is silent
 
 
-def _absent(message: str) -> command.Stop:
-  """What ends a host that the others do not come to: a run to start again."""
-  return command.Stop(command.EXIT_LOST, message)
-
-
-class Place(NamedTuple):
-  """Where this process stands among those of a run."""
-
-  address: str  # HOST:PORT of process 0
-  count: int
-  index: int
-  # Of each process where the cluster tells them.
-  names: tuple[str, ...] = ()
-  # JAX's name of the cluster; none for an address that was given.
-  cluster: str | None = None
-
-  def name(self, index: int) -> str:
-    """How messages call a process."""
-    known = f" ({self.names[index]})" if self.names else ""
-    return f"process {index}{known}"
-
-
-def place(
-    flags: Mapping[str, Sequence[str]], *, seconds: float = 300.0
-) -> Place | None:
-  """The place that flags, MCJEPA_* variables or the cluster give; None alone.
-
-  Clusters are those that JAX knows: Cloud TPU, one slice or several, created
-  directly or by GKE, and SLURM.
-
-  Raises:
-    UserError: a part is missing, or is none.
-    Stop: the first host's name is not known within `seconds` (77).
-  """
-  given = {}
-  for name in FLAGS:
-    value = " ".join(flags.get(name, ()))
-    given[name] = value or os.environ.get(f"MCJEPA_{name.upper()}", "")
-  if any(given.values()):
-    return _given_place(given)
-  for cluster in (
-      clusters.SlurmCluster,
-      clusters.GkeTpuCluster,
-      clusters.GceTpuCluster,
-  ):
-    if cluster.is_env_present() and cluster.get_process_count() > 1:
-      try:
-        address = cluster.get_coordinator_address(
-            timeout_secs=seconds, override_coordinator_port=None
-        )
-      except RuntimeError as error:
-        raise _absent(f"process 0 did not come: {error}") from error
-      count = cluster.get_process_count()
-      if cluster is clusters.SlurmCluster:
-        names = _nodes(count)
-      else:
-        names = tuple(cluster._get_worker_list_in_slice())
-        if len(names) != count:  # those of another slice are not told here
-          workers = len(names)
-          names = tuple(
-              f"slice {i // workers}, worker {i % workers}"
-              for i in range(count)
-          )
-      return Place(
-          address, count, cluster.get_process_id(), names, cluster.name
-      )
-  return None
-
-
-def _nodes(count: int) -> tuple[str, ...]:
-  """The node of each of srun's tasks; none where they do not go node by node.
-
-  Of variables such as `gpu[001-003],login` and `4(x2),1`.
-  """
-  if not os.environ.get("SLURM_DISTRIBUTION", "block").startswith("block"):
-    return ()
-  nodes, tasks = [], []
-  for prefix, ranges in re.findall(
-      r"([^,[\]]+)(?:\[([\d,-]*)\])?", os.environ["SLURM_STEP_NODELIST"]
-  ):
-    for part in ranges.split(","):
-      first, _, last = part.partition("-")
-      numbers = range(int(first), int(last) + 1) if last else (first,)
-      nodes += [f"{prefix}{n:0>{len(first)}}" for n in numbers]
-  for number, times in re.findall(
-      r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
-  ):
-    tasks += [int(number)] * int(times or 1)
-  names = tuple(
-      node for node, n in zip(nodes, tasks, strict=False) for _ in range(n)
-  )
-  return names if len(names) == count else ()
-
-
-def _given_place(given: Mapping[str, str]) -> Place | None:
-  faults = []
-  for name, pattern, hint in (
-      ("coordinator", r".+:\d{1,5}", "HOST:PORT of process 0"),
-      ("processes", r"[1-9]\d{0,5}", "how many there are"),
-      ("process", r"\d{1,6}", "which of them this is, from 0"),
-  ):
-    if not re.fullmatch(pattern, given[name], re.ASCII):
-      came = repr(given[name]) if given[name] else "nothing"
-      faults.append(
-          f"--{name} or MCJEPA_{name.upper()}: expected {hint}, got {came}"
-      )
-  if not faults and int(given["process"]) >= int(given["processes"]):
-    faults.append(
-        f"--process: expected 0 to {int(given['processes']) - 1}, got"
-        f" {given['process']}"
-    )
-  if faults:
-    raise errors.UserError(*faults)
-  count = int(given["processes"])
-  if count == 1:
-    return None
-  return Place(given["coordinator"], count, int(given["process"]))
-
-
 def start(
-    where: Place | None,
+    where: places.Place | None,
     *,
     seconds: float = 300.0,
     silence: float = lifeline.SILENCE,
@@ -198,7 +77,7 @@ def start(
 
 
 def roll_call(
-    where: Place, seconds: float
+    where: places.Place, seconds: float
 ) -> tuple[list[str], dict[int, socket.socket]]:
   """The names of all hosts, once they have come, and this one's connections.
 
@@ -222,7 +101,7 @@ def _line_of(connection: socket.socket, longest: int) -> str:
 
 
 def _call(
-    where: Place, port: int, deadline: float
+    where: places.Place, port: int, deadline: float
 ) -> tuple[list[str], dict[int, socket.socket]]:
   """The roll call of process 0; what is wrong is told to all that came."""
   present = {0: socket.gethostname()}
@@ -291,11 +170,11 @@ def _raise_told(answer: str) -> None:
   if word == "fault":
     raise errors.UserError(text)
   if word == "absent":
-    raise _absent(text)
+    raise places.absent(text)
 
 
 def _answer(
-    where: Place, host: str, port: int, deadline: float
+    where: places.Place, host: str, port: int, deadline: float
 ) -> tuple[list[str], dict[int, socket.socket]]:
   """The roll call of another process than 0."""
   reason = "no answer"
@@ -319,7 +198,7 @@ def _answer(
     except (UnicodeDecodeError, json.JSONDecodeError):
       reason = "another service answers there"
     time.sleep(0.2)
-  raise _absent(
+  raise places.absent(
       f"{where.name(0)} at {where.address} did not call the roll: {reason}"
   )
 
@@ -355,7 +234,7 @@ def exchange(name: str, value: Any, *, seconds: float = 600.0) -> list[Any]:
       values.append(json.loads(text))
   if absent:
     names = ", ".join(map(lifeline.name, absent))
-    raise _absent(
+    raise places.absent(
         f"{name}: waited {seconds:.0f} s for all hosts; these did not come:"
         f" {names}"
     )
@@ -446,6 +325,18 @@ def check_shared(folder: mirror.Folder) -> None:
         f"workdir: expected one folder that all hosts share, got another"
         f" {workdir} on {', '.join(apart)}"
     )
+
+
+def check_alike(name: str, value: Any) -> None:
+  """Returns if all hosts see one thing of what they share.
+
+  Raises:
+    Stop: they do not (77): a listing of the share may be late.
+  """
+  seen = exchange(name, value)
+  if any(x != seen[0] for x in seen):
+    each = ", ".join(f"{lifeline.name(i)} {x}" for i, x in enumerate(seen))
+    raise places.absent(f"{name}: expected one for all hosts, got {each}")
 
 
 def code() -> dict[str, str]:
@@ -540,6 +431,20 @@ def stopping(stop: threading.Event) -> bool:
   if multihost_utils.reached_preemption_sync_point(next(_asked)):
     stop.set()  # on all: JAX says so once
   return stop.is_set()
+
+
+@contextlib.contextmanager
+def as_one() -> Iterator[None]:
+  """Has a fault of this host's disk end all of several, to be started again.
+
+  The others wait for what it does not write.
+  """
+  try:
+    yield
+  except errors.UserError as error:
+    if jax.process_count() == 1:
+      raise
+    raise errors.Passing(*error.messages) from error
 
 
 def leave(*_: Any) -> None:

@@ -188,7 +188,9 @@ class Lifeline:
           flush=True,
       )
 
-  def _hear(self, index: int, code: int, reason: str) -> None:
+  def _hear(
+      self, index: int, code: int, reason: str, lost: bool = False
+  ) -> None:
     """Keeps how a host ended; process 0 tells the others."""
     with self._news:
       self._ended[index] = code
@@ -200,10 +202,9 @@ class Lifeline:
         elif code == command.EXIT_LOST:
           line = f"{reason}; started again, the run goes on"
         self._fault = code, line
-        lost = code == command.EXIT_LOST
         self._deadline = time.monotonic() + (0 if lost else self._limit(code))
         if not self.index:
-          self._send({"end": [index, code, reason]}, but=index)
+          self._send({"end": [index, code, reason, lost]}, but=index)
       self._news.notify_all()
 
   def _gone(self, index: int, why: str) -> None:
@@ -215,7 +216,7 @@ class Lifeline:
           self._ended[index] = self._code
         else:
           reason = f"{self.names[index]} is lost: {why}"
-          self._hear(index, command.EXIT_LOST, reason)
+          self._hear(index, command.EXIT_LOST, reason, lost=True)
       self._news.notify_all()
 
   def _go(self, selector: selectors.BaseSelector) -> None:
@@ -290,7 +291,5 @@ def end(code: int) -> int:
   line, _held = _held, None
   code = line.end(code)
   if code:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    command.leave(code)
   return code

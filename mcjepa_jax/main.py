@@ -38,10 +38,10 @@ def _seconds(variable: str, default: float) -> float:
 
 def _run(config, workdir, flags) -> None:
   # Imported here: a Grain worker imports this module again, and needs no JAX.
-  from mcjepa_jax import hosts
+  from mcjepa_jax import hosts, places
 
   seconds = _seconds("MCJEPA_START_SECONDS", 300.0)
-  where = hosts.place(flags, seconds=seconds)
+  where = places.find(flags, seconds=seconds)
   if where and config.task == "evaluate":
     raise errors.UserError(
         f"task: evaluate runs on one host, got {where.count}"

@@ -21,6 +21,7 @@ from mcjepa_jax.data import files
 _CHECKPOINTS = "checkpoints"
 DUMPS = "dumps"  # in it, of steps that were not finite
 _MARKER = "opened.txt"
+_CONFIG = "config.json"  # of a run that was copied there
 _SHOWN = 4
 
 
@@ -52,10 +53,10 @@ class _Mirrored(Folder):
     files.forget_below(self._remote)
     for folder, below, names in self._remote.walk():
       if folder == self._remote:
-        if (below or names) and _MARKER not in names:
+        if (below or names) and not {_MARKER, _CONFIG} & set(names):
           raise errors.UserError(
-              f"workdir: expected a new folder or one of a run, which has a"
-              f" {_MARKER}; in {folder} are"
+              f"workdir: expected a new folder or one of a run, with its"
+              f" {_CONFIG}; in {folder} are"
               f" {', '.join(sorted([*below, *names])[:_SHOWN])}"
           )
         if _CHECKPOINTS in below:
@@ -152,7 +153,10 @@ def opened(workdir: str | os.PathLike) -> Iterator[Folder]:
     except BaseException:
       try:
         folder.push()
-      except errors.UserError as fault:  # what ends the run keeps its exit code
+      except (
+          OSError,
+          errors.UserError,
+      ) as fault:  # what ends the run keeps its exit code
         print(f"warning: {fault}", file=sys.stderr)
       raise
     folder.push()

@@ -86,21 +86,18 @@ class Watcher:
   def writing(self, number: int) -> Iterator[None]:
     """Notes a checkpoint that failed inside; raises at the second in a row.
 
-    Of several hosts at the first, as the others wait for what this one writes;
-    but not where only logs could not be copied to a bucket.
+    Of several hosts at the first.
     """
     try:
-      yield
-    except errors.Passing as error:
-      self._note(number, error)
+      with hosts.as_one():
+        yield
     except errors.UserError as error:
-      if jax.process_count() > 1:
-        raise errors.Passing(*error.messages) from error
-      if self._run.checkpoints.failures > 1:
+      if jax.process_count() > 1 or self._run.checkpoints.failures > 1:
         raise
-      self._note(number, error)
+      self.note(number, error)
 
-  def _note(self, number: int, error: errors.UserError) -> None:
+  def note(self, number: int, error: errors.UserError) -> None:
+    """Shows and counts what could not be saved."""
     self._run.watch.count("checkpoint")
     self._progress.alarm(
         number, "checkpoint", f"{error}; the next save tries again"
@@ -188,23 +185,23 @@ class Watcher:
   ) -> str:
     """Keeps a step to look at; how to, for the line that tells of it."""
     run = self._run
-    many = jax.process_count() > 1
-    if many and not run.folder.shared:
+    if jax.process_count() > 1 and not run.folder.shared:
       return "; not dumped: the hosts share no folder but the bucket"
     try:
-      folder = dumps.save(
-          hosts.shared_folder(run.workdir),
-          state,
-          step=pending.number,
-          kind=pending.batch.kind,
-          arrays=pending.batch.arrays,
-          records=pending.batch.records,
-          logs=values,
-          config=run.config,
-          limit=run.config.alarms.dumps,
-      )
+      with hosts.as_one():
+        folder = dumps.save(
+            hosts.shared_folder(run.workdir),
+            state,
+            step=pending.number,
+            kind=pending.batch.kind,
+            arrays=pending.batch.arrays,
+            records=pending.batch.records,
+            logs=values,
+            config=run.config,
+            limit=run.config.alarms.dumps,
+        )
     except (OSError, errors.UserError) as error:
-      if many:  # the others may wait for this one's rows
+      if jax.process_count() > 1:  # the others may wait for this one's rows
         raise
       part = run.workdir / mirror.DUMPS / f"step_{pending.number}"
       shutil.rmtree(part, ignore_errors=True)  # it counts

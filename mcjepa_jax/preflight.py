@@ -267,6 +267,8 @@ def _report(config: Any, topology: Topology, diagnosis: bool) -> dict[str, Any]:
   start = config.motion.start_step
   # The steps before flow starts need less than those that follow.
   kinds = {steps.kind_at(config.mode, start + i, start) for i in (0, 1)}
+  if diagnosis and len(kinds) > 1:  # of two batches
+    kinds = {"both"}
   report = max(
       (_compiled(config, mesh, kind, diagnosis) for kind in sorted(kinds)),
       key=lambda report: report["gib_per_device"],
@@ -308,7 +310,8 @@ def preflight(
 ) -> dict[str, Any]:
   """The report on a config's step on a topology, compiled in a new process.
 
-  Or on the `diagnosis` that a run makes now and then between its steps. `wait` is called each second. A compiler that takes more than `host_gb` of this
+  Or on the `diagnosis` that a run makes now and then between its steps. `wait`
+  is called each second. A compiler that takes more than `host_gb` of this
   machine's memory is ended.
 
   Raises:
@@ -402,8 +405,9 @@ def _assumptions(
       faults.append(f"--{name}: expected no value, got {flags[name][0]!r}")
   if "search" in flags and "diagnosis" in flags:
     faults.append("--search: expected no --diagnosis beside it")
-  if "search" in flags and mfu is not None:
-    faults.append("--search: expected no --mfu beside it")
+  for name in ("search", "diagnosis"):
+    if name in flags and mfu is not None:
+      faults.append(f"--{name}: expected no --mfu beside it")
   if faults:
     raise errors.UserError(*faults)
   return mfu, prices, host_gb

@@ -79,7 +79,7 @@ def replay(folder: pathlib.Path) -> dict[str, Any]:
     with config.unlocked():
       config.data_cache = ""  # its rows are in the dump
       config.mesh.update(devices=1, data=-1, shard=-1)
-    faults = validation.faults(config)
+    faults = validation.faults(config, devices=1)
   except (AttributeError, KeyError, TypeError) as error:
     faults = [f"{type(error).__name__}: {error}"]
   if faults:

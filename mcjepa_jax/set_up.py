@@ -63,12 +63,11 @@ def input_and_mesh(
       {
           "config": command.leaves(config),
           "data": data,
-          # A listing may be late.
-          "newest checkpoint": checkpoint.newest_step(folder.address),
       },
       list(dict.fromkeys(faults)),
   )
   hosts.check_shared(folder)
+  hosts.check_alike("newest checkpoint", checkpoint.newest_step(folder.address))
   if hosts.first():
     for line in assembly.miscounts(config, streams):
       print(f"warning: {line}", file=sys.stderr)

@@ -73,8 +73,9 @@ def search(
 ) -> dict[str, Any]:
   """What fits: `foretold` by policy, the `remat` chosen, the `confirmed` report.
 
-  The policy is the one with the larger batch; of equal ones none. `compiled` gives preflight's report on a config; it is told what
-  it compiles. What fits no more than once is confirmed by its own first report.
+  The policy is the one with the larger batch; of equal ones none. `compiled`
+  gives preflight's report on a config; it is told what it compiles. What fits no
+  more than once is confirmed by its own first report.
 
   Raises:
     UserError: the config does not fit the devices.

@@ -117,9 +117,10 @@ def save(
     streams: dict[str, Any],
     *,
     hurry: bool = False,
-) -> None:
+) -> errors.UserError | None:
   """Starts an asynchronous checkpoint of the state and the streams.
 
+  Returns why the logs could not be copied to their bucket before it, if so.
   In a `hurry`, or where SIGTERM ends that, it is not evaluated, and is never
   the best; the last step always is evaluated.
   """
@@ -153,8 +154,7 @@ def save(
       },
       metrics,
   )
-  if refused:
-    raise refused
+  return refused
 
 
 def evaluations(
@@ -296,13 +296,23 @@ def train(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
   """
   # In the steps the loop's own handler takes its place.
   with hosts.on_sigterm(hosts.leave), mirror.opened(workdir) as folder:
-    return _train(config, folder)
+    streams, mesh = set_up.input_and_mesh(config, folder)
+    try:
+      results = _train(config, folder, streams, mesh)
+      folder.push()
+    except errors.Passing as error:  # no fault of the input: that was read
+      raise command.Stop(command.EXIT_LOST, f"error: {error}") from error
+    return results
 
 
-def _train(config: Any, folder: mirror.Folder) -> dict[str, Any]:
+def _train(
+    config: Any,
+    folder: mirror.Folder,
+    streams: dict[str, Any],
+    mesh: jax.sharding.Mesh,
+) -> dict[str, Any]:
   clock = journal.Clock(journal.process_start())
   workdir = folder.local
-  streams, mesh = set_up.input_and_mesh(config, folder)
   model, optimizers = assembly.model(config), assembly.optimizers(config)
   abstract = assembly.abstract_state(config, model, optimizers, mesh)
   with (
@@ -350,10 +360,7 @@ def _train(config: Any, folder: mirror.Folder) -> dict[str, Any]:
           print(f"Resumed at step {newest} of {config.num_steps}.")
         checkpoints.make_room(state)
       run.began = clock.seconds()
-      try:
-        state = run_loop(run, state)
-      except errors.Passing as error:  # not of the input, which was read so far
-        raise command.Stop(command.EXIT_LOST, f"error: {error}") from error
+      state = run_loop(run, state)
       if run.stop.is_set():  # after the last step was saved
         hosts.leave()
       peak_gb = journal.peak_rss_gb()  # while the workers live
@@ -390,7 +397,10 @@ def roll_back(run: Run, back: alarms.RollBack) -> steps.TrainState:
     )
   with run.clock.span("initialise"):
     try:
-      run.checkpoints.wait_until_finished()
+      with hosts.as_one():
+        run.checkpoints.wait_until_finished()
+    except errors.Passing:
+      raise
     except errors.UserError as error:  # what it goes back to is an earlier one
       run.watch.count("checkpoint")
       tqdm.tqdm.write(str(error))
@@ -435,6 +445,13 @@ def until_sigterm(run: Run) -> Iterator[None]:
 
   with contextlib.suppress(_Interrupted), hosts.on_sigterm(interrupt):
     yield
+
+
+def starts_flow(config: Any, number: int) -> bool:
+  """Whether another step is compiled where flow starts, which takes minutes."""
+  first = config.motion.start_step
+  kinds = {steps.kind_at(config.mode, n, first) for n in (number - 1, number)}
+  return number == first and len(kinds) > 1
 
 
 def looks_at(config: Any, number: int) -> bool:
@@ -503,12 +520,15 @@ def run_steps(
 
   def keep(state, number, *, hurry):
     nonlocal kept
+    refused = None
     state, _ = watcher.settle(state, following())
     # In a row of skipped updates what was saved before it stays newest.
     if hurry or not run.watch.row:
       with clock.span("checkpoint"), watcher.writing(number):
-        save(run, state, following(), hurry=hurry)
+        refused = save(run, state, following(), hurry=hurry)
         kept = number
+      if refused:
+        watcher.note(number, refused)
     return state
 
   try:
@@ -516,9 +536,8 @@ def run_steps(
       watch.step()
       stopping = number > start and hosts.stopping(run.stop)
       first = rolled_back and number == start + 1
-      # Where flow starts another step is compiled, which may take minutes.
       periodic = number > start and (
-          number % config.save_every == 0 or number == config.motion.start_step
+          number % config.save_every == 0 or starts_flow(config, number)
       )
       if not stopping and (first or periodic):
         state = keep(state, number, hurry=False)
@@ -532,7 +551,8 @@ def run_steps(
         stopping |= run.stop.is_set()
       if stopping:
         state = keep(state, number, hurry=True)
-        run.checkpoints.wait_until_finished()
+        with watcher.writing(number):
+          run.checkpoints.wait_until_finished()
         if run.checkpoints.latest_step() != number:
           raise errors.UserError(f"SIGTERM: step {number} could not be saved")
         raise command.Stop(
@@ -549,6 +569,8 @@ def run_steps(
       with (
           hosts.on_sigterm(hosts.leave) if at_once else contextlib.nullcontext()
       ):
+        if at_once and run.stop.is_set():  # while the batch was awaited
+          hosts.leave()
         watcher.before(number, state, batch, queue[0] if queue else None)
       state, logs = run.programs.run(batch.kind, state, batch.arrays)
       state, skipped = watcher.settle(state, batch.streams)
@@ -562,8 +584,9 @@ def run_steps(
       with clock.span("checkpoint"):
         with watcher.writing(config.num_steps):
           run.checkpoints.wait_until_finished()  # for the one before
-        save(run, state, following())
-        run.checkpoints.wait_until_finished()
+        with hosts.as_one():
+          save(run, state, following())
+          run.checkpoints.wait_until_finished()
       if hosts.stopping(run.stop):
         raise command.Stop(
             command.EXIT_PREEMPTED, f"SIGTERM: saved at step {config.num_steps}"

@@ -134,13 +134,16 @@ def no_way_back(config: Any) -> list[str]:
   if config.alarms.action != "rollback" or config.keep_hours:
     return []
   lasts = max((rule.lasts for rule in alarms.rules(config)), default=0)
-  reach = (config.keep_last - 1) * config.save_every
+  # One is of the step at which flow starts, where that is none of the others.
+  extra = config.motion.start_step % config.save_every > 0
+  reach = (config.keep_last - 1 - extra) * config.save_every
   if reach >= lasts:
     return []
   return [
       "alarms.action: rollback goes back to before what was judged, as many as"
-      f" {lasts} steps: expected (keep_last - 1) * save_every of as much, or"
-      f" keep_hours, got ({config.keep_last} - 1) * {config.save_every}"
+      f" {lasts} steps: expected (keep_last - {1 + extra}) * save_every of as"
+      f" much, or keep_hours, got ({config.keep_last} - {1 + extra}) *"
+      f" {config.save_every}"
   ]
 
 

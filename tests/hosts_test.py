@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from mcjepa_jax import command, dumps, errors, hosts, replay, sharding
+from mcjepa_jax import command, dumps, errors, hosts, places, replay, sharding
 from tests import job, poison, workdirs
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -122,9 +122,11 @@ def _same_as_one(config_path, tmp_path, count, *overrides, readers=1):
 @pytest.mark.slow
 def test_two_processes_are_one_run_and_resume(config_path, tmp_path):
   many = _same_as_one(config_path, tmp_path, 2)
-  # What two wrote, one goes on from.
+  # What two wrote, one goes on from; here to evaluate it.
+  (many / "results.json").unlink()
   again = job.run(config_path, many, "--config.num_steps=3")
-  assert "Finished at step 3" in again[0][1]
+  assert "Resumed at step 3 of 3" in again[0][1]
+  assert json.loads((many / "results.json").read_text())["meta/step"] == 3
 
 
 @pytest.mark.proof
@@ -472,7 +474,7 @@ def test_a_process_that_does_not_come_is_named(config_path, tmp_path):
     assert "for 4 processes; these did not come: process 1, process 3" in err
 
 
-def _call_all(places, seconds=5.0):
+def _call_all(these, seconds=5.0):
   """What each place's roll call ends with."""
   results = {}
 
@@ -490,40 +492,40 @@ def _call_all(places, seconds=5.0):
       results[i] = str(error)
 
   threads = [
-      threading.Thread(target=one, args=item) for item in enumerate(places)
+      threading.Thread(target=one, args=item) for item in enumerate(these)
   ]
   for thread in threads:
     thread.start()
   for thread in threads:
     thread.join()
-  return [results[i] for i in range(len(places))]
+  return [results[i] for i in range(len(these))]
 
 
 def test_the_roll_ends_when_all_are_here():
   address = f"127.0.0.1:{job.free_port()}"
-  places = [hosts.Place(address, 3, i) for i in (2, 0, 1)]
-  assert _call_all(places) == ["all here"] * 3
+  these = [places.Place(address, 3, i) for i in (2, 0, 1)]
+  assert _call_all(these) == ["all here"] * 3
 
 
 def test_the_absent_are_named_to_all_that_came():
   address = f"127.0.0.1:{job.free_port()}"
   names = ("tpu-a", "tpu-b", "tpu-c")
-  places = [hosts.Place(address, 3, i, names) for i in (0, 2)]
-  for fault in _call_all(places, 0.5):
+  these = [places.Place(address, 3, i, names) for i in (0, 2)]
+  for fault in _call_all(these, 0.5):
     assert fault.endswith("these did not come: process 1 (tpu-b)")
 
 
 def test_two_with_one_place_and_another_count_are_told():
   address = f"127.0.0.1:{job.free_port()}"
-  places = [hosts.Place(address, 3, i) for i in (0, 1, 1)]
-  assert all("both say they are process 1" in f for f in _call_all(places))
+  these = [places.Place(address, 3, i) for i in (0, 1, 1)]
+  assert all("both say they are process 1" in f for f in _call_all(these))
   address = f"127.0.0.1:{job.free_port()}"
-  places = [hosts.Place(address, 3, 0), hosts.Place(address, 2, 1)]
-  assert all("process 0 expects 3" in f for f in _call_all(places))
+  these = [places.Place(address, 3, 0), places.Place(address, 2, 1)]
+  assert all("process 0 expects 3" in f for f in _call_all(these))
 
 
 def test_without_process_0_the_others_say_so():
-  place = hosts.Place(f"127.0.0.1:{job.free_port()}", 2, 1)
+  place = places.Place(f"127.0.0.1:{job.free_port()}", 2, 1)
   (fault,) = _call_all([place], 0.5)
   assert fault.startswith("process 0 at 127.0.0.1:")
   assert "did not call the roll: Connection refused" in fault
@@ -546,7 +548,7 @@ def test_a_stranger_on_the_port_is_not_counted():
   threads.append(threading.Thread(target=stranger))
   threads[0].start()
   address = f"127.0.0.1:{port}"
-  (fault,) = _call_all([hosts.Place(address, 2, 0)], 2.0)
+  (fault,) = _call_all([places.Place(address, 2, 0)], 2.0)
   threads[0].join()
   assert "these did not come: process 1" in fault
 
@@ -563,7 +565,7 @@ def test_another_service_on_the_coordinators_port_is_no_roll_call():
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
-    place = hosts.Place(f"127.0.0.1:{port}", 2, 1)
+    place = places.Place(f"127.0.0.1:{port}", 2, 1)
     (fault,) = _call_all([place], 0.3)
   assert "did not call the roll: another service answers there" in fault
 
@@ -596,10 +598,10 @@ def test_flags_go_before_variables_and_both_before_none(monkeypatch):
   monkeypatch.setenv("MCJEPA_COORDINATOR", "10.0.0.1:1234")
   monkeypatch.setenv("MCJEPA_PROCESSES", "4")
   monkeypatch.setenv("MCJEPA_PROCESS", "3")
-  place = hosts.place({"process": ["2"]})
-  assert place == hosts.Place("10.0.0.1:1234", 4, 2)
+  place = places.find({"process": ["2"]})
+  assert place == places.Place("10.0.0.1:1234", 4, 2)
   monkeypatch.setenv("MCJEPA_PROCESSES", "1")
-  assert hosts.place({"process": ["0"]}) is None
+  assert places.find({"process": ["0"]}) is None
 
 
 @pytest.mark.parametrize(
@@ -622,7 +624,7 @@ def test_flags_go_before_variables_and_both_before_none(monkeypatch):
 )
 def test_a_place_that_is_none_is_told(flags, expected):
   with pytest.raises(errors.UserError) as caught:
-    hosts.place(flags)
+    places.find(flags)
   messages = caught.value.messages
   assert len(messages) == len(expected)
   assert all(m.startswith(e) for m, e in zip(messages, expected, strict=True))
@@ -634,33 +636,33 @@ def test_slurm_gives_the_place(monkeypatch):
       ("PROCID", "3"), ("LOCALID", "0"),
   ):  # fmt: skip
     monkeypatch.setenv(f"SLURM_{name}", value)
-  place = hosts.place({})
+  place = places.find({})
   assert place.address.startswith("node004:")
   assert (place.count, place.index, place.cluster) == (4, 3, "slurm")
   assert place.names == ()
   monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "1(x2),2,1")
   monkeypatch.setenv("SLURM_NTASKS", "5")
-  place = hosts.place({})
+  place = places.find({})
   assert place.names == ("node004", "node005", "node006", "node006", "node007")
   assert place.name(3) == "process 3 (node006)"
   monkeypatch.setenv("SLURM_STEP_NODELIST", "login,gpu[9-10,12]")
   monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "2,1(x3)")
-  assert hosts.place({}).names == ("login", "login", "gpu9", "gpu10", "gpu12")
+  assert places.find({}).names == ("login", "login", "gpu9", "gpu10", "gpu12")
   monkeypatch.setenv("SLURM_DISTRIBUTION", "cyclic")
-  assert hosts.place({}).names == ()
+  assert places.find({}).names == ()
   monkeypatch.setenv("SLURM_NTASKS", "1")
-  assert hosts.place({}) is None
+  assert places.find({}) is None
 
 
 def test_a_slice_of_gke_gives_the_place_and_the_names(monkeypatch):
-  cluster = hosts.clusters.GkeTpuCluster
-  module = hosts.clusters.cloud_tpu_cluster
+  cluster = places.clusters.GkeTpuCluster
+  module = places.clusters.cloud_tpu_cluster
   monkeypatch.setattr(module, "running_in_cloud_tpu_vm", True)
   monkeypatch.setattr(cluster, "wait_for_coordinator", lambda *_: None)
   monkeypatch.setattr(module, "get_tpu_env_value", os.environ.get)
   monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "pod-0.svc,pod-1.svc")
   monkeypatch.setenv("TPU_WORKER_ID", "1")
-  place = hosts.place({})
+  place = places.find({})
   assert place.address.startswith("pod-0.svc:")
   assert (place.count, place.index) == (2, 1)
   assert place.name(1) == "process 1 (pod-1.svc)"
@@ -668,7 +670,7 @@ def test_a_slice_of_gke_gives_the_place_and_the_names(monkeypatch):
   monkeypatch.setenv("MEGASCALE_NUM_SLICES", "2")
   monkeypatch.setenv("MEGASCALE_SLICE_ID", "1")
   monkeypatch.setenv("MEGASCALE_COORDINATOR_ADDRESS", "pod-0.first")
-  place = hosts.place({})
+  place = places.find({})
   assert place.address.startswith("pod-0.first:")
   assert (place.count, place.index) == (4, 3)
   assert place.name(2) == "process 2 (slice 1, worker 0)"
@@ -676,7 +678,7 @@ def test_a_slice_of_gke_gives_the_place_and_the_names(monkeypatch):
 
 def test_a_first_host_whose_name_is_never_known_is_told(monkeypatch):
   monkeypatch.setattr(
-      hosts.clusters.cloud_tpu_cluster, "running_in_cloud_tpu_vm", True
+      places.clusters.cloud_tpu_cluster, "running_in_cloud_tpu_vm", True
   )
   for name, value in (
       ("TPU_WORKER_HOSTNAMES", "a.invalid,b.invalid"), ("TPU_WORKER_ID", "1"),
@@ -688,12 +690,12 @@ def test_a_first_host_whose_name_is_never_known_is_told(monkeypatch):
   with pytest.raises(
       command.Stop, match="process 0 did not come: .*a.inval"
   ) as e:
-    hosts.place({}, seconds=0.1)
+    places.find({}, seconds=0.1)
   assert e.value.code == 77
 
 
 def test_a_slice_of_compute_engine_gives_the_place_and_the_names(monkeypatch):
-  module = hosts.clusters.cloud_tpu_cluster
+  module = places.clusters.cloud_tpu_cluster
   metadata = {
       "agent-worker-number": "1",
       # As queued resources have it; older ones name:id:address.
@@ -706,12 +708,12 @@ def test_a_slice_of_compute_engine_gives_the_place_and_the_names(monkeypatch):
       "get_metadata",
       lambda key: (metadata[key], 200) if key in metadata else ("", 404),
   )
-  cluster = hosts.clusters.GceTpuCluster
+  cluster = places.clusters.GceTpuCluster
   monkeypatch.setattr(cluster, "wait_for_coordinator", lambda *_: None)
   for name in os.environ:
     if name.startswith(("TPU_", "MEGASCALE_")):
       monkeypatch.delenv(name)
-  place = hosts.place({})
+  place = places.find({})
   assert place.address.startswith("10.0.0.2:")
   assert (place.count, place.index, place.cluster) == (2, 1, "gcetpu")
   assert place.name(0) == "process 0 (10.0.0.2)"
@@ -721,17 +723,17 @@ def test_a_slice_of_compute_engine_gives_the_place_and_the_names(monkeypatch):
       "\nMEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'"
       "\nMEGASCALE_COORDINATOR_ADDRESS: 'a:8080'"
   )
-  place = hosts.place({})
+  place = places.find({})
   assert place.address.startswith("a:") and not place.address.endswith("8080")
   assert (place.count, place.index) == (4, 3)
   assert place.name(1) == "process 1 (slice 0, worker 1)"
   # One host is no run of several.
   metadata["worker-network-endpoints"] = "c"
   metadata["tpu-env"] = ""
-  assert hosts.place({}) is None
+  assert places.find({}) is None
   # A machine without a TPU.
   del metadata["agent-worker-number"]
-  assert hosts.place({}) is None
+  assert places.find({}) is None
 
 
 class _Store:

@@ -153,9 +153,10 @@ def test_tensorboard_has_the_numbers_and_the_pictures(tmp_path):
 
 def test_events_of_a_full_disk_are_told_where_they_are_written(tmp_path):
   log = journal.Journal(tmp_path, step=0, records=False)
+  log._board._file.close()
   log._board._file = open("/dev/full", "wb")
-  with journal.refusal_told(tmp_path):
-    with pytest.raises(OSError, match="No space left on device"):
+  with pytest.raises(errors.UserError, match="workdir: .*No space left on dev"):
+    with journal.refusal_told(tmp_path):
       for step in range(2_000):
         log.scalars(step, {f"loss/{i}": 1.0 for i in range(100)})
 

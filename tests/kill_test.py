@@ -172,7 +172,7 @@ def test_a_run_that_does_not_go_on_makes_its_kills_inexact(
   monkeypatch.setattr(
       kill, "complete", lambda path: [4] if path.name == "again" else []
   )
-  monkeypatch.setattr(kill.shutil, "rmtree", lambda path: None)
+  monkeypatch.setattr(kill.shutil, "rmtree", lambda path, **_: None)
   kills, _ = kill.kills_of(tmp_path, 2, seed=1)
   assert [one.exact for one in kills] == [False, False]
 

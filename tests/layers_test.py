@@ -20,7 +20,7 @@ _LAYERS = (
     """flow_ops metrics vicreg visualize photometry data.flow_io data.transforms
     data.synthetic data.catalog data.crops data.flow_faults models.convnext models.vit
     command flops goodput hlo evals.masks evals.tiling""",
-    "data.flow_pairs lifeline",
+    "data.flow_pairs lifeline places",
     # 2: losses, models and sources made of these; the means of training.
     """flow_losses models.flow_decoder models.segmentation_heads data.flow_datasets
     data.image_datasets data.segmentation_datasets data.mask_datasets

@@ -217,3 +217,4 @@ def test_rank_me_counts_the_directions_in_use():
   uneven = np.diag([3.0, 1.0])
   np.testing.assert_allclose(metrics.rank_me(uneven), 4 / 3**0.75, rtol=1e-5)
   assert math.isfinite(metrics.rank_me(np.zeros((4, 3))))
+  assert math.isnan(metrics.rank_me(np.array([[1.0, np.nan], [2.0, 3.0]])))

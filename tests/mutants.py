@@ -74,6 +74,60 @@ MUTANTS = (
         ),
     ),
     *_mutants(
+        "checkpoint.py",
+        "checkpoint_test.py::test_a_save_that_cannot_begin_is_told_once_and_the_"
+        "next_is_made",
+        (
+            "a_save_that_never_began_goes_on",
+            "      if self._begun.exception():",
+            "      if False:",
+        ),
+    ),
+    *_mutants(
+        "command.py",
+        "decode_test.py::test_what_a_signal_raises_meanwhile_is_no_fault_of_the_"
+        "image",
+        (
+            "a_stop_is_a_fault_of_the_file",
+            "class Stop(BaseException):",
+            "class Stop(RuntimeError):",
+        ),
+    ),
+    *_mutants(
+        "train.py",
+        "noticing_test.py::test_sigterm_while_a_step_compiles_loses_none_before_"
+        "it",
+        (
+            "the_start_of_flow_is_not_saved",
+            "or starts_flow(config, number)",
+            "or False",
+        ),
+        (
+            "sigterm_waits_for_the_compiler",
+            "at_once = number == kept",
+            "at_once = number < kept",
+        ),
+    ),
+    *_mutants(
+        "mirror.py",
+        "mirror_test.py",
+        (
+            "what_another_host_writes_is_read",
+            "        if name == _MARKER:",
+            "        if False:",
+        ),
+        (
+            "any_folder_is_a_runs",
+            "if (below or names) and not {_MARKER, _CONFIG} & set(names):",
+            "if False:",
+        ),
+    ),
+    *_mutants(
+        "sizing.py",
+        "sizing_test.py",
+        ("the_smaller_batch", "policy = max(POLICIES", "policy = min(POLICIES"),
+    ),
+    *_mutants(
         "validation.py",
         "validation_test.py",
         (

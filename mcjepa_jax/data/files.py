@@ -46,10 +46,14 @@ _GONE = "no such file or bucket"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
-class Unreachable(Passing):
-  """A store does not answer, or not to us: no fault of a file."""
+class Unreachable(UserError):
+  """A store cannot be read, or copied from: no fault of a file."""
 
   final = True
+
+
+class Silent(Unreachable, Passing):
+  """A store does not answer, or not to us."""
 
 
 class Stat(NamedTuple):
@@ -432,7 +436,7 @@ def _asking(path: Remote, to_be: str = "read") -> Iterator[None]:
       raise Unreachable(
           f"{path}: cannot be copied into {path.folder}: {reason}"
       ) from error
-    raise Unreachable(
+    raise Silent(
         f"{path}: cannot be {to_be} ({reason}); check {_HINTS[path.scheme]}"
     ) from error
 
