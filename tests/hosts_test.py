@@ -808,6 +808,31 @@ def test_hosts_of_another_code_or_other_data_are_shown(two):
   ]
 
 
+def test_what_hosts_share_and_see_otherwise_ends_them_to_be_started_again(two):
+  two(newest=100)
+  hosts.check_alike("newest", 100)
+  with pytest.raises(command.Stop) as caught:
+    hosts.check_alike("newest", 200)
+  assert caught.value.code == 77
+  assert str(caught.value) == (
+      "newest: expected one for all hosts, got process 0 (a) 200, process 1 (b)"
+      " 100"
+  )
+
+
+def test_a_fault_of_ones_disk_is_passing_where_others_wait(two):
+  def refused():
+    with hosts.as_one():
+      raise errors.UserError("a checkpoint cannot be written")
+
+  with pytest.raises(errors.UserError) as alone:
+    refused()
+  two()
+  with pytest.raises(errors.Passing, match="a checkpoint cannot be written"):
+    refused()
+  assert not isinstance(alone.value, errors.Passing)
+
+
 def test_a_mesh_of_many_hosts_keeps_each_hosts_devices_together():
   # As of a 4x4 torus with 2x2 hosts, where the numbers go along the rows.
   devices = [
