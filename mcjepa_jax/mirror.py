@@ -21,7 +21,7 @@ from mcjepa_jax.data import files
 _CHECKPOINTS = "checkpoints"
 DUMPS = "dumps"  # in it, of steps that were not finite
 _MARKER = "opened.txt"
-_CONFIG = "config.json"  # of a run that was copied there
+CONFIG = "config.json"  # by which a run is known, also one that was copied
 _SHOWN = 4
 
 
@@ -53,10 +53,10 @@ class _Mirrored(Folder):
     files.forget_below(self._remote)
     for folder, below, names in self._remote.walk():
       if folder == self._remote:
-        if (below or names) and not {_MARKER, _CONFIG} & set(names):
+        if (below or names) and not {_MARKER, CONFIG} & set(names):
           raise errors.UserError(
               f"workdir: expected a new folder or one of a run, with its"
-              f" {_CONFIG}; in {folder} are"
+              f" {CONFIG}; in {folder} are"
               f" {', '.join(sorted([*below, *names])[:_SHOWN])}"
           )
         if _CHECKPOINTS in below:
@@ -87,9 +87,8 @@ class _Mirrored(Folder):
       handle, part = tempfile.mkstemp()
       os.close(handle)
       try:
-        shutil.copyfile(
-            path, part
-        )  # what is appended meanwhile comes next time
+        # What is appended meanwhile comes next time.
+        shutil.copyfile(path, part)
         files.put(
             pathlib.Path(part),
             self._remote.joinpath(*path.relative_to(self.local).parts),
@@ -153,10 +152,8 @@ def opened(workdir: str | os.PathLike) -> Iterator[Folder]:
     except BaseException:
       try:
         folder.push()
-      except (
-          OSError,
-          errors.UserError,
-      ) as fault:  # what ends the run keeps its exit code
+      # What ends the run keeps its exit code.
+      except (OSError, errors.UserError) as fault:
         print(f"warning: {fault}", file=sys.stderr)
       raise
     folder.push()

@@ -60,10 +60,7 @@ def input_and_mesh(
         raise
   data = {task: s.state()["fingerprint"] for task, s in streams.items()}
   hosts.agree(
-      {
-          "config": command.leaves(config),
-          "data": data,
-      },
+      {"config": command.leaves(config), "data": data},
       list(dict.fromkeys(faults)),
   )
   hosts.check_shared(folder)
@@ -118,7 +115,7 @@ def resumable_config(config: Any) -> dict[str, Any]:
 
 def check_resume(config: Any, folder: mirror.Folder) -> None:
   """Raises UserError if the workdir holds a run of another config."""
-  path = folder.local / "config.json"
+  path = folder.local / mirror.CONFIG
   # A run that ended before it could save left nothing to resume.
   if not path.exists() or not checkpoint.begun(folder.address):
     return

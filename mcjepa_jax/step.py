@@ -63,6 +63,15 @@ def kind_at(mode: str, step: int, start_step: int) -> str:
   return "both"
 
 
+def is_first_with_flow(mode: str, step: int, start_step: int) -> bool:
+  """Whether a step is the first of its kind, after `start_step` steps without flow."""
+  if not 0 < start_step <= step <= start_step + 1:
+    return False
+  # Where tasks alternate it comes one step later.
+  before, now = (kind_at(mode, n, start_step) for n in (step - 1, step))
+  return before == "content" != now
+
+
 def tasks(kind: str) -> tuple[str, ...]:
   """The tasks that a kind of step trains, and so the batches it reads."""
   return _KINDS[kind][0]

@@ -334,7 +334,7 @@ def _train(
       print(evaluate.table(results))
       return results
     workdir = hosts.log_folder(workdir)
-    journal.write_json(workdir / "config.json", set_up.resumable_config(config))
+    journal.write_json(workdir / mirror.CONFIG, set_up.resumable_config(config))
     (workdir / "parameters.txt").write_text(
         parameter_overview.get_parameter_overview(
             abstract.params, include_stats=False
@@ -399,9 +399,9 @@ def roll_back(run: Run, back: alarms.RollBack) -> steps.TrainState:
     try:
       with hosts.as_one():
         run.checkpoints.wait_until_finished()
-    except errors.Passing:
-      raise
     except errors.UserError as error:  # what it goes back to is an earlier one
+      if jax.process_count() > 1:
+        raise
       run.watch.count("checkpoint")
       tqdm.tqdm.write(str(error))
       journal.append(
@@ -447,11 +447,12 @@ def until_sigterm(run: Run) -> Iterator[None]:
     yield
 
 
-def starts_flow(config: Any, number: int) -> bool:
-  """Whether another step is compiled where flow starts, which takes minutes."""
-  first = config.motion.start_step
-  kinds = {steps.kind_at(config.mode, n, first) for n in (number - 1, number)}
-  return number == first and len(kinds) > 1
+def saves_at(config: Any, number: int) -> bool:
+  """Whether the state is saved before a step."""
+  # The first step with flow is compiled, which takes minutes.
+  return number % config.save_every == 0 or steps.is_first_with_flow(
+      config.mode, number, config.motion.start_step
+  )
 
 
 def looks_at(config: Any, number: int) -> bool:
@@ -536,9 +537,7 @@ def run_steps(
       watch.step()
       stopping = number > start and hosts.stopping(run.stop)
       first = rolled_back and number == start + 1
-      periodic = number > start and (
-          number % config.save_every == 0 or starts_flow(config, number)
-      )
+      periodic = number > start and saves_at(config, number)
       if not stopping and (first or periodic):
         state = keep(state, number, hurry=False)
       # What stops has seconds left, and nothing to lose but its state.

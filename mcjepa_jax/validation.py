@@ -134,8 +134,12 @@ def no_way_back(config: Any) -> list[str]:
   if config.alarms.action != "rollback" or config.keep_hours:
     return []
   lasts = max((rule.lasts for rule in alarms.rules(config)), default=0)
-  # One is of the step at which flow starts, where that is none of the others.
-  extra = config.motion.start_step % config.save_every > 0
+  # One is of the step from which there is flow, where that is none of the others.
+  start = config.motion.start_step
+  extra = any(
+      step.is_first_with_flow(config.mode, n, start) and n % config.save_every
+      for n in (start, start + 1)
+  )
   reach = (config.keep_last - 1 - extra) * config.save_every
   if reach >= lasts:
     return []

@@ -99,8 +99,8 @@ MUTANTS = (
         "it",
         (
             "the_start_of_flow_is_not_saved",
-            "or starts_flow(config, number)",
-            "or False",
+            "or steps.is_first_with_flow(",
+            "or False and steps.is_first_with_flow(",
         ),
         (
             "sigterm_waits_for_the_compiler",
@@ -118,7 +118,7 @@ MUTANTS = (
         ),
         (
             "any_folder_is_a_runs",
-            "if (below or names) and not {_MARKER, _CONFIG} & set(names):",
+            "if (below or names) and not {_MARKER, CONFIG} & set(names):",
             "if False:",
         ),
     ),

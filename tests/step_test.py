@@ -230,6 +230,25 @@ def test_batches_before_counts_what_the_kinds_of_steps_read(mode):
       assert task in steps.tasks_of_mode(mode)
 
 
+@pytest.mark.parametrize(
+    ("mode", "start_step", "first"),
+    [
+        ("combined", 3, [3]),
+        ("alternate", 3, [4]),
+        ("combined", 0, []),
+        ("alternate", 0, []),
+        ("content", 3, []),
+        ("motion", 3, []),
+        ("frozen_encoder", 3, []),
+    ],
+)
+def test_flow_begins_with_the_first_step_of_another_kind(
+    mode, start_step, first
+):
+  found = [n for n in range(9) if steps.is_first_with_flow(mode, n, start_step)]
+  assert found == first
+
+
 @pytest.mark.slow
 def test_no_motion_term_is_computed_before_flow_start():
   assert steps.kind_at("combined", 2, 3) == "content"
