@@ -5,8 +5,11 @@ NAME.HOST.npy with each host's rows, and in the checkpoint's meta the config, th
 records of all hosts and what was logged.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+import contextlib
+import io
 import itertools
+import os
 import pathlib
 from typing import Any
 
@@ -14,11 +17,19 @@ import jax
 import ml_collections
 import numpy as np
 
-from mcjepa_jax import checkpoint, errors, hosts, mirror, step as steps
+from mcjepa_jax import (
+    checkpoint,
+    errors,
+    hosts,
+    lifeline,
+    mirror,
+    step as steps,
+)
+from mcjepa_jax.data import files
 
 _NAMES = ("frames", "views")
 _META = ("step", "kind", "key", "records", "logs", "hosts")
-# Of the calls of `save`, the same on all hosts.
+# Of what the hosts tell each other, the same on all.
 _numbers = itertools.count()
 
 
@@ -31,7 +42,7 @@ def _own_rows(x: jax.Array) -> np.ndarray:
 
 
 def save(
-    workdir: pathlib.Path,
+    workdir: str | os.PathLike,
     state: steps.TrainState,
     *,
     step: int,
@@ -41,23 +52,41 @@ def save(
     logs: Mapping[str, float],
     config: Any,
     limit: int,
-) -> pathlib.Path | None:
+) -> files.Location | None:
   """The folder of the new dump; None where the workdir has `limit` already.
 
   All hosts of a run call this, with the workdir that they share.
+
+  Raises:
+    UserError: a host cannot write its rows: none keeps any.
+    Passing: a host of several cannot write its part of the parameters.
   """
-  folder = workdir / mirror.DUMPS / f"step_{step}"
-  others = [path for path in folder.parent.glob("*") if path != folder]
-  full = len(others) >= limit or checkpoint.newest_step(folder) is not None
-  told = hosts.exchange(f"dump {next(_numbers)}", [full, dict(records)])
+  place = files.path(workdir) / mirror.DUMPS
+  folder = place / f"step_{step}"
+  own = {
+      folder / f"{name}.{jax.process_index()}.npy": x
+      for name, x in arrays.items()
+  }
+
+  def write():
+    if isinstance(folder, pathlib.Path):
+      folder.mkdir(parents=True, exist_ok=True)
+    for path, x in own.items():
+      buffer = io.BytesIO()
+      np.save(buffer, _own_rows(x), allow_pickle=False)
+      files.write(path, buffer.getvalue())
+
+  full = _everywhere(lambda: hosts.first() and _is_full(place, step, limit))
   # What the first found: the others may have come after its folder.
-  if told[0][0]:
+  if full[0]:
     return None
-  folder.mkdir(parents=True, exist_ok=True)
-  for name, x in arrays.items():
-    path = folder / f"{name}.{jax.process_index()}.npy"
-    np.save(path, _own_rows(x), allow_pickle=False)
-  with checkpoint.Checkpoints(folder) as kept:
+  told = hosts.exchange(f"dump {next(_numbers)}", dict(records))
+  try:
+    _everywhere(write)
+  except errors.UserError:
+    _remove(folder, own)
+    raise
+  with hosts.as_one(), checkpoint.Checkpoints(_address(folder)) as kept:
     kept.save(
         step,
         {"params": state.params},
@@ -67,8 +96,7 @@ def save(
             "key": jax.device_get(state.key).tolist(),
             # As the rows of the batch: host after host.
             "records": {
-                task: sum((own[task] for _, own in told), [])
-                for task in records
+                task: sum((rows[task] for rows in told), []) for task in records
             },
             "hosts": len(told),
             "logs": dict(logs),
@@ -76,6 +104,52 @@ def save(
         },
     )
   return folder
+
+
+def _everywhere(function: Callable[[], Any]) -> list[Any]:
+  """What a function returns on each host.
+
+  Raises:
+    UserError: on all, where it fails on one.
+  """
+  found, fault = None, ""
+  try:
+    found = function()
+  except (OSError, errors.UserError) as error:
+    fault = str(error)
+    if jax.process_count() > 1:
+      fault = f"{lifeline.name(jax.process_index())}: {fault}"
+  told = hosts.exchange(f"dump {next(_numbers)}", [found, fault])
+  if faults := [fault for _, fault in told if fault]:
+    raise errors.UserError(*faults)
+  return [found for found, _ in told]
+
+
+def _address(folder: files.Location) -> str | pathlib.Path:
+  return folder if isinstance(folder, pathlib.Path) else str(folder)
+
+
+def _is_full(place: files.Location, step: int, limit: int) -> bool:
+  """Whether there are so many whole dumps, or one of this step."""
+  files.forget_below(place)
+  names = files.names(place) if place.is_dir() else []
+  whole = {
+      name
+      for name in names
+      if checkpoint.newest_step(_address(place / name)) is not None
+  }
+  return len(whole) >= limit or f"step_{step}" in whole
+
+
+def _remove(folder: files.Location, rows: Iterable[files.Location]) -> None:
+  """Takes away what a host has written of a dump."""
+  with contextlib.suppress(OSError, errors.UserError):
+    for path in rows:
+      files.remove(path)
+      if isinstance(path, pathlib.Path):
+        files.remove(path.with_name(f"{path.name}.part"))
+    if isinstance(folder, pathlib.Path):
+      folder.rmdir()  # not before the last host's are gone
 
 
 def _tuples(value: Any) -> Any:

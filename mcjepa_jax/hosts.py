@@ -390,11 +390,6 @@ def log_folder(workdir: pathlib.Path) -> pathlib.Path:
   return folder
 
 
-def shared_folder(folder: pathlib.Path) -> pathlib.Path:
-  """The workdir of a run, from the `log_folder` of this host."""
-  return folder if first() else folder.parents[1]
-
-
 @contextlib.contextmanager
 def on_sigterm(
     handler: Callable[..., None], *, alone: bool = False

@@ -1,6 +1,6 @@
 """A run's folder, which may be one in a bucket.
 
-Checkpoints are written straight to gs://BUCKET/RUN. Logs grow line by line, which
+Checkpoints and dumps are written straight to gs://BUCKET/RUN. Logs grow line by line, which
 no object of a bucket does: they are written to a folder of this machine, and
 copied to the bucket before each checkpoint and at the end. So a run that goes on
 from a checkpoint finds its logs up to there, on whatever machine.
@@ -28,8 +28,6 @@ _SHOWN = 4
 class Folder:
   """`local`, where logs are written; `address`, where checkpoints are."""
 
-  shared = True  # whether all hosts see one `local`
-
   def __init__(self, local: pathlib.Path, address: str | pathlib.Path):
     self.local, self.address = local, address
 
@@ -39,8 +37,6 @@ class Folder:
 
 class _Mirrored(Folder):
   """A folder in a bucket, and the local one that its logs are in."""
-
-  shared = False
 
   def __init__(self, local: pathlib.Path, remote: files.Remote):
     super().__init__(local, str(remote))
@@ -59,12 +55,8 @@ class _Mirrored(Folder):
               f" {CONFIG}; in {folder} are"
               f" {', '.join(sorted([*below, *names])[:_SHOWN])}"
           )
-        if _CHECKPOINTS in below:
-          below.remove(_CHECKPOINTS)
-      if folder == self._remote / DUMPS:  # large: they are only counted
-        for name in below:
-          (self.local / DUMPS / name).mkdir(parents=True, exist_ok=True)
-        below.clear()
+        # Written where they are, and large.
+        below[:] = [x for x in below if x not in (_CHECKPOINTS, DUMPS)]
       for name in names:
         if name == _MARKER:  # another host may be writing it
           continue

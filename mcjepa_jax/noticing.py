@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 import contextlib
 import dataclasses
-import shutil
 import time
 from typing import Any
 
@@ -18,7 +17,6 @@ from mcjepa_jax import (
     dumps,
     errors,
     hosts,
-    mirror,
     step as steps,
 )
 from mcjepa_jax.progress import Batch, Progress, Run
@@ -185,31 +183,24 @@ class Watcher:
   ) -> str:
     """Keeps a step to look at; how to, for the line that tells of it."""
     run = self._run
-    if jax.process_count() > 1 and not run.folder.shared:
-      return "; not dumped: the hosts share no folder but the bucket"
     try:
-      with hosts.as_one():
-        folder = dumps.save(
-            hosts.shared_folder(run.workdir),
-            state,
-            step=pending.number,
-            kind=pending.batch.kind,
-            arrays=pending.batch.arrays,
-            records=pending.batch.records,
-            logs=values,
-            config=run.config,
-            limit=run.config.alarms.dumps,
-        )
-    except (OSError, errors.UserError) as error:
-      if jax.process_count() > 1:  # the others may wait for this one's rows
+      folder = dumps.save(
+          run.folder.address,
+          state,
+          step=pending.number,
+          kind=pending.batch.kind,
+          arrays=pending.batch.arrays,
+          records=pending.batch.records,
+          logs=values,
+          config=run.config,
+          limit=run.config.alarms.dumps,
+      )
+    except errors.UserError as error:
+      # The others may wait for this one's part.
+      if jax.process_count() > 1 and isinstance(error, errors.Passing):
         raise
-      part = run.workdir / mirror.DUMPS / f"step_{pending.number}"
-      shutil.rmtree(part, ignore_errors=True)  # it counts
-      return f"; not dumped: {error}"
-    if not folder:
-      return ""
-    address = f"{run.folder.address}/{mirror.DUMPS}/{folder.name}"
-    return f"; python -m mcjepa_jax.replay --dump={address}"
+      return f"; not dumped: {'; '.join(error.messages)}"
+    return f"; python -m mcjepa_jax.replay --dump={folder}" if folder else ""
 
   def _act(
       self, number: int, fired: list[alarms.Alarm], following: Streams

@@ -1,5 +1,6 @@
 """Each alarm, fired by a training that goes wrong in its way."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from mcjepa_jax import (
     step as steps,
     train,
 )
+from mcjepa_jax.data import synthetic
 from tests import tiny
 
 _STEPS = 40
@@ -73,6 +75,29 @@ def test_flow_that_is_the_same_everywhere_occludes_nothing(tmp_path):
       motion__terms__smoothness__stride_1=0.5e4,
   )
   assert {"constant_flow", "occluded"} <= set(fired)
+
+
+@pytest.mark.proof
+@pytest.mark.slow
+@pytest.mark.parametrize("weight", [0.5, 0.5e4])
+def test_smooth_flow_of_scenes_that_mostly_stand_still_is_zero(
+    tmp_path, monkeypatch, weight
+):
+  plain = synthetic.scene_layers
+
+  def standing(*args):
+    still = dict(translation=(0.0, 0.0), rotation=0.0, log_zoom=0.0)
+    return [
+        # The background and the main object; the small ones move.
+        dataclasses.replace(layer, **still) if layer.segment < 2 else layer
+        for layer in plain(*args)
+    ]
+
+  monkeypatch.setattr(synthetic, "scene_layers", standing)
+  fired = _fired(
+      tmp_path, mode="motion", motion__terms__smoothness__stride_1=weight
+  )
+  assert ("zero_flow" in fired) == (weight > 1)
 
 
 @pytest.mark.proof

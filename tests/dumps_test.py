@@ -26,7 +26,8 @@ def _state():
   )
 
 
-def _save(workdir, step=7, limit=2):
+def save(workdir, step=7, limit=2):
+  """The folder of a dump of a small state and a batch of both tasks."""
   batch = tiny.batch()
   return dumps.save(
       workdir,
@@ -42,7 +43,7 @@ def _save(workdir, step=7, limit=2):
 
 
 def test_a_dump_holds_the_batch_the_parameters_and_the_config(tmp_path):
-  folder = _save(tmp_path)
+  folder = save(tmp_path)
   meta, config = dumps.read_meta(folder)
   assert (meta["step"], meta["kind"]) == (7, "both")
   assert meta["key"] == [7, 2**32 - 1]
@@ -67,16 +68,16 @@ def test_a_dump_holds_the_batch_the_parameters_and_the_config(tmp_path):
 
 
 def test_a_workdir_has_so_many_dumps_and_no_more(tmp_path):
-  assert all(_save(tmp_path, step) for step in (1, 2))
-  assert _save(tmp_path, 3) is None
-  assert _save(tmp_path, 2) is None  # met again by a run that resumed
+  assert all(save(tmp_path, step) for step in (1, 2))
+  assert save(tmp_path, 3) is None
+  assert save(tmp_path, 2) is None  # met again by a run that resumed
   names = {path.name for path in (tmp_path / "dumps").iterdir()}
   assert names == {"step_1", "step_2"}
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "pickle", "gone", "type"])
 def test_a_damaged_batch_is_refused_by_its_name(tmp_path, damage):
-  path = _save(tmp_path) / "views.0.npy"
+  path = save(tmp_path) / "views.0.npy"
   if damage == "cut":
     path.write_bytes(path.read_bytes()[:1000])
   elif damage == "text":
@@ -94,7 +95,7 @@ def test_a_damaged_batch_is_refused_by_its_name(tmp_path, damage):
 def test_the_rows_of_all_hosts_are_one_batch_and_those_of_each_are_needed(
     tmp_path,
 ):
-  folder = _save(tmp_path)
+  folder = save(tmp_path)
   whole = np.load(folder / "views.0.npy")
   np.save(folder / "views.0.npy", whole[:3])
   np.save(folder / "views.1.npy", whole[3:])

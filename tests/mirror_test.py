@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +13,9 @@ import time
 from gcp_storage_emulator import server as emulator, storage
 import pytest
 
-from mcjepa_jax import command, compare, errors, mirror
+from mcjepa_jax import command, compare, dumps, errors, mirror, replay
 from mcjepa_jax.data import files
-from tests import buckets, job, poison, workdirs
+from tests import buckets, dumps_test, job, poison, workdirs
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _STEPS = 6
@@ -109,17 +110,18 @@ def test_only_what_changed_is_copied(bucket, monkeypatch):
   assert sent == ["opened.txt", "a.txt", "b.txt", "b.txt", "opened.txt"]
 
 
-def test_dumps_are_counted_by_the_next_run_and_read_where_they_are(bucket):
+def test_dumps_are_written_and_counted_and_read_where_they_are(bucket):
   address = f"{bucket}/dumped"
   with mirror.opened(address) as folder:
-    views = folder.local / "dumps" / "step_3" / "views.0.npy"
-    views.parent.mkdir(parents=True)
-    views.write_bytes(b"large")
+    found = dumps_test.save(folder.address, step=3, limit=1)
+    assert str(found) == f"{address}/dumps/step_3"
+    assert not (folder.local / "dumps").exists()
   with mirror.opened(address) as again:
-    (counted,) = (again.local / "dumps").iterdir()
-    assert counted.name == "step_3" and not list(counted.iterdir())
-  with mirror.fetched(f"{address}/dumps/step_3") as folder:
-    assert (folder / "views.0.npy").read_bytes() == b"large"
+    assert not (again.local / "dumps").exists()
+    assert dumps_test.save(again.address, step=4, limit=1) is None
+  with mirror.fetched(found) as folder:
+    assert dumps.read_meta(folder)[0]["step"] == 3
+    assert dumps.read_arrays(folder, "both").keys() == {"frames", "views"}
   assert not folder.exists()
 
 
@@ -235,6 +237,11 @@ def test_a_run_in_a_bucket_is_killed_goes_on_and_is_evaluated(bucket, tmp_path):
     )
     assert whole == cut
     assert compare.read(folder.local / "results.json")
+  last = f"checkpoints/{_STEPS}"
+  with mirror.fetched(f"{address}/{last}") as folder:
+    shutil.copytree(folder, tmp_path / "cut" / last)
+  one, other = (workdirs.saved(tmp_path / x, _STEPS) for x in ("whole", "cut"))
+  assert not workdirs.differences(one[0], other[0]) and one[1] == other[1]
   out = tmp_path / "out.json"
   _ended(
       _start(
@@ -250,7 +257,7 @@ def test_a_run_in_a_bucket_is_killed_goes_on_and_is_evaluated(bucket, tmp_path):
 @pytest.mark.proof
 @pytest.mark.slow
 def test_two_hosts_share_a_bucket_roll_back_are_killed_and_go_on(
-    bucket, tmp_path
+    bucket, tmp_path, monkeypatch, capsys
 ):
   config, option = poison.run(tmp_path, images=24)
   job.run(config, tmp_path / "whole", option)
@@ -278,15 +285,20 @@ def test_two_hosts_share_a_bucket_roll_back_are_killed_and_go_on(
   with mirror.opened(address) as folder:
     assert job.records(folder.local, 2) == job.records(tmp_path / "whole", 1)
     told = workdirs.lines(folder.local / "alarms.jsonl")
-    assert not (folder.local / "dumps").exists()
   whole = workdirs.lines(tmp_path / "whole" / "alarms.jsonl")
   assert [(x["step"], x["alarm"]) for x in told] == [
       (x["step"], x["alarm"]) for x in whole
   ]
   assert {x["alarm"] for x in told} == {"not_finite", "rollback"}
-  for line in told:
-    if line["alarm"] == "not_finite":
-      assert "not dumped: the hosts share no folder but" in line["text"]
+  # Of both hosts' rows, in the bucket; one process runs the step again.
+  poison.stretch(monkeypatch)
+  dump = f"{address}/dumps/step_{told[0]['step']}"
+  assert replay.main([f"--dump={dump}"]) == 0
+  report = json.loads(capsys.readouterr().out.splitlines()[-1])
+  assert report["step"] == told[0]["step"]
+  assert poison.RECORD in report["records"]["content"]
+  with mirror.fetched(dump) as folder:
+    assert dumps.read_meta(folder)[0]["hosts"] == 2
 
 
 def test_a_store_that_no_run_was_written_to_is_refused():

@@ -6,6 +6,7 @@ image's range, as code without an epsilon does.
 
 import errno
 import json
+import multiprocessing
 import os
 import signal
 import time
@@ -163,6 +164,28 @@ def test_a_step_that_is_not_finite_is_skipped_dumped_and_replayed(
   assert {"loss", "content/variance"} <= set(report["terms"])
   assert any(leaf.startswith("encoder/") for leaf in report["gradients"])
   assert "nan" in report["operation"]
+
+
+@pytest.mark.proof
+def test_a_step_of_both_tasks_is_skipped_dumped_and_replayed(
+    data, no_epsilon, tmp_path, capsys
+):
+  config = _config(data, mode="combined", motion__start_step=0, num_steps=6)
+  results = train.train(config, tmp_path)
+  poisoned = _poisoned(tmp_path)
+  assert poisoned and _skipped(tmp_path) == poisoned
+  assert results["alarm/not_finite"] == len(poisoned)
+  capsys.readouterr()
+  dump = tmp_path / "dumps" / f"step_{poisoned[0]}"
+  assert replay.main([f"--dump={dump}"]) == 0
+  report = json.loads(capsys.readouterr().out.splitlines()[-1])
+  assert len(report["records"]["motion"]) == config.motion.batch_size
+  assert poison.RECORD in report["records"]["content"]
+  # The flow is sound, and the estimator learns from nothing else.
+  assert not any("reconstruction" in term for term in report["terms"])
+  assert "content/variance" in report["terms"]
+  assert not any(x.startswith("estimator/") for x in report["gradients"])
+  assert any(x.startswith("encoder/") for x in report["gradients"])
 
 
 def test_the_dumped_parameters_are_those_of_the_skipped_step(
@@ -488,6 +511,52 @@ def test_a_save_whose_evaluation_sigterm_ends_is_made_and_not_the_best(
   train.train(config, tmp_path)
   saved = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
   assert 8 in saved and 2 not in saved and len(saved) <= 2
+
+
+def test_the_best_evaluated_checkpoint_outlives_those_after_it(
+    data, tmp_path, monkeypatch
+):
+  top = {2: 30.0, 4: 60.0, 6: 50.0, 8: 40.0}
+
+  def evaluations(run, state, **_):
+    return {"knn/synthetic/top1": top[int(state.step)]}, []
+
+  monkeypatch.setattr(train, "evaluations", evaluations)
+  config = _config(
+      data,
+      keep_best=1,
+      keep_last=1,
+      best_metric="knn/synthetic/top1",
+      best_is_larger=True,
+      evals=("knn/synthetic",),
+  )
+  train.train(config, tmp_path)
+  saved = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+  assert saved == {"4", "8"}
+
+
+def test_a_dead_worker_ends_the_run_with_77_and_it_goes_on(
+    data, tmp_path, monkeypatch
+):
+  plain, killed = Programs.run, []
+
+  def run(self, *args, **kwargs):
+    if not killed:
+      (worker,) = multiprocessing.active_children()
+      os.kill(worker.pid, signal.SIGKILL)
+      killed.append(time.monotonic())
+    return plain(self, *args, **kwargs)
+
+  # More than the worker has read before it is killed.
+  config = _config(data, workers=1, num_steps=30, save_every=1, keep_last=2)
+  with monkeypatch.context() as patch:
+    patch.setattr(Programs, "run", run)
+    with pytest.raises(command.Stop, match="worker.*SIGKILL") as stop:
+      train.train(config, tmp_path)
+  assert stop.value.code == 77 and time.monotonic() - killed[0] < 60
+  newest = max(int(x.name) for x in (tmp_path / "checkpoints").iterdir())
+  assert 0 < newest < 30
+  assert train.train(config, tmp_path)["meta/step"] == 30
 
 
 def test_logs_that_a_bucket_refuses_are_told_and_the_state_is_saved(
