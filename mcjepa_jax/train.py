@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pathlib
+import time
 from typing import Any
 
 from clu import parameter_overview
@@ -22,6 +23,7 @@ from mcjepa_jax import (
     goodput,
     hosts,
     journal,
+    lives,
     mirror,
     noticing,
     panels,
@@ -150,6 +152,7 @@ def save(
           "seed": config.seed,
           "versions": evaluate.versions(),
           "seconds": run.clock.seconds(),
+          "time": time.time(),
           "watch": run.watch.state(),
       },
       metrics,
@@ -318,6 +321,7 @@ def _train(
   with (
       journal.refusal_told(workdir),
       set_up.sole_owner(workdir) if hosts.first() else contextlib.nullcontext(),
+      lives.kept(folder, clock.started, first=hosts.first()) as earlier,
       checkpoint.Checkpoints(
           folder.address,
           keep_last=config.keep_last,
@@ -350,14 +354,16 @@ def _train(
         if newest is None:
           begin_step(run)
           state = first_state(run)
-          count_earlier(run, {"total": 0.0})
+          lost = lives.lost(earlier, 0.0)
         else:
           state, saved, meta = checkpoints.restore(newest, abstract)
-          count_earlier(run, meta["seconds"])
+          clock.add(meta["seconds"])
+          lost = lives.lost(earlier, meta.get("time", time.time()))
           run.watch.restore(meta["watch"])
           for task, stream in streams.items():
             stream.restore(saved[task])
           print(f"Resumed at step {newest} of {config.num_steps}.")
+        clock.add({"lost": lost, "total": lost})
         checkpoints.make_room(state)
       run.began = clock.seconds()
       state = run_loop(run, state)
@@ -373,15 +379,6 @@ def _train(
   print(evaluate.table(results))
   print(f"Pictures and curves: {workdir / 'pictures'}")
   return results
-
-
-def count_earlier(run: Run, seconds: dict[str, float]) -> None:
-  """Counts the time up to a checkpoint, and what was lost after it."""
-  lines = journal.read_lines(run.workdir / "metrics.jsonl")
-  totals = [line["seconds/total"] for line in lines if "seconds/total" in line]
-  lost = max([0.0, *(total - seconds["total"] for total in totals)])
-  run.clock.add(seconds)
-  run.clock.add({"lost": lost, "total": lost})
 
 
 def roll_back(run: Run, back: alarms.RollBack) -> steps.TrainState:

@@ -26,7 +26,7 @@ _LAYERS = (
     data.image_datasets data.segmentation_datasets data.mask_datasets
     data.array_records data.cutouts data.feed data.video optimizer sharding checkpoint
     journal mirror""",
-    "data.frame_folders",
+    "data.frame_folders lives",
     # 3: everything of one kind together.
     "accumulation hosts objective models.mcjepa data.sources data.pipeline data.convert",
     # 4: what runs on the devices, and looks at the sources.

@@ -24,6 +24,7 @@ from mcjepa_jax import (
     errors,
     hosts,
     journal,
+    lives,
     mirror,
     replay,
     sharding,
@@ -418,20 +419,33 @@ def test_what_a_full_disk_keeps_from_being_dumped_is_told_and_takes_no_room(
   assert not list((tmp_path / "dumps").iterdir())
 
 
-def test_what_a_run_did_before_it_had_a_checkpoint_is_time_lost(
-    data, tmp_path, monkeypatch
+@pytest.mark.parametrize("saves", [0, 2])
+def test_what_a_killed_run_did_after_its_last_save_is_time_lost(
+    data, tmp_path, monkeypatch, saves
 ):
   class Killed(BaseException):
     pass
 
-  def killed(*args, **kwargs):
-    raise Killed
+  plain, times = train.save, []
 
+  def killed(*args, **kwargs):
+    if len(times) == saves:
+      time.sleep(1.5)  # in which it is seen to live
+      times.append(time.time())
+      raise Killed
+    result = plain(*args, **kwargs)
+    times.append(time.time())
+    return result
+
+  # Not that of these tests.
+  monkeypatch.setattr(journal, "process_start", time.perf_counter)
+  monkeypatch.setattr(lives, "SECONDS", 0.1)
+  began = time.time()
   with monkeypatch.context() as patch:
     patch.setattr(train, "save", killed)
     with pytest.raises(Killed):
       train.train(_config(data), tmp_path)
-  lines = workdirs.lines(tmp_path / "metrics.jsonl")
+  expected = times[-1] - (times[-2] if saves else began)
   finish, seen = train.finish, []
 
   def finished(run, *args):
@@ -439,8 +453,13 @@ def test_what_a_run_did_before_it_had_a_checkpoint_is_time_lost(
     return finish(run, *args)
 
   monkeypatch.setattr(train, "finish", finished)
-  train.train(_config(data), tmp_path)
-  assert seen == [max(line["seconds/total"] for line in lines)]
+  time.sleep(2)  # what lies between the two is not lost
+  results = train.train(_config(data), tmp_path)
+  (lost,) = seen
+  assert 1.2 < lost and abs(lost - expected) < 1
+  restart = results["goodput/restart"] * results["seconds/total"] / 100
+  assert restart > lost
+  assert all(x >= 0 for k, x in results.items() if k.startswith("goodput/"))
 
 
 @pytest.mark.proof
