@@ -11,7 +11,8 @@
 #
 # ARGUMENTS are main.py's; .venv (launch/install.sh cuda), data and --workdir
 # are in folders that all nodes share. A job that is preempted is queued again
-# and goes on; so is one that ends with 77, up to 20 times.
+# and goes on; so is one that was lost (77, or a task was killed), 20 times at
+# most, counted in mcjepa-JOB.lost. One that scancel ends is not.
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -36,8 +37,19 @@ export PYTHONPATH=$(quoted "$root") JAX_PLATFORMS=cuda,cpu
 code=0
 srun --kill-on-bad-exit=0 --cpus-per-task=$cpus \\
   $(quoted "$venv/bin/python" -m mcjepa_jax.main "${arguments[@]}") || code=\$?
-again=\$(( code == 75 || code == 77 && \${SLURM_RESTART_COUNT:-0} < 20 ))
+# Lost: 77 of those that saw one end, the code of the one that was killed.
+lost=\"mcjepa-\$SLURM_JOB_ID.lost\"
+again=\$(( code == 75 ))
+if (( code == 77 || code >= 128 )); then
+  echo \"\$code\" >> \"\$lost\"
+  again=\$(( \$(wc -l < \"\$lost\") <= 20 ))
+fi
+# Of a job that scancel ends, too, main.py saves and ends with 75.
+case \"\$(squeue --noheader --jobs=\"\$SLURM_JOB_ID\" --format=%T)\" in
+  COMPLETING | CANCELLED) again=0 ;;
+esac
 [[ \$again == 0 ]] || scontrol requeue \"\$SLURM_JOB_ID\"
+(( code )) || rm -f \"\$lost\"
 exit \$code"
 
 submit=(sbatch --job-name="$name" --nodes="$nodes"

@@ -8,7 +8,7 @@
 #   wait     until it is there
 #   copy     this code to all hosts, and installs there what it needs
 #   mount    --nfs=ADDRESS:/SHARE as /mnt/mcjepa on all hosts
-#   run      starts main.py with ARGUMENTS on all hosts
+#   run      starts main.py with ARGUMENTS on all hosts; if it is lost, again
 #   logs     follows the log of a host
 #   stop     ends main.py with SIGTERM: it saves first
 #   delete   gives all back
@@ -120,7 +120,7 @@ start() {
   command="$(quoted .venv/bin/python -m mcjepa_jax.main "${arguments[@]}")"
   local once="if kill -0 \"\$(cat ../mcjepa.pid 2>&1)\" 2> /dev/null; then echo main.py runs here already: stop it first >&2; exit 1; fi"
   # Apart from the connection, which ends as soon as it runs.
-  everywhere "cd mcjepa_jax && { $once; JAX_PLATFORMS=tpu,cpu nohup setsid $command > ../mcjepa.log 2>&1 < /dev/null & echo \$! > ../mcjepa.pid; }"
+  everywhere "cd mcjepa_jax && { $once; JAX_PLATFORMS=tpu,cpu nohup setsid launch/again.sh $command >> ../mcjepa.log 2>&1 < /dev/null & echo \$! > ../mcjepa.pid; }"
 }
 
 case "$action" in
@@ -148,7 +148,8 @@ case "$action" in
     queued ssh --node="$slice" --worker="$host" \
       --command='tail -n 100 -f mcjepa.log'
     ;;
-  # The process, and not its group: Grain's workers serve until all is saved.
+  # again.sh passes it on to the process, and not to its group: Grain's workers
+  # serve until all is saved.
   stop) everywhere "kill -TERM \"\$(cat mcjepa.pid)\"" ;;
   delete) queued delete --force --quiet ;;
 esac

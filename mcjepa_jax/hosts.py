@@ -56,7 +56,9 @@ def start(
   """
   if where is None:
     return
-  names, connections = roll_call(where, seconds)
+  # The first process of a container hears no signal that it has no handler for.
+  with on_sigterm(leave):
+    names, connections = roll_call(where, seconds)
   lifeline.hold(
       lifeline.Lifeline(where.index, names, connections, silence=silence)
   )
@@ -100,6 +102,20 @@ def _line_of(connection: socket.socket, longest: int) -> str:
     return file.readline(longest).decode()
 
 
+def _is_closed(connection: socket.socket) -> bool:
+  """Whether the other end has closed it, which said nothing more."""
+  before = connection.gettimeout()
+  connection.settimeout(0)
+  try:
+    return not connection.recv(1, socket.MSG_PEEK)
+  except BlockingIOError:
+    return False
+  except OSError:
+    return True
+  finally:
+    connection.settimeout(before)
+
+
 def _call(
     where: places.Place, port: int, deadline: float
 ) -> tuple[list[str], dict[int, socket.socket]]:
@@ -136,6 +152,10 @@ def _call(
         continue  # a stranger
       if word != "mcjepa":
         continue
+      # One that left, and was started again.
+      for left in [x for x in waiting if x[0] == index and _is_closed(x[1])]:
+        waiting.remove(left)
+        del present[index]
       waiting.append((index, connection))
       if count != where.count or not 0 < index < count:
         fault = (

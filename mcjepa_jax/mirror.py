@@ -26,7 +26,12 @@ _SHOWN = 4
 
 
 class Folder:
-  """`local`, where logs are written; `address`, where checkpoints are."""
+  """`local`, where logs are written; `address`, where checkpoints are.
+
+  What ends a run that cannot save there is a `refusal`.
+  """
+
+  refusal: type[errors.UserError] = errors.UserError
 
   def __init__(self, local: pathlib.Path, address: str | pathlib.Path):
     self.local, self.address = local, address
@@ -37,6 +42,8 @@ class Folder:
 
 class _Mirrored(Folder):
   """A folder in a bucket, and the local one that its logs are in."""
+
+  refusal = errors.Passing
 
   def __init__(self, local: pathlib.Path, remote: files.Remote):
     super().__init__(local, str(remote))

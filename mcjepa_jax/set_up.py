@@ -7,6 +7,7 @@ import fcntl
 import json
 import pathlib
 import sys
+import time
 from typing import Any
 
 import jax
@@ -27,6 +28,9 @@ from mcjepa_jax.models import mcjepa
 
 # What a file system without locks answers: then nothing keeps two runs apart.
 _NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
+
+# NFS servers keep the locks of a client that is silent for 90 seconds.
+_LEASE_SECONDS = 180.0
 
 
 def input_and_mesh(
@@ -75,21 +79,34 @@ def input_and_mesh(
 def sole_owner(workdir: pathlib.Path) -> Iterator[None]:
   """Holds the workdir: a second run in it would delete the first one's saves.
 
+  Of many hosts one may have died a moment ago: what a share's server still holds
+  for it is waited for.
+
   Raises:
     UserError: another process holds it.
   """
-  with (workdir / ".lock").open("w") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      raise errors.UserError(
-          f"workdir: another run is using {workdir}; wait for it or use another"
-      ) from error
-    except OSError as error:
-      if error.errno not in _NO_LOCKS:
+  path = workdir / ".lock"
+  deadline = time.monotonic()
+  if jax.process_count() > 1:
+    deadline += _LEASE_SECONDS
+  with path.open("w") as file:
+    while True:
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError as error:
+        if time.monotonic() < deadline:
+          time.sleep(1)
+          continue
         raise errors.UserError(
-            f"workdir: cannot lock {workdir}: {error.strerror}"
+            f"workdir: another run is using {workdir}; wait for it or use"
+            f" another; if none is, a host that died has left {path}: delete it"
         ) from error
+      except OSError as error:
+        if error.errno not in _NO_LOCKS:
+          raise errors.UserError(
+              f"workdir: cannot lock {workdir}: {error.strerror}"
+          ) from error
+      break
     yield
 
 

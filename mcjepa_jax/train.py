@@ -550,7 +550,7 @@ def run_steps(
         with watcher.writing(number):
           run.checkpoints.wait_until_finished()
         if run.checkpoints.latest_step() != number:
-          raise errors.UserError(f"SIGTERM: step {number} could not be saved")
+          raise run.folder.refusal(f"SIGTERM: step {number} could not be saved")
         raise command.Stop(
             command.EXIT_PREEMPTED, f"SIGTERM: saved at step {number}"
         )

@@ -2,11 +2,13 @@
 
 import fcntl
 import json
+import threading
 
+import jax
 import numpy as np
 import pytest
 
-from mcjepa_jax import errors, evaluate, main, suite, train
+from mcjepa_jax import errors, evaluate, main, set_up, suite, train
 from mcjepa_jax.data import flow_io
 from tests import layouts, tiny
 
@@ -86,7 +88,24 @@ def test_a_workdir_in_use(capsys, tmp_path):
     (line,) = _faults(
         capsys, _QUICKSTART, f"--workdir={tmp_path}", "--config.evals=()"
     )
-  assert "another run" in line
+  assert "another run" in line and str(tmp_path / ".lock") in line
+
+
+def test_of_many_hosts_a_lock_of_one_that_died_is_waited_for(
+    tmp_path, monkeypatch
+):
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with (tmp_path / ".lock").open("w") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    timer = threading.Timer(0.5, lambda: fcntl.flock(file, fcntl.LOCK_UN))
+    timer.start()
+    with set_up.sole_owner(tmp_path):
+      timer.join()
+    fcntl.flock(file, fcntl.LOCK_EX)
+    monkeypatch.setattr(set_up, "_LEASE_SECONDS", 0.1)
+    with pytest.raises(errors.UserError, match="another run is using"):
+      with set_up.sole_owner(tmp_path):
+        pytest.fail("it is another's")
 
 
 def test_a_damaged_config_of_the_run_before(capsys, tmp_path):

@@ -524,6 +524,49 @@ def test_two_with_one_place_and_another_count_are_told():
   assert all("process 0 expects 3" in f for f in _call_all(these))
 
 
+def test_one_that_left_and_was_started_again_is_no_second_one():
+  port = job.free_port()
+  left = []
+
+  def leave():
+    deadline = time.monotonic() + 20
+    while not left and time.monotonic() < deadline:
+      try:
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+          connection.sendall(b"mcjepa 3 1 here\n")
+          time.sleep(0.3)
+        left.append(True)
+      except OSError:
+        time.sleep(0.02)
+
+  these = [places.Place(f"127.0.0.1:{port}", 3, i) for i in range(3)]
+  found = []
+  caller = threading.Thread(
+      target=lambda: found.extend(_call_all(these[:1], 20.0))
+  )
+  caller.start()
+  leave()
+  others = _call_all(these[1:], 20.0)
+  caller.join()
+  assert found + others == ["all here"] * 3
+
+
+def test_sigterm_is_heard_while_hosts_are_awaited():
+  place = places.Place(f"127.0.0.1:{job.free_port()}", 2, 0)
+  pid = os.getpid()
+  timer = threading.Timer(0.5, lambda: os.kill(pid, signal.SIGTERM))
+  # As of the first process of a container.
+  before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+  try:
+    timer.start()
+    with pytest.raises(command.Stop) as stop:
+      hosts.start(place, seconds=20.0)
+    timer.join()
+  finally:
+    signal.signal(signal.SIGTERM, before)
+  assert stop.value.code == command.EXIT_PREEMPTED
+
+
 def test_without_process_0_the_others_say_so():
   place = places.Place(f"127.0.0.1:{job.free_port()}", 2, 1)
   (fault,) = _call_all([place], 0.5)

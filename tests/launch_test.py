@@ -200,6 +200,7 @@ def test_a_pod_is_followed_stopped_and_given_back():
 
 def test_odd_arguments_reach_main_on_a_pod(tmp_path):
   _executable(tmp_path / "mcjepa_jax/.venv/bin/python", _RECORDER)
+  (tmp_path / "mcjepa_jax/launch").symlink_to(_LAUNCH)
   # A host, whose shell reads what --command says.
   _executable(
       tmp_path / "bin/gcloud",
@@ -259,19 +260,46 @@ def test_waiting_outlives_questions_that_are_not_answered(
   assert ("no answer from gcloud" in run.stderr) == bool(code)
 
 
-@pytest.mark.parametrize("code", [0, 3, 75, 77])
-def test_a_slurm_job_runs_main_and_is_queued_again_if_preempted(tmp_path, code):
+@pytest.mark.parametrize(
+    ("codes", "state", "before", "again"),
+    [
+        ((0, 0), "RUNNING", 0, False),
+        ((3, 0), "RUNNING", 0, False),
+        ((75, 75), "RUNNING", 20, True),
+        ((77, 77), "RUNNING", 19, True),
+        # One was killed, and the other saw it.
+        ((137, 77), "RUNNING", 0, True),
+        ((77, 137), "RUNNING", 20, False),
+        # By scancel.
+        ((75, 75), "COMPLETING", 0, False),
+        # squeue did not answer.
+        ((77, 77), "", 0, True),
+    ],
+)
+def test_a_slurm_job_runs_main_and_is_queued_again(
+    tmp_path, codes, state, before, again
+):
   record = tmp_path / "record"
-  recorder = f"{_RECORDER}sys.exit({code})\n"
-  _executable(tmp_path / "venv/bin/python", recorder)
-  _executable(tmp_path / "bin/scontrol", _RECORDER)
+  lost = tmp_path / "mcjepa-17.lost"
+  lost.write_text("77\n" * before)
+  _executable(
+      tmp_path / "venv/bin/python",
+      f"{_RECORDER}sys.exit(int(os.environ['CODE']))\n",
+  )
+  for name in ("scontrol", "squeue"):
+    _executable(tmp_path / "bin" / name, f"{_RECORDER}print('{state}')\n")
+  # The highest code of its tasks.
   _executable(
       tmp_path / "bin/srun",
-      ('#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"\n'),
+      "#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nmost=0\n"
+      f"for code in {' '.join(map(str, codes))}; do\n"
+      '  CODE=$code "$@"; (( $? > most )) && most=$code\ndone\nexit $most\n',
   )
   _executable(tmp_path / "bin/sbatch", _RECORDER + (
       "import subprocess\n"
-      "sys.exit(subprocess.run(['bash', '-s'], stdin=sys.stdin).returncode)\n"
+      "run = subprocess.run(['bash', '-s'], stdin=sys.stdin,\n"
+      f"                     cwd={str(tmp_path)!r})\n"
+      "sys.exit(run.returncode)\n"
   ))  # fmt: skip
   run = _launch(
       "slurm.sh", "--nodes=2", "--gpus=4", "--partition=p", "--time=1:00:00",
@@ -279,16 +307,69 @@ def test_a_slurm_job_runs_main_and_is_queued_again_if_preempted(tmp_path, code):
       PATH=f"{tmp_path}/bin:{os.environ['PATH']}", RECORD=str(record),
       MCJEPA_VENV=str(tmp_path / "venv"), SLURM_JOB_ID="17",
   )  # fmt: skip
-  assert run.returncode == code, run.stderr
-  lines = [json.loads(line) for line in record.read_text().splitlines()]
-  assert lines[0][0] == "sbatch"
+  assert run.returncode == max(codes), run.stderr
+  submitted, *started = (
+      json.loads(line) for line in record.read_text().splitlines()
+  )
+  assert submitted[0] == "sbatch"
   assert {
       "--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4",
       "--time=1:00:00", "--partition=p", "--requeue", "--signal=TERM@120",
-  } <= set(lines[0])  # fmt: skip
-  assert lines[1] == ["python", "-m", "mcjepa_jax.main", *_ODD]
-  again = [["scontrol", "requeue", "17"]] if code > 3 else []
-  assert lines[2:] == again
+  } <= set(submitted)  # fmt: skip
+  assert started[:2] == 2 * [["python", "-m", "mcjepa_jax.main", *_ODD]]
+  assert started[2][:2] == ["squeue", "--noheader"]
+  assert started[3:] == ([["scontrol", "requeue", "17"]] if again else [])
+  assert lost.exists() == (max(codes) > 0)
+
+
+def _again(*script, seconds="0.01", **kwargs):
+  return subprocess.Popen(
+      [_LAUNCH / "again.sh", "bash", "-c", *script],
+      env=os.environ | {"MCJEPA_AGAIN_SECONDS": seconds},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      **kwargs,
+  )
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "runs"),
+    [
+        ("exit 0", 0, 1),
+        ("exit 2", 2, 1),
+        ("exit 75", 75, 1),
+        ("exit 77", 77, 21),
+        ("[ $(wc -l < ran) -gt 3 ] || kill -9 $$", 0, 4),
+    ],
+)
+def test_what_is_lost_is_started_again(tmp_path, body, code, runs):
+  process = _again(f"echo >> ran; {body}", cwd=tmp_path)
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == code
+  assert (tmp_path / "ran").read_text().count("\n") == runs
+  assert err.count("started again") == runs - 1
+
+
+def test_sigterm_reaches_what_runs_and_nothing_follows_it(tmp_path):
+  process = _again(
+      "trap 'sleep 0.3; echo saved; exit 77' TERM; echo ready;"
+      " while true; do sleep 0.05; done",
+      cwd=tmp_path,
+  )
+  assert process.stdout.readline() == "ready\n"
+  process.terminate()
+  out, _ = process.communicate(timeout=60)
+  assert out == "saved\n" and process.returncode == 77
+
+
+def test_sigterm_between_two_starts_ends_it(tmp_path):
+  process = _again("echo; exit 77", seconds="0.5", cwd=tmp_path)
+  process.stdout.readline()
+  time.sleep(0.2)
+  process.terminate()
+  out, _ = process.communicate(timeout=60)
+  assert not out and process.returncode == 77
 
 
 def test_a_slurm_job_is_printed_and_not_submitted(tmp_path):
