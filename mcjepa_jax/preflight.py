@@ -38,6 +38,8 @@ is larger than theirs. The JSON object then holds
                        images, pairs, gib_per_device, flops beside remat=none's
   remat                the one with the larger batch; of equal ones none
   confirmed            the report above on that batch
+  corrected            as foretold, of that remat, from this report as well: the
+                       largest batch may be another one
 
 --diagnosis is of the program that a run runs every alarms.diagnose_every steps.
 --host-gb ends a compiler that takes more of this machine's memory.

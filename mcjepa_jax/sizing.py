@@ -52,12 +52,25 @@ def smallest(config: Any, devices: int) -> Batch:
   raise errors.UserError(*faults)
 
 
-def foretold(report: dict[str, Any], batch: Batch) -> dict[str, Any]:
-  """The largest batch by the report on one: `times` it, and the memory then."""
-  fixed = (1 + _GRADIENT) * report["state_gib"]
-  each = max(report["gib_per_device"] - fixed, 2.0**-20)
+def foretold(
+    report: dict[str, Any],
+    batch: Batch,
+    larger: tuple[int, dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+  """The largest batch by the report on one: `times` it, and the memory then.
+
+  With the report on one so many times `larger`, by the line through both.
+  """
+  fixed, least = (1 + _GRADIENT) * report["state_gib"], int(report["fits"])
+  each = report["gib_per_device"] - fixed
+  if larger is not None:
+    more, other = larger
+    each = (other["gib_per_device"] - report["gib_per_device"]) / (more - 1)
+    fixed = report["gib_per_device"] - each
+    least = more if other["fits"] else least
+  each = max(each, 2.0**-20)
   times = int((_MARGIN * report["gib_limit"] - fixed) / each)
-  times = max(times, int(report["fits"]))  # what was compiled wants no margin
+  times = max(times, least)  # what was compiled wants no margin
   return {
       "times": times,
       "images": times * batch.images,
@@ -73,6 +86,7 @@ def search(
 ) -> dict[str, Any]:
   """What fits: `foretold` by policy, the `remat` chosen, the `confirmed` report.
 
+  `corrected` is what that report and the policy's first one foretell together.
   The policy is the one with the larger batch; of equal ones none. `compiled`
   gives preflight's report on a config; it is told what it compiles. What fits no
   more than once is confirmed by its own first report.
@@ -104,10 +118,17 @@ def search(
         f" {reports['block']['gib_per_device']:.2f} GiB of"
         f" {reports['block']['gib_limit']:.2f} with remat=block.",
     )
-  report = reports[policy]
+  first = report = reports[policy]
+  corrected = rows[policy]
   if times > 1:  # else the report is on that batch already
-    batch = Batch(times * batch.images, times * batch.pairs)
+    many = Batch(times * batch.images, times * batch.pairs)
     report = compiled(
-        sized(config, batch, policy), f"{policy}, {batch.images}+{batch.pairs}"
+        sized(config, many, policy), f"{policy}, {many.images}+{many.pairs}"
     )
-  return {"foretold": rows, "remat": policy, "confirmed": report}
+    corrected = foretold(first, batch, (times, report))
+  return {
+      "foretold": rows,
+      "remat": policy,
+      "confirmed": report,
+      "corrected": corrected,
+  }

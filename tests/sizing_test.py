@@ -58,6 +58,26 @@ def test_the_larger_batch_is_confirmed_with_what_it_wants():
   assert found["foretold"]["block"]["images"] == asked[-1][1] == 672
   assert asked == [("none", 96, 2), ("block", 96, 2), ("block", 672, 14)]
   assert config.remat == "none" and config.content.batch_size == 96
+  # On a line the third compile says nothing new.
+  row = found["foretold"]["block"]
+  assert found["corrected"] == pytest.approx(
+      {key: row[key] for key in found["corrected"]}
+  )
+
+
+@pytest.mark.parametrize(("more", "times"), [(-3.0, 9), (0.5, 7), (3.0, 6)])
+def test_what_the_third_compile_shows_corrects_what_was_foretold(more, times):
+  config = mcjepa_convnext_tiny.get_config()
+  config.content.batch_size, config.motion.batch_size = 96, 2
+  compiled, _ = _compiler(more=more)
+  found = sizing.search(config, 4, compiled)
+  assert found["foretold"]["block"]["times"] == 7
+  corrected = found["corrected"]
+  # 2.72 once and 14.24 + more seven times; what fits, fits.
+  each = (14.24 + more - 2.72) / 6
+  assert corrected["gib_per_device"] == pytest.approx(2.72 + (times - 1) * each)
+  assert corrected["times"] == times and corrected["images"] == 96 * times
+  assert found["confirmed"]["fits"] == (more < 1.5)
 
 
 def test_of_equal_batches_the_one_without_rematerialisation(monkeypatch):
