@@ -97,6 +97,7 @@ def rules(config: Any) -> list[Rule]:
     )
 
   least_occluded, most_occluded = alarms.occluded
+  least_norm, most_norm = alarms.gradient_norm
   found = (
       rule(
           "embedding_std",
@@ -131,6 +132,16 @@ def rules(config: Any) -> list[Rule]:
           "flow/zero_ratio",
           "motion",
           most=alarms.most_zero_ratio,
+      ),
+      *(
+          diagnosed(
+              "gradient_norm",
+              f"gradient_norm_{task}",
+              task,
+              least=least_norm,
+              most=most_norm,
+          )
+          for task in ("content", "motion")
       ),
       diagnosed(
           "gradient_share",

@@ -223,11 +223,12 @@ def _expect_ranges(expect: Callable[..., None]) -> None:
   )
   expect("content.sources", _weighted, "(name, positive number) pairs")
   expect("bad_records", *up_to(1))
-  expect(
-      "alarms.occluded",
-      lambda x: len(x) == 2 and _numbers(x) and x[0] <= x[1],
-      "(least, most)",
-  )
+  for key in ("occluded", "gradient_norm"):
+    expect(
+        f"alarms.{key}",
+        lambda x: len(x) == 2 and _numbers(x) and x[0] <= x[1],
+        "(least, most)",
+    )
   expect("motion.downscale", *interval())
   expect(
       "motion.rotation",

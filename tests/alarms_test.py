@@ -142,7 +142,7 @@ def test_a_task_that_no_longer_counts_and_tasks_that_disagree(tmp_path):
       alarms__least_gradient_cosine=0.99,
       num_steps=16,
   )
-  assert {"gradient_share", "gradient_cosine"} <= set(fired)
+  assert {"gradient_share", "gradient_norm", "gradient_cosine"} <= set(fired)
 
 
 @pytest.mark.proof
@@ -224,7 +224,7 @@ def test_alarms_wait_for_their_task_and_for_the_masks():
   assert starts["occluded"] == 160
   assert rules["rank_me"].lasts == 60
   only = {rule.name for rule in alarms.rules(tiny.config(mode="content"))}
-  assert only == {"embedding_std", "rank_me", "correlation"}
+  assert only == {"embedding_std", "rank_me", "correlation", "gradient_norm"}
 
 
 def test_correlation_is_that_of_numpy():
