@@ -126,6 +126,35 @@ MUTANTS = (
         "sizing.py",
         "sizing_test.py",
         ("the_smaller_batch", "policy = max(POLICIES", "policy = min(POLICIES"),
+        (
+            "the_third_compile_corrects_nothing",
+            "foretold(first, batch, (times, report))",
+            "foretold(first, batch)",
+        ),
+    ),
+    *_mutants(
+        "lives.py",
+        "lives_test.py",
+        ("all_of_a_life_is_lost", "max(began, since)", "began"),
+        (
+            "every_host_writes_its_life",
+            "  if not first:\n",
+            "  if False:\n",
+        ),
+    ),
+    *_mutants(
+        "dumps.py",
+        "dumps_test.py::test_a_workdir_has_so_many_dumps_and_no_more",
+        ("dumps_without_end", "len(whole) >= limit or", "False or"),
+    ),
+    *_mutants(
+        "set_up.py",
+        "faults_test.py::test_of_many_hosts_a_lock_of_one_that_died_is_waited_for",
+        (
+            "no_lock_is_waited_for",
+            "  if jax.process_count() > 1:\n    deadline",
+            "  if False:\n    deadline",
+        ),
     ),
     *_mutants(
         "validation.py",
@@ -233,6 +262,19 @@ MUTANTS = (
             "elif index in present:",
             "elif False:",
             "hosts_test.py::test_two_with_one_place_and_another_count_are_told",
+        ),
+        (
+            "who_left_is_present",
+            "if x[0] == index and _is_closed(x[1])]",
+            "if False]",
+            "hosts_test.py::test_one_that_left_and_was_started_again_is_no_second_"
+            "one",
+        ),
+        (
+            "no_signal_in_the_roll_call",
+            "  with on_sigterm(leave):\n    names",
+            "  with contextlib.nullcontext():\n    names",
+            "hosts_test.py::test_sigterm_is_heard_while_hosts_are_awaited",
         ),
     ),
     *_mutants(
