@@ -51,6 +51,8 @@ def jit_diagnosis(
   """The program of a diagnosis: of a state without its optimizer, and a batch."""
   return jax.jit(
       functools.partial(_diagnose, model, recipe),
+      # As they are: said for shapes, that have none.
+      in_shardings=(None, sharding.batch_sharding(mesh)),
       out_shardings=sharding.replicated(mesh),
   )
 

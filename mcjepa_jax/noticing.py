@@ -183,6 +183,10 @@ class Watcher:
   ) -> str:
     """Keeps a step to look at; how to, for the line that tells of it."""
     run = self._run
+    # Orbax counts the saves of a process, and takes two at a time for one: each
+    # would write before it has its folders.
+    with self.writing(pending.number):
+      run.checkpoints.wait_until_finished()
     try:
       folder = dumps.save(
           run.folder.address,

@@ -289,6 +289,31 @@ def test_too_many_end_the_run_with_76_and_a_checkpoint_stays(
     assert all(np.isfinite(x).all() for x in workdirs.flat(state).values())
 
 
+def test_a_dump_is_written_when_no_checkpoint_is(
+    data, no_epsilon, tmp_path, monkeypatch
+):
+  managers, overlaps = [], []
+  plain = ocp.CheckpointManager.save
+
+  def save(self, step, *args, **kwargs):
+    begins, others = [self, True], [x for x in managers if x[0] is not self]
+    managers.append(begins)
+    overlaps.extend(
+        step for x, begins in others if begins or x.is_saving_in_progress()
+    )
+    time.sleep(0.3)
+    saved = plain(self, step, *args, **kwargs)
+    begins[1] = False
+    return saved
+
+  monkeypatch.setattr(ocp.CheckpointManager, "save", save)
+  # Each step begins while its save does.
+  train.train(_config(data, save_every=1), tmp_path)
+  folders = {str(x.directory.parent) for x, _ in managers}
+  assert len(folders) > 1 and not overlaps
+  assert not any(begins for _, begins in managers)
+
+
 def test_healthy_records_are_neither_skipped_nor_dumped(data, tmp_path):
   results = train.train(_config(data), tmp_path)
   fired = [k for k, n in results.items() if k.startswith("alarm/") and n]
