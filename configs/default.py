@@ -148,7 +148,9 @@ def _alarms() -> ConfigDict:
   alarms.most_zero_ratio = 0.995  # photometric error by that of zero flow
   alarms.gradient_norm = (1e-4, 1e4)  # of each task, on the encoder: least, most
   alarms.least_gradient_share = 1e-4  # of the smaller task's, on the encoder
-  alarms.least_gradient_cosine = -0.9  # between the tasks', on the encoder
+  # Between the tasks', on the encoder: healthy above -0.2, where one undoes what
+  # the other does below -0.6.
+  alarms.least_gradient_cosine = -0.5
   return alarms
 
 

@@ -12,6 +12,7 @@ from mcjepa_jax import (
     assembly,
     command,
     diagnostics,
+    flow_losses,
     flow_ops,
     sharding,
     step as steps,
@@ -117,32 +118,69 @@ def test_a_mask_that_occludes_everything(tmp_path, monkeypatch):
   assert "occluded" in fired
 
 
+def _motion_terms(**weights):
+  """The weights of motion's terms, all others off; `variance_8=1.0`."""
+  off = {
+      f"motion__terms__{kind}__stride_{stride}": 0.0
+      for kind in ("regression", "cycle", "variance", "covariance")
+      for stride in (8, 16)
+  } | {
+      f"motion__terms__{kind}__stride_1": 0.0
+      for kind in ("reconstruction", "smoothness")
+  }
+  on = {}
+  for name, weight in weights.items():
+    kind, stride = name.split("_")
+    on[f"motion__terms__{kind}__stride_{stride}"] = weight
+  return off | on
+
+
 @pytest.mark.proof
 @pytest.mark.slow
 def test_features_that_forget_their_images(tmp_path):
-  off = {
-      f"motion__terms__{kind}__stride_{stride}": 0.0
-      for kind, stride in (
-          ("variance", 8), ("covariance", 8), ("reconstruction", 1)
-      )
-  }  # fmt: skip
   fired = _fired(
-      tmp_path, mode="motion", motion__terms__regression__stride_8=1e3, **off
+      tmp_path, alarms__diagnose_every=4, **_motion_terms(regression_8=1e3)
   )
-  assert "feature_std" in fired
+  # At the default bounds, all four.
+  assert {"feature_std", "embedding_std", "rank_me", "correlation"} <= set(
+      fired
+  )
 
 
 @pytest.mark.proof
 @pytest.mark.slow
-def test_a_task_that_no_longer_counts_and_tasks_that_disagree(tmp_path):
+def test_a_task_that_no_longer_counts(tmp_path):
+  fired = _fired(
+      tmp_path, motion__weight=1e-8, alarms__diagnose_every=5, num_steps=16
+  )
+  assert {"gradient_share", "gradient_norm"} <= set(fired)
+
+
+@pytest.mark.proof
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", [1, -1])
+def test_tasks_of_which_one_undoes_what_the_other_does(
+    tmp_path, monkeypatch, sign
+):
+  plain = flow_losses.feature_variance_loss
+  # Both tasks spread the features; or one of them with the wrong sign.
+  monkeypatch.setattr(
+      flow_losses, "feature_variance_loss", lambda x: sign * plain(x)
+  )
   fired = _fired(
       tmp_path,
-      motion__weight=1e-8,
-      alarms__diagnose_every=5,
-      alarms__least_gradient_cosine=0.99,
+      content__batch_size=64,
+      content__jitter__p=0.0,
+      content__gray=0.0,
+      content__terms__invariance=0.0,
+      content__terms__covariance=0.0,
+      motion__batch_size=32,
+      optimizer__encoder__learning_rate=1e-4,
+      alarms__diagnose_every=4,
       num_steps=16,
+      **_motion_terms(variance_16=100.0),
   )
-  assert {"gradient_share", "gradient_norm", "gradient_cosine"} <= set(fired)
+  assert ("gradient_cosine" in fired) == (sign < 0)
 
 
 @pytest.mark.proof
