@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Runs a command, and again where it was lost: where it ends with 77, or from
-# outside, as by SIGKILL. At most 20 times again; MCJEPA_AGAIN_SECONDS lie between.
+# outside, as by SIGKILL, and then also with 2. At most 20 times again;
+# MCJEPA_AGAIN_SECONDS, 10, lie between.
 #
 #   launch/again.sh COMMAND [ARGUMENTS]
 #
-# SIGTERM is passed on to the command, and nothing follows it.
+# SIGTERM and Ctrl-C are passed on to the command as SIGTERM, and nothing follows.
 set -uo pipefail
 
 (($# > 0)) || {
@@ -12,21 +13,33 @@ set -uo pipefail
   exit 2
 }
 
-child='' stopped=''
-trap 'stopped=1; [[ -z "$child" ]] || kill -TERM "$child" 2> /dev/null' TERM
+child='' stopped='' lost=''
+stop() {
+  stopped=1
+  [[ -z "$child" ]] || kill -TERM "$child" 2> /dev/null
+}
+# What runs in the background hears no Ctrl-C of its own.
+trap stop TERM INT
 for ((again = 1; ; again++)); do
   "$@" &
   child=$!
+  [[ -z "$stopped" ]] || kill -TERM "$child" 2> /dev/null
   # A signal ends a wait, and not what is waited for.
   while kill -0 "$child" 2> /dev/null; do
     wait "$child"
   done
   wait "$child"
   code=$?
-  if [[ -n "$stopped" ]] || ((again > 20 || code != 77 && code < 128)); then
-    exit "$code"
-  fi
+  child=''
+  case "$code" in
+    77 | 129 | 13[1-9] | 14? | 15? | 16?) lost=1 ;;
+    # What it needs may be away still.
+    2) [[ -n "$lost" ]] || exit 2 ;;
+    *) exit "$code" ;;
+  esac
+  [[ -z "$stopped" ]] && ((again <= 20)) || exit "$code"
   echo "again.sh: ended with $code; started again, $again of 20" >&2
-  sleep "${MCJEPA_AGAIN_SECONDS:-10}"
+  sleep "${MCJEPA_AGAIN_SECONDS:-10}" &
+  wait "$!"
   [[ -z "$stopped" ]] || exit "$code"
 done

@@ -37,12 +37,14 @@ export PYTHONPATH=$(quoted "$root") JAX_PLATFORMS=cuda,cpu
 code=0
 srun --kill-on-bad-exit=0 --cpus-per-task=$cpus \\
   $(quoted "$venv/bin/python" -m mcjepa_jax.main "${arguments[@]}") || code=\$?
-# Lost: 77 of those that saw one end, the code of the one that was killed.
+# Lost: 77 of those that saw one end, the code of the one that was killed; after
+# that also 2, where what it needs is away still.
 lost=\"mcjepa-\$SLURM_JOB_ID.lost\"
 again=\$(( code == 75 ))
-if (( code == 77 || code >= 128 )); then
-  echo \"\$code\" >> \"\$lost\"
-  again=\$(( \$(wc -l < \"\$lost\") <= 20 ))
+if (( code == 77 || code >= 128 && code != 130 )) || [[ \$code == 2 && -s \$lost ]]; then
+  if echo \"\$code\" >> \"\$lost\"; then
+    again=\$(( \$(wc -l < \"\$lost\") <= 20 ))
+  fi
 fi
 # Of a job that scancel ends, too, main.py saves and ends with 75.
 case \"\$(squeue --noheader --jobs=\"\$SLURM_JOB_ID\" --format=%T)\" in

@@ -51,7 +51,7 @@ def jit_diagnosis(
   """The program of a diagnosis: of a state without its optimizer, and a batch."""
   return jax.jit(
       functools.partial(_diagnose, model, recipe),
-      # As they are: said for shapes, that have none.
+      # What is compiled for shapes alone would have each device take all.
       in_shardings=(None, sharding.batch_sharding(mesh)),
       out_shardings=sharding.replicated(mesh),
   )

@@ -5,12 +5,14 @@ NAME.HOST.npy with each host's rows, and in the checkpoint's meta the config, th
 records of all hosts and what was logged.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
 import io
 import itertools
 import os
 import pathlib
+import shutil
+import time
 from typing import Any
 
 import jax
@@ -41,6 +43,31 @@ def _own_rows(x: jax.Array) -> np.ndarray:
   return np.concatenate([jax.device_get(rows[start]) for start in sorted(rows)])
 
 
+def has_room(workdir: str | os.PathLike, *, step: int, limit: int) -> bool:
+  """Whether there are fewer than `limit` whole dumps, and none of this step.
+
+  All hosts of a run ask together.
+
+  Raises:
+    UserError: on all, where the first cannot look.
+  """
+  place = files.path(workdir) / mirror.DUMPS
+
+  def room():
+    if not hosts.first():
+      return False
+    files.forget_below(place)
+    whole = {
+        name
+        for name in (files.names(place) if place.is_dir() else [])
+        if checkpoint.newest_step(place / name) is not None
+    }
+    return len(whole) < limit and f"step_{step}" not in whole
+
+  # What the first found: the others may ask when it writes already.
+  return _everywhere(place, room)[0]
+
+
 def save(
     workdir: str | os.PathLike,
     state: steps.TrainState,
@@ -51,18 +78,17 @@ def save(
     records: Mapping[str, list[str]],
     logs: Mapping[str, float],
     config: Any,
-    limit: int,
-) -> files.Location | None:
-  """The folder of the new dump; None where the workdir has `limit` already.
+) -> files.Location:
+  """The folder of the new dump.
 
-  All hosts of a run call this, with the workdir that they share.
+  All hosts of a run call this, with the workdir that they share. No checkpoint may
+  be under way: Orbax would take the two for one, and write before there are folders.
 
   Raises:
-    UserError: a host cannot write its rows: none keeps any.
-    Passing: a host of several cannot write its part of the parameters.
+    UserError: one cannot be written, and nothing is kept of it.
+    Passing: of several hosts one cannot write its part of the parameters.
   """
-  place = files.path(workdir) / mirror.DUMPS
-  folder = place / f"step_{step}"
+  folder = files.path(workdir) / mirror.DUMPS / f"step_{step}"
   own = {
       folder / f"{name}.{jax.process_index()}.npy": x
       for name, x in arrays.items()
@@ -75,47 +101,59 @@ def save(
       buffer = io.BytesIO()
       np.save(buffer, _own_rows(x), allow_pickle=False)
       files.write(path, buffer.getvalue())
+    return dict(records)
 
-  full = _everywhere(lambda: hosts.first() and _is_full(place, step, limit))
-  # What the first found: the others may have come after its folder.
-  if full[0]:
-    return None
-  told = hosts.exchange(f"dump {next(_numbers)}", dict(records))
   try:
-    _everywhere(write)
+    told = _everywhere(folder, write)
+    meta = {
+        "kind": kind,
+        "key": jax.device_get(state.key).tolist(),
+        # As the rows of the batch: host after host.
+        "records": {
+            task: sum((rows[task] for rows in told), []) for task in records
+        },
+        "hosts": len(told),
+        "logs": dict(logs),
+        "config": config.to_dict(),
+    }
+    with (
+        hosts.as_one(),
+        _refusals(folder),
+        checkpoint.Checkpoints(folder) as kept,
+    ):
+      kept.save(step, {"params": state.params}, {}, meta)
   except errors.UserError:
     _remove(folder, own)
     raise
-  with hosts.as_one(), checkpoint.Checkpoints(_address(folder)) as kept:
-    kept.save(
-        step,
-        {"params": state.params},
-        {},
-        {
-            "kind": kind,
-            "key": jax.device_get(state.key).tolist(),
-            # As the rows of the batch: host after host.
-            "records": {
-                task: sum((rows[task] for rows in told), []) for task in records
-            },
-            "hosts": len(told),
-            "logs": dict(logs),
-            "config": config.to_dict(),
-        },
-    )
   return folder
 
 
-def _everywhere(function: Callable[[], Any]) -> list[Any]:
-  """What a function returns on each host.
+@contextlib.contextmanager
+def _refusals(place: files.Location) -> Iterator[None]:
+  """Raises UserError for what a disk or a bucket raises inside."""
+  # What a bucket's clients raise has no class in common.
+  kinds = OSError if isinstance(place, pathlib.Path) else Exception
+  try:
+    yield
+  except errors.UserError:
+    raise
+  except kinds as error:
+    raise errors.UserError(str(error) or type(error).__name__) from error
+
+
+def _everywhere(
+    place: files.Location, function: Callable[[], Any]
+) -> list[Any]:
+  """What a function that uses a place returns on each host.
 
   Raises:
     UserError: on all, where it fails on one.
   """
   found, fault = None, ""
   try:
-    found = function()
-  except (OSError, errors.UserError) as error:
+    with _refusals(place):
+      found = function()
+  except errors.UserError as error:
     fault = str(error)
     if jax.process_count() > 1:
       fault = f"{lifeline.name(jax.process_index())}: {fault}"
@@ -125,31 +163,18 @@ def _everywhere(function: Callable[[], Any]) -> list[Any]:
   return [found for found, _ in told]
 
 
-def _address(folder: files.Location) -> str | pathlib.Path:
-  return folder if isinstance(folder, pathlib.Path) else str(folder)
-
-
-def _is_full(place: files.Location, step: int, limit: int) -> bool:
-  """Whether there are so many whole dumps, or one of this step."""
-  files.forget_below(place)
-  names = files.names(place) if place.is_dir() else []
-  whole = {
-      name
-      for name in names
-      if checkpoint.newest_step(_address(place / name)) is not None
-  }
-  return len(whole) >= limit or f"step_{step}" in whole
-
-
 def _remove(folder: files.Location, rows: Iterable[files.Location]) -> None:
-  """Takes away what a host has written of a dump."""
-  with contextlib.suppress(OSError, errors.UserError):
-    for path in rows:
+  """Takes away what a host has written of a dump, as far as it can."""
+  if isinstance(folder, pathlib.Path) and jax.process_count() == 1:
+    for _ in range(20):
+      shutil.rmtree(folder, ignore_errors=True)
+      time.sleep(0.1)  # what of it did not fail may be written still
+      if not folder.exists():
+        break
+    return
+  for path in rows:
+    with contextlib.suppress(Exception):
       files.remove(path)
-      if isinstance(path, pathlib.Path):
-        files.remove(path.with_name(f"{path.name}.part"))
-    if isinstance(folder, pathlib.Path):
-      folder.rmdir()  # not before the last host's are gone
 
 
 def _tuples(value: Any) -> Any:

@@ -61,6 +61,7 @@ def kept(
     yield earlier
   finally:
     ended.set()
+    thread.join(1)  # a bucket may take longer
 
 
 def _read(path: pathlib.Path) -> Lives:

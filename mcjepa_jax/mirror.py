@@ -1,9 +1,9 @@
 """A run's folder, which may be one in a bucket.
 
-Checkpoints and dumps are written straight to gs://BUCKET/RUN. Logs grow line by line, which
-no object of a bucket does: they are written to a folder of this machine, and
-copied to the bucket before each checkpoint and at the end. So a run that goes on
-from a checkpoint finds its logs up to there, on whatever machine.
+Checkpoints and dumps are written straight to gs://BUCKET/RUN. Logs grow line by
+line, which no object of a bucket does: they are written to a folder of this
+machine, and copied to the bucket before each checkpoint and at the end. So a run
+that goes on from a checkpoint finds its logs up to there, on whatever machine.
 """
 
 from collections.abc import Iterator

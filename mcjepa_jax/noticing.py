@@ -182,29 +182,31 @@ class Watcher:
       state: steps.TrainState,
   ) -> str:
     """Keeps a step to look at; how to, for the line that tells of it."""
-    run = self._run
-    # Orbax counts the saves of a process, and takes two at a time for one: each
-    # would write before it has its folders.
-    with self.writing(pending.number):
-      run.checkpoints.wait_until_finished()
+    run, step = self._run, pending.number
+    address = run.folder.address
     try:
-      folder = dumps.save(
-          run.folder.address,
-          state,
-          step=pending.number,
-          kind=pending.batch.kind,
-          arrays=pending.batch.arrays,
-          records=pending.batch.records,
-          logs=values,
-          config=run.config,
-          limit=run.config.alarms.dumps,
-      )
+      limit = run.config.alarms.dumps
+      if not dumps.has_room(address, step=step, limit=limit):
+        return ""
+      with run.clock.span("checkpoint"):
+        with self.writing(step):
+          run.checkpoints.wait_until_finished()
+        folder = dumps.save(
+            address,
+            state,
+            step=step,
+            kind=pending.batch.kind,
+            arrays=pending.batch.arrays,
+            records=pending.batch.records,
+            logs=values,
+            config=run.config,
+        )
     except errors.UserError as error:
       # The others may wait for this one's part.
       if jax.process_count() > 1 and isinstance(error, errors.Passing):
         raise
       return f"; not dumped: {'; '.join(error.messages)}"
-    return f"; python -m mcjepa_jax.replay --dump={folder}" if folder else ""
+    return f"; python -m mcjepa_jax.replay --dump={folder}"
 
   def _act(
       self, number: int, fired: list[alarms.Alarm], following: Streams

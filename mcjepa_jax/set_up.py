@@ -29,7 +29,7 @@ from mcjepa_jax.models import mcjepa
 # What a file system without locks answers: then nothing keeps two runs apart.
 _NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
 
-# NFS servers keep the locks of a client that is silent for 90 seconds.
+# NFSv4 servers keep the locks of a client that is silent for 90 seconds.
 _LEASE_SECONDS = 180.0
 
 
@@ -79,13 +79,13 @@ def input_and_mesh(
 def sole_owner(workdir: pathlib.Path) -> Iterator[None]:
   """Holds the workdir: a second run in it would delete the first one's saves.
 
-  Of many hosts one may have died a moment ago: what a share's server still holds
-  for it is waited for.
+  Of many hosts one may have died a moment ago, and a share's server still hold its
+  lock: that is waited for. NFSv3 never gives it back: the file has to go.
 
   Raises:
     UserError: another process holds it.
   """
-  path = workdir / ".lock"
+  path, told = workdir / ".lock", False
   deadline = time.monotonic()
   if jax.process_count() > 1:
     deadline += _LEASE_SECONDS
@@ -94,7 +94,10 @@ def sole_owner(workdir: pathlib.Path) -> Iterator[None]:
       try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
       except BlockingIOError as error:
-        if time.monotonic() < deadline:
+        if (left := deadline - time.monotonic()) > 0:
+          if not told:
+            print(f"{path} is locked: tried for {left:.0f} s", file=sys.stderr)
+          told = True
           time.sleep(1)
           continue
         raise errors.UserError(

@@ -298,14 +298,13 @@ def train(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
       worker or a bucket failed in the steps (77).
   """
   # In the steps the loop's own handler takes its place.
-  with hosts.on_sigterm(hosts.leave), mirror.opened(workdir) as folder:
-    streams, mesh = set_up.input_and_mesh(config, folder)
+  with hosts.on_sigterm(hosts.leave):
     try:
-      results = _train(config, folder, streams, mesh)
-      folder.push()
-    except errors.Passing as error:  # no fault of the input: that was read
+      with mirror.opened(workdir) as folder:
+        streams, mesh = set_up.input_and_mesh(config, folder)
+        return _train(config, folder, streams, mesh)
+    except errors.Passing as error:  # no fault of the input
       raise command.Stop(command.EXIT_LOST, f"error: {error}") from error
-    return results
 
 
 def _train(
@@ -321,7 +320,7 @@ def _train(
   with (
       journal.refusal_told(workdir),
       set_up.sole_owner(workdir) if hosts.first() else contextlib.nullcontext(),
-      lives.kept(folder, clock.started, first=hosts.first()) as earlier,
+      contextlib.ExitStack() as stack,
       checkpoint.Checkpoints(
           folder.address,
           keep_last=config.keep_last,
@@ -337,6 +336,9 @@ def _train(
       print(f"Finished at step {newest}; to train again, use another workdir.")
       print(evaluate.table(results))
       return results
+    earlier = stack.enter_context(
+        lives.kept(folder, clock.started, first=hosts.first())
+    )
     workdir = hosts.log_folder(workdir)
     journal.write_json(workdir / mirror.CONFIG, set_up.resumable_config(config))
     (workdir / "parameters.txt").write_text(

@@ -27,7 +27,9 @@ def _state():
 
 
 def save(workdir, step=7, limit=2):
-  """The folder of a dump of a small state and a batch of both tasks."""
+  """The folder of a dump of a small state; None where there is no room."""
+  if not dumps.has_room(workdir, step=step, limit=limit):
+    return None
   batch = tiny.batch()
   return dumps.save(
       workdir,
@@ -38,7 +40,6 @@ def save(workdir, step=7, limit=2):
       records={"content": ["a", "b"], "motion": ["c"]},
       logs={"loss": float("nan")},
       config=tiny.config(),
-      limit=limit,
   )
 
 

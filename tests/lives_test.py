@@ -29,6 +29,8 @@ def test_each_process_is_seen_for_as_long_as_it_lived(tmp_path, monkeypatch):
     before = time.time()
     with _opened(tmp_path, monkeypatch) as earlier:
       assert len(earlier) == count
+      while len(lives._read(tmp_path / "lives.json")) <= count:
+        time.sleep(0.02)
       time.sleep(0.3)
     lived.append(time.time() - before)
     time.sleep(0.1)  # seen no more

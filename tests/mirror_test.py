@@ -13,9 +13,17 @@ import time
 from gcp_storage_emulator import server as emulator, storage
 import pytest
 
-from mcjepa_jax import command, compare, dumps, errors, mirror, replay
+from mcjepa_jax import (
+    command,
+    compare,
+    dumps,
+    errors,
+    mirror,
+    replay,
+    train,
+)
 from mcjepa_jax.data import files
-from tests import buckets, dumps_test, job, poison, workdirs
+from tests import buckets, dumps_test, job, poison, tiny, workdirs
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _STEPS = 6
@@ -166,6 +174,18 @@ def test_a_bucket_that_is_not_there_is_told_before_anything_runs(bucket):
   with pytest.raises((errors.UserError, FileNotFoundError), match="nowhere"):
     with mirror.opened("gs://nowhere/run"):
       pytest.fail("it was opened")
+
+
+def test_a_bucket_that_is_silent_at_the_start_is_started_again(
+    bucket, monkeypatch
+):
+  def silent(self):
+    raise files.Silent(f"{bucket}/late: does not answer")
+
+  monkeypatch.setattr(mirror._Mirrored, "_pull", silent)
+  with pytest.raises(command.Stop, match="does not answer") as stop:
+    train.train(tiny.config(), f"{bucket}/late")
+  assert stop.value.code == command.EXIT_LOST
 
 
 def _start(config_path, workdir, *overrides):

@@ -145,7 +145,7 @@ MUTANTS = (
     *_mutants(
         "dumps.py",
         "dumps_test.py::test_a_workdir_has_so_many_dumps_and_no_more",
-        ("dumps_without_end", "len(whole) >= limit or", "False or"),
+        ("dumps_without_end", "len(whole) < limit and", "True and"),
     ),
     *_mutants(
         "set_up.py",
