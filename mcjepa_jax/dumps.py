@@ -12,7 +12,6 @@ import itertools
 import os
 import pathlib
 import shutil
-import time
 from typing import Any
 
 import jax
@@ -57,11 +56,15 @@ def has_room(workdir: str | os.PathLike, *, step: int, limit: int) -> bool:
     if not hosts.first():
       return False
     files.forget_below(place)
+    names = set(files.names(place) if place.is_dir() else [])
     whole = {
         name
-        for name in (files.names(place) if place.is_dir() else [])
+        for name in names
         if checkpoint.newest_step(place / name) is not None
     }
+    if isinstance(place, pathlib.Path):
+      for name in names - whole:  # of a run that was killed, or a full disk
+        shutil.rmtree(place / name, ignore_errors=True)
     return len(whole) < limit and f"step_{step}" not in whole
 
   # What the first found: the others may ask when it writes already.
@@ -164,13 +167,12 @@ def _everywhere(
 
 
 def _remove(folder: files.Location, rows: Iterable[files.Location]) -> None:
-  """Takes away what a host has written of a dump, as far as it can."""
+  """Takes away what a host has written of a dump, as far as it can.
+
+  What of the parameters did not fail may be written still: `has_room` finds it.
+  """
   if isinstance(folder, pathlib.Path) and jax.process_count() == 1:
-    for _ in range(20):
-      shutil.rmtree(folder, ignore_errors=True)
-      time.sleep(0.1)  # what of it did not fail may be written still
-      if not folder.exists():
-        break
+    shutil.rmtree(folder, ignore_errors=True)
     return
   for path in rows:
     with contextlib.suppress(Exception):

@@ -76,6 +76,15 @@ def test_a_workdir_has_so_many_dumps_and_no_more(tmp_path):
   assert names == {"step_1", "step_2"}
 
 
+def test_what_a_kill_left_of_a_dump_takes_no_place_and_goes(tmp_path):
+  for step in (1, 2):
+    folder = tmp_path / "dumps" / f"step_{step}" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder.parent / "views.0.npy").write_bytes(b"half")
+  assert save(tmp_path, 2)
+  assert {path.name for path in (tmp_path / "dumps").iterdir()} == {"step_2"}
+
+
 @pytest.mark.parametrize("damage", ["cut", "text", "pickle", "gone", "type"])
 def test_a_damaged_batch_is_refused_by_its_name(tmp_path, damage):
   path = save(tmp_path) / "views.0.npy"
