@@ -56,7 +56,8 @@ def has_room(workdir: str | os.PathLike, *, step: int, limit: int) -> bool:
     if not hosts.first():
       return False
     files.forget_below(place)
-    names = set(files.names(place) if place.is_dir() else [])
+    listed = files.names(place) if place.is_dir() else []
+    names = {name for name in listed if name.startswith("step_")}
     whole = {
         name
         for name in names
