@@ -146,10 +146,8 @@ def _alarms() -> ConfigDict:
   alarms.least_flow_std = 0.02  # pixels, over an image
   alarms.occluded = (1e-4, 0.95)  # share of what is inside: least, most
   alarms.most_zero_ratio = 0.995  # photometric error by that of zero flow
-  alarms.gradient_norm = (
-      1e-4,
-      1e4,
-  )  # of each task, on the encoder: least, most
+  # Of each task's gradient on the encoder: least, most.
+  alarms.gradient_norm = (1e-4, 1e4)
   alarms.least_gradient_share = 1e-4  # of the smaller task's, on the encoder
   # Between the tasks', on the encoder: healthy above -0.2, where one undoes what
   # the other does below -0.6.
