@@ -39,7 +39,10 @@ for ((again = 1; ; again++)); do
   esac
   [[ -z "$stopped" ]] && ((again <= 20)) || exit "$code"
   echo "again.sh: ended with $code; started again, $again of 20" >&2
-  sleep "${MCJEPA_AGAIN_SECONDS:-10}" &
-  wait "$!"
+  # By seconds: a signal just before a longer sleep would wait for its end.
+  for ((left = ${MCJEPA_AGAIN_SECONDS:-10}; left > 0; left--)); do
+    [[ -z "$stopped" ]] || exit "$code"
+    sleep 1
+  done
   [[ -z "$stopped" ]] || exit "$code"
 done

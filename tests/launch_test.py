@@ -325,7 +325,7 @@ def test_a_slurm_job_runs_main_and_is_queued_again(
   assert not lost.exists() or max(codes) > 0
 
 
-def _again(*script, seconds="0.01", **kwargs):
+def _again(*script, seconds="0", **kwargs):
   return subprocess.Popen(
       [_LAUNCH / "again.sh", "bash", "-c", *script],
       env=os.environ | {"MCJEPA_AGAIN_SECONDS": seconds},
