@@ -31,17 +31,16 @@ for ((again = 1; ; again++)); do
   wait "$child"
   code=$?
   child=''
-  case "$code" in
-    77 | 129 | 13[1-9] | 14? | 15? | 16?) lost=1 ;;
-    # What it needs may be away still.
-    2) [[ -n "$lost" ]] || exit 2 ;;
-    *) exit "$code" ;;
-  esac
+  if ((code == 77 || code >= 128 && code != 130)); then
+    lost=1
+  elif [[ -z "$lost" ]] || ((code != 2)); then # what it needs may be away
+    exit "$code"
+  fi
   [[ -z "$stopped" ]] && ((again <= 20)) || exit "$code"
   echo "again.sh: ended with $code; started again, $again of 20" >&2
   # By seconds: a signal just before a longer sleep would wait for its end.
   for ((left = ${MCJEPA_AGAIN_SECONDS:-10}; left > 0; left--)); do
-    [[ -z "$stopped" ]] || exit "$code"
+    [[ -z "$stopped" ]] || break
     sleep 1
   done
   [[ -z "$stopped" ]] || exit "$code"

@@ -183,14 +183,16 @@ class Watcher:
   ) -> str:
     """Keeps a step to look at; how to, for the line that tells of it."""
     run, step = self._run, pending.number
-    address = run.folder.address
+    address, limit = run.folder.address, run.config.alarms.dumps
     try:
-      limit = run.config.alarms.dumps
       if not dumps.has_room(address, step=step, limit=limit):
         return ""
-      with run.clock.span("checkpoint"):
-        with self.writing(step):
-          run.checkpoints.wait_until_finished()
+    except errors.UserError as error:
+      return f"; not dumped: {'; '.join(error.messages)}"
+    with run.clock.span("checkpoint"):
+      with self.writing(step):
+        run.checkpoints.wait_until_finished()
+      try:
         folder = dumps.save(
             address,
             state,
@@ -201,11 +203,11 @@ class Watcher:
             logs=values,
             config=run.config,
         )
-    except errors.UserError as error:
-      # The others may wait for this one's part.
-      if jax.process_count() > 1 and isinstance(error, errors.Passing):
-        raise
-      return f"; not dumped: {'; '.join(error.messages)}"
+      except errors.UserError as error:
+        # The others may wait for this one's part.
+        if jax.process_count() > 1 and isinstance(error, errors.Passing):
+          raise
+        return f"; not dumped: {'; '.join(error.messages)}"
     return f"; python -m mcjepa_jax.replay --dump={folder}"
 
   def _act(

@@ -428,6 +428,20 @@ def test_where_the_save_before_a_rollback_fails_it_goes_back_to_an_earlier_one(
   assert not _poisoned(tmp_path / "ill")
 
 
+def test_a_second_checkpoint_in_a_row_that_fails_ends_a_run_that_dumps(
+    data, no_epsilon, tmp_path, monkeypatch
+):
+  config = _config(data, save_every=1)
+  train.train(config, tmp_path / "well")
+  step = next(x for x in _poisoned(tmp_path / "well") if x > 1)
+  _refused(monkeypatch, {step - 1, step})
+  # So that it is the dump that meets the second, which waits for the save.
+  monkeypatch.setattr(checkpoint.Checkpoints, "check_errors", lambda self: None)
+  with pytest.raises(errors.UserError, match="Permission denied"):
+    train.train(config, tmp_path / "ill")
+  assert not (tmp_path / "ill" / "dumps").exists()
+
+
 @pytest.mark.parametrize("part", ["rows", "parameters"])
 def test_what_a_full_disk_keeps_from_being_dumped_is_told_and_takes_no_room(
     data, no_epsilon, tmp_path, monkeypatch, part
@@ -550,18 +564,23 @@ def test_sigterm_in_an_evaluation_saves_and_the_next_run_evaluates_there(
   assert evaluated == [3, 6]
 
 
-def test_a_save_whose_evaluation_sigterm_ends_is_made_and_not_the_best(
-    data, tmp_path, monkeypatch
-):
-  config = _config(
+def _best(data, **changes):
+  """A config that keeps its last checkpoint, and the best by kNN."""
+  return _config(
       data,
       keep_best=1,
       keep_last=1,
       best_metric="knn/synthetic/top1",
       best_is_larger=True,
       evals=("knn/synthetic",),
-      eval_limit=8,
+      **changes,
   )
+
+
+def test_a_save_whose_evaluation_sigterm_ends_is_made_and_not_the_best(
+    data, tmp_path, monkeypatch
+):
+  config = _best(data, eval_limit=8)
   with monkeypatch.context() as patch:
     patch.setattr(train, "evaluations", _preempted)
     with pytest.raises(command.Stop, match="saved at step 2") as stop:
@@ -581,14 +600,7 @@ def test_the_best_evaluated_checkpoint_outlives_those_after_it(
     return {"knn/synthetic/top1": top[int(state.step)]}, []
 
   monkeypatch.setattr(train, "evaluations", evaluations)
-  config = _config(
-      data,
-      keep_best=1,
-      keep_last=1,
-      best_metric="knn/synthetic/top1",
-      best_is_larger=True,
-      evals=("knn/synthetic",),
-  )
+  config = _best(data)
   train.train(config, tmp_path)
   saved = {path.name for path in (tmp_path / "checkpoints").iterdir()}
   assert saved == {"4", "8"}
