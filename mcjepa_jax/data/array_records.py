@@ -115,7 +115,7 @@ class Records:
 
   def __init__(
       self,
-      paths: Sequence[image_io.Path],
+      image_paths: Sequence[image_io.Path],
       counts: Sequence[int],
       *,
       uncompressed: bool = False,
@@ -128,7 +128,7 @@ class Records:
     """
     self._files = [
         path if isinstance(path, files.Remote) else os.fspath(path)
-        for path in paths
+        for path in image_paths
     ]
     self._counts = list(counts)
     self._ends = np.cumsum(self._counts, dtype=np.int64)

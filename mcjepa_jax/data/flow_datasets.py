@@ -279,8 +279,8 @@ def pairs(root: image_io.Path) -> FramePairs:
 
 def _image(folder: files.Location, stem: str) -> files.Location:
   """Returns the image file of that stem; that of a .png if there is none."""
-  paths = [folder / f"{stem}{suffix}" for suffix in image_io.SUFFIXES]
-  return next((path for path in paths if path.is_file()), paths[0])
+  candidates = [folder / f"{stem}{suffix}" for suffix in image_io.SUFFIXES]
+  return next((path for path in candidates if path.is_file()), candidates[0])
 
 
 def _kitti_images(folder: files.Location, year: str) -> files.Location:

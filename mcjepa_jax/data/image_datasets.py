@@ -193,14 +193,14 @@ class BinaryImages:
 
   def __init__(
       self,
-      paths: Sequence[image_io.Path],
+      image_paths: Sequence[image_io.Path],
       *,
       side: int,
       by_column: bool = False,
       classes: Sequence[str] = (),
       labels: Int32[np.ndarray, " n"] | None = None,
   ):
-    self.files = [files.path(path) for path in paths]
+    self.files = [files.path(path) for path in image_paths]
     self.classes = list(classes)
     self._side = side
     self._by_column = by_column

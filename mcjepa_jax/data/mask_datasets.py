@@ -304,8 +304,8 @@ def _files(
     folder: files.Location, suffixes: tuple[str, ...], wanted: str
 ) -> dict[str, files.Location]:
   """Returns the files of a folder by their names without suffix, in order."""
-  paths = [folder / name for name in files.visible(folder, wanted)]
-  found = {p.stem: p for p in paths if p.suffix.lower() in suffixes}
+  listed = [folder / name for name in files.visible(folder, wanted)]
+  found = {p.stem: p for p in listed if p.suffix.lower() in suffixes}
   if not found:
     raise UserError(
         f"{folder}: expected {wanted} ({', '.join(suffixes)}), came none"

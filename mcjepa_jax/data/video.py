@@ -470,18 +470,18 @@ def videos(
   """Returns the video, or all videos in a folder; `max_bytes` is for them all."""
   max_bytes = default_max_bytes() if max_bytes is None else max_bytes
   path = files.path(path)
-  paths, root = [path], path.parent
+  videos, root = [path], path.parent
   if path.is_dir():
     root = files.listed(path)
     found = (f for f in path.rglob("[!.]*") if f.is_file())
     found = (f for f in found if f.suffix.lower() in VIDEO_SUFFIXES)
-    paths = sorted(found, key=natural)
-  if not paths:
+    videos = sorted(found, key=natural)
+  if not videos:
     raise UserError(
         f"{path}: expected videos ({', '.join(VIDEO_SUFFIXES)}), came none"
     )
   faults = []
-  for file in paths:
+  for file in videos:
     try:
       # A remote one is looked at when it is copied, to be decoded.
       if not isinstance(file, files.Remote):
@@ -491,7 +491,7 @@ def videos(
   if faults:
     raise UserError(*faults)
   sequences = []
-  for file in paths:
+  for file in videos:
     sequences.append(
         VideoFrames(
             file,
