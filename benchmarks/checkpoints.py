@@ -20,14 +20,8 @@ import jax
 import numpy as np
 
 from benchmarks import report
-from mcjepa_jax import (
-    assembly,
-    checkpoint,
-    command,
-    journal,
-    sharding,
-    step as steps,
-)
+from mcjepa_jax import assembly, command, journal, sharding, step as steps
+from mcjepa_jax.storage import checkpoint
 
 _CONFIG = flags.DEFINE_string(
     "config", "configs/mcjepa_convnext_tiny.py", "Whose state is saved."

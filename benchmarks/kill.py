@@ -111,7 +111,8 @@ def child(folder: pathlib.Path, all_digests: bool, argv: list[str]) -> int:
       file.write(json.dumps(event) + "\n")
 
   tell_phase("initialise")
-  from mcjepa_jax import checkpoint, journal, main as command_line, train
+  from mcjepa_jax import journal, main as command_line, train
+  from mcjepa_jax.storage import checkpoint
 
   plain_span = journal.Clock.span
   plain_first = train.first_state

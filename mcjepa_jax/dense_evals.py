@@ -12,15 +12,10 @@ from typing import Any
 import numpy as np
 
 from mcjepa_jax import errors, sharding
-from mcjepa_jax.data import (
-    crops,
-    files,
-    pipeline,
-    segmentation_datasets,
-    sources,
-)
+from mcjepa_jax.data import crops, pipeline, segmentation_datasets, sources
 from mcjepa_jax.evals import segmentation
 from mcjepa_jax.models import segmentation_heads
+from mcjepa_jax.storage import paths
 
 KINDS = ("segmentation", "upernet")
 
@@ -116,7 +111,7 @@ def _size_faults(
   Nothing is read where no image can be so large, nor of a remote set, of which
   each head would cost the whole file: there the test itself finds it.
   """
-  remote = isinstance(part.root, files.Remote)
+  remote = isinstance(part.root, paths.Remote)
   if remote or crops.most_pixels(short_side) <= max_pixels:
     return []
   larger = []

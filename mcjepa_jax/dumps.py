@@ -18,15 +18,8 @@ import jax
 import ml_collections
 import numpy as np
 
-from mcjepa_jax import (
-    checkpoint,
-    errors,
-    hosts,
-    lifeline,
-    mirror,
-    step as steps,
-)
-from mcjepa_jax.data import files
+from mcjepa_jax import errors, hosts, lifeline, step as steps
+from mcjepa_jax.storage import checkpoint, paths, run_folder
 
 _NAMES = ("frames", "views")
 _META = ("step", "kind", "key", "records", "logs", "hosts")
@@ -50,13 +43,13 @@ def has_room(workdir: str | os.PathLike, *, step: int, limit: int) -> bool:
   Raises:
     UserError: on all, where the first cannot look.
   """
-  place = files.path(workdir) / mirror.DUMPS
+  place = paths.path(workdir) / run_folder.DUMPS
 
   def room():
     if not hosts.first():
       return False
-    files.forget_below(place)
-    listed = files.names(place) if place.is_dir() else []
+    paths.forget_below(place)
+    listed = paths.names(place) if place.is_dir() else []
     names = {name for name in listed if name.startswith("step_")}
     whole = {
         name
@@ -82,7 +75,7 @@ def save(
     records: Mapping[str, list[str]],
     logs: Mapping[str, float],
     config: Any,
-) -> files.Location:
+) -> paths.Location:
   """The folder of the new dump.
 
   All hosts of a run call this, with the workdir that they share. No checkpoint may
@@ -92,7 +85,7 @@ def save(
     UserError: one cannot be written, and nothing is kept of it.
     Passing: of several hosts one cannot write its part of the parameters.
   """
-  folder = files.path(workdir) / mirror.DUMPS / f"step_{step}"
+  folder = paths.path(workdir) / run_folder.DUMPS / f"step_{step}"
   own = {
       folder / f"{name}.{jax.process_index()}.npy": x
       for name, x in arrays.items()
@@ -104,7 +97,7 @@ def save(
     for path, x in own.items():
       buffer = io.BytesIO()
       np.save(buffer, _own_rows(x), allow_pickle=False)
-      files.write(path, buffer.getvalue())
+      paths.write(path, buffer.getvalue())
     return dict(records)
 
   try:
@@ -133,7 +126,7 @@ def save(
 
 
 @contextlib.contextmanager
-def _refusals(place: files.Location) -> Iterator[None]:
+def _refusals(place: paths.Location) -> Iterator[None]:
   """Raises UserError for what a disk or a bucket raises inside."""
   # What a bucket's clients raise has no class in common.
   kinds = OSError if isinstance(place, pathlib.Path) else Exception
@@ -146,7 +139,7 @@ def _refusals(place: files.Location) -> Iterator[None]:
 
 
 def _everywhere(
-    place: files.Location, function: Callable[[], Any]
+    place: paths.Location, function: Callable[[], Any]
 ) -> list[Any]:
   """What a function that uses a place returns on each host.
 
@@ -167,7 +160,7 @@ def _everywhere(
   return [found for found, _ in told]
 
 
-def _remove(folder: files.Location, rows: Iterable[files.Location]) -> None:
+def _remove(folder: paths.Location, rows: Iterable[paths.Location]) -> None:
   """Takes away what a host has written of a dump, as far as it can.
 
   What of the parameters did not fail may be written still: `has_room` finds it.
@@ -177,7 +170,7 @@ def _remove(folder: files.Location, rows: Iterable[files.Location]) -> None:
     return
   for path in rows:
     with contextlib.suppress(Exception):
-      files.remove(path)
+      paths.remove(path)
 
 
 def _tuples(value: Any) -> Any:

@@ -12,18 +12,16 @@ import jax
 
 from mcjepa_jax import (
     assembly,
-    checkpoint,
     dense_evals,
     errors,
     inference,
     journal,
-    mirror,
     sharding,
     suite,
     validation,
 )
-from mcjepa_jax.data import files
 from mcjepa_jax.models import mcjepa
+from mcjepa_jax.storage import checkpoint, paths, run_folder
 
 _RESULTS = "evaluation.json"
 # In results: the evals of which there are none, and why.
@@ -80,13 +78,13 @@ def evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
       anything is loaded; with why an eval did not run, once the others are
       written.
   """
-  with mirror.opened(workdir) as folder:
+  with run_folder.opened(workdir) as folder:
     return _evaluate(config, folder)
 
 
-def _evaluate(config: Any, folder: mirror.Folder) -> dict[str, Any]:
+def _evaluate(config: Any, folder: run_folder.Folder) -> dict[str, Any]:
   started = time.perf_counter()
-  path = files.path(config.checkpoint or folder.address)
+  path = paths.path(config.checkpoint or folder.address)
   target = folder.local / _RESULTS
   if config.results:
     target = pathlib.Path(config.results).expanduser()

@@ -27,7 +27,8 @@ import jax
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from mcjepa_jax import command, errors, lifeline, mirror, places, sharding
+from mcjepa_jax import command, errors, lifeline, places, sharding
+from mcjepa_jax.storage import run_folder
 
 _SHOWN = 8  # differences between two hosts
 # What of a config may differ: where things are, and how fast they go.
@@ -317,7 +318,7 @@ def _flat(tree: Any, path: str = "") -> dict[str, Any]:
   return {k: v for item in items for k, v in _flat(item[1], item[0]).items()}
 
 
-def check_shared(folder: mirror.Folder) -> None:
+def check_shared(folder: run_folder.Folder) -> None:
   """Raises UserError unless all hosts see one folder at this path."""
   if jax.process_count() == 1:
     return

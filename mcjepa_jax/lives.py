@@ -13,8 +13,8 @@ import pathlib
 import threading
 import time
 
-from mcjepa_jax import errors, mirror
-from mcjepa_jax.data import files
+from mcjepa_jax import errors
+from mcjepa_jax.storage import paths, run_folder
 
 _FILE = "lives.json"
 SECONDS = 10.0  # between two writes
@@ -32,7 +32,7 @@ def lost(earlier: Lives, since: float) -> float:
 
 @contextlib.contextmanager
 def kept(
-    folder: mirror.Folder, started: float, *, first: bool
+    folder: run_folder.Folder, started: float, *, first: bool
 ) -> Iterator[Lives]:
   """Gives the earlier lives; inside, this one is written down.
 
@@ -43,7 +43,7 @@ def kept(
     yield []
     return
   earlier = _read(folder.local / _FILE)
-  path = files.path(folder.address) / _FILE
+  path = paths.path(folder.address) / _FILE
   began = time.time() - (time.perf_counter() - started)
   ended = threading.Event()
   pause = SECONDS if isinstance(path, pathlib.Path) else SECONDS * _OF_A_BUCKET
@@ -52,7 +52,7 @@ def kept(
     while not ended.is_set():
       lives = [*earlier, (began, time.time())]
       with contextlib.suppress(OSError, errors.UserError):
-        files.write(path, json.dumps(lives).encode())
+        paths.write(path, json.dumps(lives).encode())
       ended.wait(pause)
 
   thread = threading.Thread(target=write, daemon=True)

@@ -54,9 +54,9 @@ def _run(config, workdir, flags) -> None:
         silence=_seconds("MCJEPA_LOST_SECONDS", lifeline.SILENCE),
     )
     from mcjepa_jax import evaluate, train
-    from mcjepa_jax.data import files
+    from mcjepa_jax.storage import paths
 
-    stack.callback(files.remove_temporary)
+    stack.callback(paths.remove_temporary)
     if not hosts.first():
       quiet = stack.enter_context(open(os.devnull, "w"))
       stack.enter_context(contextlib.redirect_stdout(quiet))

@@ -10,7 +10,6 @@ import sys
 import numpy as np
 
 from mcjepa_jax import (
-    checkpoint,
     command,
     errors,
     evaluate,
@@ -20,6 +19,7 @@ from mcjepa_jax import (
     visualize,
 )
 from mcjepa_jax.data import flow_io, image_io
+from mcjepa_jax.storage import checkpoint
 
 
 def read_pair(inputs: Sequence[str]) -> list[np.ndarray]:

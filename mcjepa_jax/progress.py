@@ -8,16 +8,10 @@ from typing import Any
 import jax
 import tqdm
 
-from mcjepa_jax import (
-    alarms,
-    checkpoint,
-    hosts,
-    journal,
-    mirror,
-    step as steps,
-)
+from mcjepa_jax import alarms, hosts, journal, step as steps
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.programs import Programs
+from mcjepa_jax.storage import checkpoint, run_folder
 
 _RATED_STEPS = 20  # after which the input's rate is told
 
@@ -28,7 +22,7 @@ class Run:
 
   config: Any
   workdir: pathlib.Path  # where this host's logs are
-  folder: mirror.Folder
+  folder: run_folder.Folder
   model: mcjepa.MCJEPA
   optimizers: dict[str, Any]
   abstract: steps.TrainState

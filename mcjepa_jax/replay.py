@@ -29,15 +29,14 @@ import numpy as np
 
 from mcjepa_jax import (
     assembly,
-    checkpoint,
     command,
     dumps,
     errors,
-    mirror,
     sharding,
     step as steps,
     validation,
 )
+from mcjepa_jax.storage import checkpoint, run_folder
 
 _PACKAGE = str(pathlib.Path(__file__).resolve().parent)
 
@@ -134,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     (address,) = command.single(
         arguments.flags, remote=("dump",), dump="WORKDIR/dumps/step_STEP"
     )
-    with mirror.fetched(address) as folder:
+    with run_folder.fetched(address) as folder:
       report = replay(folder)
     for name in ("terms", "gradients"):
       for entry in report[name]:

@@ -14,17 +14,16 @@ import jax
 
 from mcjepa_jax import (
     assembly,
-    checkpoint,
     command,
     errors,
     hosts,
     journal,
-    mirror,
     sharding,
     suite,
     validation,
 )
 from mcjepa_jax.models import mcjepa
+from mcjepa_jax.storage import checkpoint, run_folder
 
 # What a file system without locks answers: then nothing keeps two runs apart.
 _NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
@@ -34,7 +33,7 @@ _LEASE_SECONDS = 180.0
 
 
 def input_and_mesh(
-    config: Any, folder: mirror.Folder
+    config: Any, folder: run_folder.Folder
 ) -> tuple[dict[str, Any], jax.sharding.Mesh]:
   """The streams and the mesh, after every check that needs no compilation.
 
@@ -113,7 +112,7 @@ def sole_owner(workdir: pathlib.Path) -> Iterator[None]:
     yield
 
 
-def check_init_checkpoint(config: Any, folder: mirror.Folder) -> None:
+def check_init_checkpoint(config: Any, folder: run_folder.Folder) -> None:
   """Raises UserError if the encoder to start from is not there or another."""
   if not config.init_checkpoint:
     return
@@ -133,9 +132,9 @@ def resumable_config(config: Any) -> dict[str, Any]:
   }
 
 
-def check_resume(config: Any, folder: mirror.Folder) -> None:
+def check_resume(config: Any, folder: run_folder.Folder) -> None:
   """Raises UserError if the workdir holds a run of another config."""
-  path = folder.local / mirror.CONFIG
+  path = folder.local / run_folder.CONFIG
   # A run that ended before it could save left nothing to resume.
   if not path.exists() or not checkpoint.begun(folder.address):
     return

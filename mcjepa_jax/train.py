@@ -16,7 +16,6 @@ import tqdm
 from mcjepa_jax import (
     alarms,
     assembly,
-    checkpoint,
     command,
     errors,
     evaluate,
@@ -24,7 +23,6 @@ from mcjepa_jax import (
     hosts,
     journal,
     lives,
-    mirror,
     noticing,
     panels,
     set_up,
@@ -35,6 +33,7 @@ from mcjepa_jax import (
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.programs import Programs
 from mcjepa_jax.progress import Batch, Progress, Run
+from mcjepa_jax.storage import checkpoint, run_folder
 
 
 def first_state(run: Run) -> steps.TrainState:
@@ -300,7 +299,7 @@ def train(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
   # In the steps the loop's own handler takes its place.
   with hosts.on_sigterm(hosts.leave):
     try:
-      with mirror.opened(workdir) as folder:
+      with run_folder.opened(workdir) as folder:
         streams, mesh = set_up.input_and_mesh(config, folder)
         return _train(config, folder, streams, mesh)
     except errors.Passing as error:  # no fault of the input
@@ -309,7 +308,7 @@ def train(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
 
 def _train(
     config: Any,
-    folder: mirror.Folder,
+    folder: run_folder.Folder,
     streams: dict[str, Any],
     mesh: jax.sharding.Mesh,
 ) -> dict[str, Any]:
@@ -340,7 +339,9 @@ def _train(
         lives.kept(folder, clock.started, first=hosts.first())
     )
     workdir = hosts.log_folder(workdir)
-    journal.write_json(workdir / mirror.CONFIG, set_up.resumable_config(config))
+    journal.write_json(
+        workdir / run_folder.CONFIG, set_up.resumable_config(config)
+    )
     (workdir / "parameters.txt").write_text(
         parameter_overview.get_parameter_overview(
             abstract.params, include_stats=False

@@ -18,7 +18,7 @@ from benchmarks import evals, seeds
 @pytest.mark.parametrize(
     "files, part",
     [
-        (("jax/_src/api.py", "mcjepa_jax/data/files.py"), "decode"),
+        (("jax/_src/api.py", "mcjepa_jax/storage/paths.py"), "decode"),
         (("mcjepa_jax/data/sources.py", "numpy/core.py"), "decode"),
         (("mcjepa_jax/inference.py", "jax/_src/array.py"), "device"),
         (("mcjepa_jax/evals/masks.py", "cv2/__init__.py"), "metric"),

@@ -21,8 +21,8 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from mcjepa_jax import checkpoint
 from mcjepa_jax.errors import UserError
+from mcjepa_jax.storage import checkpoint
 
 
 class State(struct.PyTreeNode):
@@ -194,7 +194,7 @@ def test_updates_in_place_do_not_reach_a_save_under_way(tmp_path):
 _KILLED = """
 import os, pathlib, signal, sys, time
 import jax.numpy as jnp
-from mcjepa_jax import checkpoint
+from mcjepa_jax.storage import checkpoint
 checkpoints = checkpoint.Checkpoints(sys.argv[1], keep_last=2)
 for step, size in ((1, 10), (2, 8_000_000)):
   params = {"a": jnp.full(size, float(step))}

@@ -5,14 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mcjepa_jax import (
-    checkpoint,
-    dumps,
-    errors,
-    replay,
-    sharding,
-    step as steps,
-)
+from mcjepa_jax import dumps, errors, replay, sharding, step as steps
+from mcjepa_jax.storage import checkpoint
 from tests import tiny
 
 

@@ -14,7 +14,7 @@ _PACKAGE = "mcjepa_jax"
 # A module imports lower layers only. `errors` is open to all.
 _LAYERS = (
     # 0: paths in, files out; files in, bytes and pixels out. What a fact is.
-    "data.files data.facts",
+    "storage.paths data.facts",
     "data.image_io data.handover data.catalog_flow data.catalog_images",
     # 1: arrays in, arrays out; text in, plain values out.
     """flow_ops metrics vicreg visualize photometry data.flow_io data.transforms
@@ -24,11 +24,11 @@ _LAYERS = (
     # 2: losses, models and sources made of these; the means of training.
     """flow_losses models.flow_decoder models.segmentation_heads data.flow_datasets
     data.image_datasets data.segmentation_datasets data.mask_datasets
-    data.array_records data.cutouts data.feed data.video optimizer sharding checkpoint
-    journal mirror""",
+    data.array_records data.cutouts data.feed data.video optimizer sharding storage.checkpoint
+    journal storage.run_folder""",
     "data.frame_folders lives",
     # 3: everything of one kind together.
-    "accumulation hosts objective models.mcjepa data.sources data.pipeline data.convert",
+    """accumulation hosts objective models.mcjepa data.sources data.pipeline data.convert""",
     # 4: what runs on the devices, and looks at the sources.
     "step evals.flow evals.probe evals.segmentation evals.davis",
     # 5: from a config to the parts of a run; arrays through a model.

@@ -5,12 +5,13 @@ import time
 
 import pytest
 
-from mcjepa_jax import lives, mirror
+from mcjepa_jax import lives
+from mcjepa_jax.storage import run_folder
 
 
 def _opened(folder, monkeypatch, *, first=True):
   monkeypatch.setattr(lives, "SECONDS", 0.02)
-  run = mirror.Folder(folder, folder)
+  run = run_folder.Folder(folder, folder)
   return lives.kept(run, time.perf_counter(), first=first)
 
 

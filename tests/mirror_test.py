@@ -13,16 +13,8 @@ import time
 from gcp_storage_emulator import server as emulator, storage
 import pytest
 
-from mcjepa_jax import (
-    command,
-    compare,
-    dumps,
-    errors,
-    mirror,
-    replay,
-    train,
-)
-from mcjepa_jax.data import files
+from mcjepa_jax import command, compare, dumps, errors, replay, train
+from mcjepa_jax.storage import paths, run_folder
 from tests import buckets, dumps_test, job, poison, tiny, workdirs
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -67,13 +59,13 @@ def bucket():
   """The address of a bucket of an emulator, for this and later processes."""
   with buckets.emulated("runs", "TENSORSTORE_GCS_HTTP_URL") as patch:
     _with_generations(patch)
-    files._store.cache_clear()
+    paths._store.cache_clear()
     yield "gs://runs"
-  files._store.cache_clear()
+  paths._store.cache_clear()
 
 
 def test_a_local_folder_is_itself(tmp_path):
-  with mirror.opened(tmp_path / "run") as folder:
+  with run_folder.opened(tmp_path / "run") as folder:
     assert folder.local == folder.address == tmp_path / "run"
     folder.push()
   assert not list(tmp_path.iterdir())
@@ -81,7 +73,7 @@ def test_a_local_folder_is_itself(tmp_path):
 
 def test_what_a_run_wrote_is_there_for_the_next_on_any_machine(bucket):
   address = f"{bucket}/logs"
-  with mirror.opened(address) as folder:
+  with run_folder.opened(address) as folder:
     assert folder.address == address
     (folder.local / "metrics.jsonl").write_text("1\n")
     (folder.local / "hosts" / "1").mkdir(parents=True)
@@ -91,8 +83,8 @@ def test_what_a_run_wrote_is_there_for_the_next_on_any_machine(bucket):
     with (folder.local / "metrics.jsonl").open("a") as file:
       file.write("2\n")
   assert not folder.local.exists()
-  files.write(files.path(f"{address}/checkpoints/4/state"), b"large")
-  with mirror.opened(address) as again:
+  paths.write(paths.path(f"{address}/checkpoints/4/state"), b"large")
+  with run_folder.opened(address) as again:
     found = {
         str(path.relative_to(again.local)): path.read_text()
         for path in again.local.rglob("*")
@@ -104,30 +96,30 @@ def test_what_a_run_wrote_is_there_for_the_next_on_any_machine(bucket):
 
 
 def test_only_what_changed_is_copied(bucket, monkeypatch):
-  put, sent = files.put, []
+  put, sent = paths.put, []
   monkeypatch.setattr(
-      files, "put", lambda part, path: sent.append(path.name) or put(part, path)
+      paths, "put", lambda part, path: sent.append(path.name) or put(part, path)
   )
-  with mirror.opened(f"{bucket}/changes") as folder:
+  with run_folder.opened(f"{bucket}/changes") as folder:
     (folder.local / "a.txt").write_text("a")
     (folder.local / "b.txt").write_text("b")
     folder.push()
     (folder.local / "b.txt").write_text("bb")
-  with mirror.opened(f"{bucket}/changes"):
+  with run_folder.opened(f"{bucket}/changes"):
     pass
   assert sent == ["opened.txt", "a.txt", "b.txt", "b.txt", "opened.txt"]
 
 
 def test_dumps_are_written_and_counted_and_read_where_they_are(bucket):
   address = f"{bucket}/dumped"
-  with mirror.opened(address) as folder:
+  with run_folder.opened(address) as folder:
     found = dumps_test.save(folder.address, step=3, limit=1)
     assert str(found) == f"{address}/dumps/step_3"
     assert not (folder.local / "dumps").exists()
-  with mirror.opened(address) as again:
+  with run_folder.opened(address) as again:
     assert not (again.local / "dumps").exists()
     assert dumps_test.save(again.address, step=4, limit=1) is None
-  with mirror.fetched(found) as folder:
+  with run_folder.fetched(found) as folder:
     assert dumps.read_meta(folder)[0]["step"] == 3
     assert dumps.read_arrays(folder, "both").keys() == {"frames", "views"}
   assert not folder.exists()
@@ -136,22 +128,22 @@ def test_dumps_are_written_and_counted_and_read_where_they_are(bucket):
 def test_what_was_written_to_by_no_run_is_refused_before_it_is_copied(
     bucket, monkeypatch
 ):
-  files.write(files.path(f"{bucket}/parent/run/checkpoints/4/state"), b"large")
-  monkeypatch.setattr(mirror, "_fetch", None)
+  paths.write(paths.path(f"{bucket}/parent/run/checkpoints/4/state"), b"large")
+  monkeypatch.setattr(run_folder, "_fetch", None)
   with pytest.raises(errors.UserError, match="one of a run.* are run$"):
-    with mirror.opened(f"{bucket}/parent"):
+    with run_folder.opened(f"{bucket}/parent"):
       pytest.fail("it was opened")
 
 
 def test_what_another_host_is_writing_is_not_read(bucket, monkeypatch):
-  with mirror.opened(f"{bucket}/many") as folder:
+  with run_folder.opened(f"{bucket}/many") as folder:
     (folder.local / "metrics.jsonl").write_text("1\n")
   fetched = []
   monkeypatch.setattr(
-      mirror, "_fetch", lambda file, to: fetched.append(to.name)
+      run_folder, "_fetch", lambda file, to: fetched.append(to.name)
   )
-  monkeypatch.setattr(mirror, "_version", lambda path: (0, 0))
-  with mirror.opened(f"{bucket}/many"):
+  monkeypatch.setattr(run_folder, "_version", lambda path: (0, 0))
+  with run_folder.opened(f"{bucket}/many"):
     assert fetched == ["metrics.jsonl"]
 
 
@@ -159,12 +151,12 @@ def test_what_ends_a_run_is_not_hidden_by_its_bucket(
     bucket, monkeypatch, capsys
 ):
   def refused(part, path):
-    raise files.Unreachable(f"{path}: cannot be written")
+    raise paths.Unreachable(f"{path}: cannot be written")
 
   with pytest.raises(command.Stop, match="preempted") as stop:
-    with mirror.opened(f"{bucket}/ended") as folder:
+    with run_folder.opened(f"{bucket}/ended") as folder:
       (folder.local / "metrics.jsonl").write_text("1\n")
-      monkeypatch.setattr(files, "put", refused)
+      monkeypatch.setattr(paths, "put", refused)
       raise command.Stop(75, "preempted")
   assert stop.value.code == 75
   assert "warning: gs://runs/ended/metrics.jsonl" in capsys.readouterr().err
@@ -172,7 +164,7 @@ def test_what_ends_a_run_is_not_hidden_by_its_bucket(
 
 def test_a_bucket_that_is_not_there_is_told_before_anything_runs(bucket):
   with pytest.raises((errors.UserError, FileNotFoundError), match="nowhere"):
-    with mirror.opened("gs://nowhere/run"):
+    with run_folder.opened("gs://nowhere/run"):
       pytest.fail("it was opened")
 
 
@@ -180,9 +172,9 @@ def test_a_bucket_that_is_silent_at_the_start_is_started_again(
     bucket, monkeypatch
 ):
   def silent(self):
-    raise files.Silent(f"{bucket}/late: does not answer")
+    raise paths.Silent(f"{bucket}/late: does not answer")
 
-  monkeypatch.setattr(mirror._Mirrored, "_pull", silent)
+  monkeypatch.setattr(run_folder._Mirrored, "_pull", silent)
   with pytest.raises(command.Stop, match="does not answer") as stop:
     train.train(tiny.config(), f"{bucket}/late")
   assert stop.value.code == command.EXIT_LOST
@@ -220,11 +212,11 @@ def test_a_run_in_a_bucket_is_killed_goes_on_and_is_evaluated(bucket, tmp_path):
   address = f"{bucket}/run"
   process = _start(config, address, "--config.num_steps=100000")
   deadline = time.monotonic() + 400
-  place = files.path(address)
+  place = paths.path(address)
   while not {"2", "4"} <= set(place.joinpath("checkpoints").names()):
     assert process.poll() is None and time.monotonic() < deadline
     time.sleep(0.2)
-    files.forget_below(place)
+    paths.forget_below(place)
   os.killpg(process.pid, signal.SIGKILL)
   process.communicate()
   # A run of so many steps is another one: what it left is of use to neither.
@@ -234,17 +226,17 @@ def test_a_run_in_a_bucket_is_killed_goes_on_and_is_evaluated(bucket, tmp_path):
 
   # Killed while it writes the first one, then when that is complete.
   address = f"{bucket}/again"
-  place = files.path(address)
+  place = paths.path(address)
   for sign in ("state", "commit_success.txt"):
     process = _start(config, address)
     while sign not in place.joinpath("checkpoints", "2").names():
       assert process.poll() is None and time.monotonic() < deadline
       time.sleep(0.02)
-      files.forget_below(place)
+      paths.forget_below(place)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
   assert "Resumed at step" in _ended(_start(config, address))
-  with mirror.opened(address) as folder:
+  with run_folder.opened(address) as folder:
     for name in ("metrics.jsonl", "records.jsonl"):
       steps = [line["step"] for line in workdirs.lines(folder.local / name)]
       assert sorted(set(steps)) == steps[: _STEPS + 1]
@@ -258,7 +250,7 @@ def test_a_run_in_a_bucket_is_killed_goes_on_and_is_evaluated(bucket, tmp_path):
     assert whole == cut
     assert compare.read(folder.local / "results.json")
   last = f"checkpoints/{_STEPS}"
-  with mirror.fetched(f"{address}/{last}") as folder:
+  with run_folder.fetched(f"{address}/{last}") as folder:
     shutil.copytree(folder, tmp_path / "cut" / last)
   one, other = (workdirs.saved(tmp_path / x, _STEPS) for x in ("whole", "cut"))
   assert not workdirs.differences(one[0], other[0]) and one[1] == other[1]
@@ -283,7 +275,7 @@ def test_two_hosts_share_a_bucket_roll_back_are_killed_and_go_on(
   job.run(config, tmp_path / "whole", option)
 
   address = f"{bucket}/two"
-  place = files.path(address)
+  place = paths.path(address)
   port = job.free_port()
   processes = [
       job.start(config, address, option, index=i, count=2, port=port)
@@ -295,14 +287,14 @@ def test_two_hosts_share_a_bucket_roll_back_are_killed_and_go_on(
     assert not any(map(subprocess.Popen.poll, processes)), job.wait(processes)
     assert time.monotonic() < deadline
     time.sleep(0.02)
-    files.forget_below(place)
+    paths.forget_below(place)
   for process in processes:
     process.kill()
   job.wait(processes)
 
   out, *_ = job.run(config, address, option, count=2)[0][1:]
   assert "Resumed at step " in out
-  with mirror.opened(address) as folder:
+  with run_folder.opened(address) as folder:
     assert job.records(folder.local, 2) == job.records(tmp_path / "whole", 1)
     told = workdirs.lines(folder.local / "alarms.jsonl")
   whole = workdirs.lines(tmp_path / "whole" / "alarms.jsonl")
@@ -317,11 +309,11 @@ def test_two_hosts_share_a_bucket_roll_back_are_killed_and_go_on(
   report = json.loads(capsys.readouterr().out.splitlines()[-1])
   assert report["step"] == told[0]["step"]
   assert poison.RECORD in report["records"]["content"]
-  with mirror.fetched(dump) as folder:
+  with run_folder.fetched(dump) as folder:
     assert dumps.read_meta(folder)[0]["hosts"] == 2
 
 
 def test_a_store_that_no_run_was_written_to_is_refused():
   with pytest.raises(errors.UserError, match="got s3://bucket/run"):
-    with mirror.opened("s3://bucket/run"):
+    with run_folder.opened("s3://bucket/run"):
       pytest.fail("it was opened")

@@ -57,7 +57,7 @@ def _mutants(file: str, tests: str, *rows: tuple[str, ...]) -> list[Mutant]:
 
 MUTANTS = (
     *_mutants(
-        "checkpoint.py",
+        "storage/checkpoint.py",
         "noticing_test.py::test_a_failure_told_once_the_next_is_written_is_not_"
         "of_a_row",
         (
@@ -74,7 +74,7 @@ MUTANTS = (
         ),
     ),
     *_mutants(
-        "checkpoint.py",
+        "storage/checkpoint.py",
         "checkpoint_test.py::test_a_save_that_cannot_begin_is_told_once_and_the_"
         "next_is_made",
         (
@@ -109,7 +109,7 @@ MUTANTS = (
         ),
     ),
     *_mutants(
-        "mirror.py",
+        "storage/run_folder.py",
         "mirror_test.py",
         (
             "what_another_host_writes_is_read",
@@ -214,7 +214,7 @@ MUTANTS = (
         ),
     ),
     *_mutants(
-        "checkpoint.py",
+        "storage/checkpoint.py",
         "checkpoint_test.py::test_updates_in_place_do_not_reach_a_save_under_way",
         (
             "no_copy",

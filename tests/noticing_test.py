@@ -18,20 +18,18 @@ import orbax.checkpoint as ocp
 import pytest
 
 from mcjepa_jax import (
-    checkpoint,
     command,
     dumps,
     errors,
     hosts,
     journal,
     lives,
-    mirror,
     replay,
     sharding,
     train,
 )
-from mcjepa_jax.data import files
 from mcjepa_jax.programs import Programs
+from mcjepa_jax.storage import checkpoint, paths, run_folder
 from tests import poison, tiny, workdirs
 
 pytestmark = pytest.mark.slow
@@ -633,13 +631,13 @@ def test_a_dead_worker_ends_the_run_with_77_and_it_goes_on(
 def test_logs_that_a_bucket_refuses_are_told_and_the_state_is_saved(
     data, tmp_path, monkeypatch
 ):
-  refused = [files.Unreachable("gs://b/run/metrics.jsonl: cannot be written")]
+  refused = [paths.Unreachable("gs://b/run/metrics.jsonl: cannot be written")]
 
   def push(folder):
     if refused:
       raise refused.pop()
 
-  monkeypatch.setattr(mirror.Folder, "push", push)
+  monkeypatch.setattr(run_folder.Folder, "push", push)
   results = train.train(_config(data), tmp_path)
   assert results["alarm/checkpoint"] == 1 and results["meta/step"] == 8
   assert (tmp_path / "checkpoints" / "2").is_dir()

@@ -2,8 +2,9 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from mcjepa_jax import checkpoint, errors, predict
+from mcjepa_jax import errors, predict
 from mcjepa_jax.data import flow_io
+from mcjepa_jax.storage import checkpoint
 from tests import tiny
 
 

@@ -21,7 +21,6 @@ from mcjepa_jax.data import (
     array_records,
     check,
     convert,
-    files,
     image_datasets,
     image_io,
     sources,
@@ -29,6 +28,7 @@ from mcjepa_jax.data import (
 )
 from mcjepa_jax.errors import UserError
 from mcjepa_jax.evals import submit
+from mcjepa_jax.storage import paths
 from tests import (
     buckets,
     layouts,
@@ -60,15 +60,15 @@ class _Bucket:
 
 
 def _forget():
-  files._listings.clear()
-  files._listed_below.clear()
+  paths._listings.clear()
+  paths._listed_below.clear()
 
 
 @pytest.fixture(scope="module")
 def gs():
   """A bucket of gs://, in the environment of this and of later processes."""
   with buckets.emulated("b") as patch:
-    bucket = _Bucket("gs://b", files._store("gs"))
+    bucket = _Bucket("gs://b", paths._store("gs"))
     handle = emulator.RequestHandler.do_GET
 
     def counted(handler):
@@ -227,7 +227,7 @@ def images(tmp_path, gs, request):
 
 def test_the_cache_serves_what_was_read_before(gs, images, tmp_path):
   folder, address = images
-  remote = files.path(address, str(tmp_path / "cache"))
+  remote = paths.path(address, str(tmp_path / "cache"))
   before = image_datasets.ImageFolder(remote)
   _same(image_datasets.ImageFolder(folder), before)
   gs.store.rm(address, recursive=True)
@@ -243,11 +243,11 @@ def test_the_cache_serves_what_was_read_before(gs, images, tmp_path):
 
 def test_readers_that_want_one_file_at_once_copy_it_once(gs, images, tmp_path):
   _, address = images
-  path = files.path(f"{address}/a/0.png", str(tmp_path / "cache"))
+  path = paths.path(f"{address}/a/0.png", str(tmp_path / "cache"))
   path.stat()
   gs.requests.clear()
   with futures.ThreadPoolExecutor(4) as pool:
-    places = set(pool.map(files.local, [path] * 4))
+    places = set(pool.map(paths.local, [path] * 4))
   assert places == {path.copy} and len(gs.requests) == 1
   assert [p for p in (tmp_path / "cache").rglob("*") if p.is_file()] == [
       path.copy
@@ -258,16 +258,16 @@ def test_a_copy_that_is_shorter_than_listed_is_not_kept(
     gs, images, tmp_path, monkeypatch
 ):
   _, address = images
-  path = files.path(f"{address}/a/0.png", str(tmp_path / "cache"))
+  path = paths.path(f"{address}/a/0.png", str(tmp_path / "cache"))
   path.stat()
-  store = files._store("gs")
+  store = paths._store("gs")
   monkeypatch.setattr(
       store,
       "get_file",
       lambda source, target, **_: pathlib.Path(target).write_bytes(b"x"),
   )
-  with pytest.raises(files.Unreachable, match="0.png: .* bytes, came 1"):
-    files.local(path)
+  with pytest.raises(paths.Unreachable, match="0.png: .* bytes, came 1"):
+    paths.local(path)
   assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
 
 
@@ -283,7 +283,7 @@ def test_a_store_that_does_not_answer_costs_no_converted_shard(
   def down(*_, **__):
     raise OSError("down")
 
-  monkeypatch.setattr(files._store("gs"), "get_file", down)
+  monkeypatch.setattr(paths._store("gs"), "get_file", down)
   for more in ([], ["--skip-bad"]):
     assert convert.main([*flags, "--shards=2", *more]) == 2
     assert "cannot be read (OSError: down)" in capsys.readouterr().err
@@ -295,7 +295,7 @@ def test_a_store_that_does_not_answer_is_asked_once_by_a_check():
 
   def unreachable():
     asked.append(1)
-    raise files.Unreachable("gs://b/x: cannot be read")
+    raise paths.Unreachable("gs://b/x: cannot be read")
 
   assert errors.collect(*[unreachable] * 3) == ["gs://b/x: cannot be read"]
   assert len(asked) == 1
@@ -303,7 +303,7 @@ def test_a_store_that_does_not_answer_is_asked_once_by_a_check():
 
 def test_without_a_cache_no_image_is_kept(images):
   folder, address = images
-  remote = files.path(address)
+  remote = paths.path(address)
   read = image_datasets.ImageFolder(remote)
   _same(image_datasets.ImageFolder(folder), read)
   assert not any(
@@ -316,7 +316,7 @@ def test_an_image_that_changed_is_not_served_from_the_cache(
 ):
   _, address = images
   cache = str(tmp_path / "cache")
-  read = image_datasets.ImageFolder(files.path(address, cache))
+  read = image_datasets.ImageFolder(paths.path(address, cache))
   path = read.root / "a" / "0.png"
   kept = read.root / "a" / "2.png"
   for i in range(3):
@@ -332,14 +332,14 @@ def test_an_image_that_changed_is_not_served_from_the_cache(
   earlier = path.copy.stat().st_mtime - 120
   os.utime(path.copy, (earlier, earlier))
   _forget()
-  again = image_datasets.ImageFolder(files.path(address, cache))
+  again = image_datasets.ImageFolder(paths.path(address, cache))
   assert again[0]["image"][0, 0, 0] == 99
   assert kept.copy.exists()
   # And another size, whatever the clocks say.
   gs.store.pipe_file(str(kept), new + b"more")
   os.utime(kept.copy, (later + 600, later + 600))
   _forget()
-  image_datasets.ImageFolder(files.path(address, cache))
+  image_datasets.ImageFolder(paths.path(address, cache))
   assert not kept.copy.exists()
 
 
@@ -354,8 +354,8 @@ def test_no_name_in_a_bucket_leads_out_of_the_cache(monkeypatch, tmp_path):
   }
   # No emulator keeps such names.
   store = types.SimpleNamespace(find=lambda *_, **__: found)
-  monkeypatch.setattr(files, "_store", lambda scheme: store)
-  root = files.path("gs://b/set", str(tmp_path)).list_below()
+  monkeypatch.setattr(paths, "_store", lambda scheme: store)
+  root = paths.path("gs://b/set", str(tmp_path)).list_below()
   assert root.names().keys() == {"a", "c"}
   assert (root / "a").names().keys() == {"1.png"}
   for name in ("../../evil", "/etc/passwd", "..", "a" * 300):
@@ -430,7 +430,7 @@ def test_a_video_is_read_from_a_bucket(gs, tmp_path, monkeypatch):
   local = video.SequencePairs(video.videos(folder))
   _same(local, video.SequencePairs(video.videos(place)))
   gs.requests.clear()
-  shutil.rmtree(files.path(place).folder)
+  shutil.rmtree(paths.path(place).folder)
   # Once decoded, the video itself is not asked for.
   _same(local, video.SequencePairs(video.videos(place)))
   assert not gs.requests
@@ -519,10 +519,10 @@ def test_a_file_of_many_parts_is_written_whole(gs, tmp_path):
   part, size = tmp_path / "part", 60 * 2**20  # gcsfs sends 50 MiB at a time
   data = np.random.default_rng(0).bytes(size)
   part.write_bytes(data)
-  files.put(part, files.path("gs://b/large/whole"))
+  paths.put(part, paths.path("gs://b/large/whole"))
   assert gs.store.cat_file("gs://b/large/whole") == data
   assert not part.exists()
-  files.remove(files.path("gs://b/large/whole"))
+  paths.remove(paths.path("gs://b/large/whole"))
   assert not gs.store.exists("gs://b/large/whole")
 
 
@@ -534,7 +534,7 @@ def test_shards_that_cannot_be_copied_into_the_bucket_end_the_conversion(
 
   flags = [f"--input={images[1]}", "--output=gs://b/later", "--shards=2"]
   with monkeypatch.context() as patch:
-    patch.setattr(files._store("gs"), "put_file", down)
+    patch.setattr(paths._store("gs"), "put_file", down)
     assert convert.main([*flags, "--workers=1"]) == 2
   assert ".array_record: cannot be written (OSError: down)" in (
       capsys.readouterr().err
@@ -554,7 +554,7 @@ def test_a_bucket_or_folder_that_is_not_there_is_named(gs, root):
 
 def test_a_set_or_a_file_that_is_not_there_is_named(gs, data):
   with pytest.raises(UserError, match="^gs://b/data/NoSet: not found; expec"):
-    files.find(files.path(data[1]), ("NoSet/a",), "*")
+    paths.find(paths.path(data[1]), ("NoSet/a",), "*")
   for name in ("gs://b/data/a.png", "gs://nowhere/a.png"):
     with pytest.raises(
         UserError, match=f"^{name}: expected an image, came: no"
@@ -570,7 +570,7 @@ def test_a_file_deleted_after_the_listing_is_a_bad_record(gs, images):
       UserError, match="a/0.png: expected an image, came"
   ) as error:
     read[0]
-  assert not isinstance(error.value, files.Unreachable)
+  assert not isinstance(error.value, paths.Unreachable)
 
 
 @pytest.mark.parametrize(
@@ -580,24 +580,24 @@ def test_an_address_that_cannot_be_read_is_refused(address):
   with pytest.raises(
       UserError, match="expected a local path, gs://BUCKET/NAME"
   ):
-    files.path(address)
+    paths.path(address)
 
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch):
   def no_package(*_, **__):
     raise ImportError("Install s3fs to access S3")
 
-  files._store.cache_clear()
+  paths._store.cache_clear()
   monkeypatch.setattr(fsspec, "filesystem", no_package)
   with pytest.raises(UserError, match="s3fs, which is not installed: pip inst"):
-    files.path("s3://somewhere/data").names()
+    paths.path("s3://somewhere/data").names()
 
 
 def test_a_cache_that_takes_no_copy_is_named(images, tmp_path):
   cache = tmp_path / "cache"
-  read = image_datasets.ImageFolder(files.path(images[1], str(cache)))
+  read = image_datasets.ImageFolder(paths.path(images[1], str(cache)))
   cache.touch()
-  with pytest.raises(files.Unreachable, match=f"cannot be copied into {cache}"):
+  with pytest.raises(paths.Unreachable, match=f"cannot be copied into {cache}"):
     read[0]
 
 
@@ -629,7 +629,7 @@ def test_a_failure_that_passes_is_tried_again(
   if not fails:
     assert read[0]["image"].shape == (4, 6, 3)
     return
-  with pytest.raises(files.Unreachable, match="cannot be read .*; check the b"):
+  with pytest.raises(paths.Unreachable, match="cannot be read .*; check the b"):
     read[0]
 
 
@@ -641,7 +641,7 @@ def test_a_store_that_is_out_of_reach_ends_the_stream(gs, images, monkeypatch):
   source = pipeline.ContentSource("images", read)
   stream = pipeline.content_stream([source], batch_size=2, size=8, seed=0)
   monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://localhost:1")
-  with pytest.raises(files.Unreachable, match="cannot be read"):
+  with pytest.raises(paths.Unreachable, match="cannot be read"):
     stream[0]
 
 
@@ -680,8 +680,8 @@ def test_without_credentials_the_message_says_what_to_do(
     handler.wfile.write(b'{"error": {"message": "Anonymous caller"}}')
 
   monkeypatch.setattr(emulator.RequestHandler, "do_GET", forbidden)
-  with pytest.raises(files.Unreachable) as raised:
-    files.path(f"{images[1]}/other").names()
+  with pytest.raises(paths.Unreachable) as raised:
+    paths.path(f"{images[1]}/other").names()
   assert "Anonymous caller" in str(raised.value)
   assert "gcloud auth application-default login" in str(raised.value)
 
@@ -739,19 +739,19 @@ def s3(monkeypatch):
       "AWS_DEFAULT_REGION": "us-east-1",
   }.items():
     monkeypatch.setenv(name, value)
-  files._store.cache_clear()
+  paths._store.cache_clear()
   fsspec.get_filesystem_class("s3").clear_instance_cache()
-  store = files._store("s3")
+  store = paths._store("s3")
   store.mkdir("s3://bucket")
   yield _Bucket("s3://bucket", store)
   server.stop()
-  files._store.cache_clear()
+  paths._store.cache_clear()
 
 
 def test_s3_is_listed_and_read(s3, tmp_path):
   layouts.write(tmp_path / "data")
   place = s3.put(tmp_path / "data")
-  roots = tmp_path / "data", files.path(place, str(tmp_path / "cache"))
+  roots = tmp_path / "data", paths.path(place, str(tmp_path / "cache"))
   for name in ("sintel_clean", "flying_chairs"):
     _same(*(sources.motion(name, r, seed=0, size=(8, 8)) for r in roots))
     read = [

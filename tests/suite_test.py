@@ -10,14 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
-from mcjepa_jax import (
-    assembly,
-    errors,
-    evaluate,
-    inference,
-    sharding,
-    suite,
-)
+from mcjepa_jax import assembly, errors, evaluate, inference, sharding, suite
 from mcjepa_jax.data import flow_io, sources
 from mcjepa_jax.models import mcjepa
 from tests import layouts, mask_clips, segmentation_test, submit_test, tiny

@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 from configs import default, quickstart
-from mcjepa_jax import assembly, checkpoint, sharding, step as steps
+from mcjepa_jax import assembly, sharding, step as steps
+from mcjepa_jax.storage import checkpoint
 
 
 def config(module=quickstart, **changes) -> default.ConfigDict:

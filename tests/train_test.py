@@ -11,7 +11,8 @@ import time
 import numpy as np
 import pytest
 
-from mcjepa_jax import command, errors, mirror, set_up, train
+from mcjepa_jax import command, errors, set_up, train
+from mcjepa_jax.storage import run_folder
 from tests import tiny, workdirs
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -322,7 +323,7 @@ def test_a_run_starts_from_the_encoder_of_another_and_the_rest_anew(
   assert int(started[1].step) == 0
   # Once it has saved, it does not ask for the other again.
   cfg = tiny.config(init_checkpoint=str(tmp_path / "gone"))
-  folder = mirror.Folder(tmp_path / "taken", tmp_path / "taken")
+  folder = run_folder.Folder(tmp_path / "taken", tmp_path / "taken")
   with pytest.raises(errors.UserError, match="gone does not exist"):
     set_up.check_init_checkpoint(cfg, folder)
-  set_up.check_init_checkpoint(cfg, mirror.Folder(whole, whole))
+  set_up.check_init_checkpoint(cfg, run_folder.Folder(whole, whole))

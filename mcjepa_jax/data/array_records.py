@@ -35,8 +35,9 @@ import zlib
 from array_record.python import array_record_module
 import numpy as np
 
-from mcjepa_jax.data import files, image_io
+from mcjepa_jax.data import image_io
 from mcjepa_jax.errors import UserError
+from mcjepa_jax.storage import paths
 
 FORMAT = "mcjepa_jax images 1"
 MANIFEST = "manifest.json"
@@ -127,7 +128,7 @@ class Records:
     With `uncompressed` a file that names other options is refused.
     """
     self._files = [
-        path if isinstance(path, files.Remote) else os.fspath(path)
+        path if isinstance(path, paths.Remote) else os.fspath(path)
         for path in image_paths
     ]
     self._counts = list(counts)
@@ -155,7 +156,7 @@ class Records:
       changed = os.fstat(opened.fileno()).st_mtime_ns
     # The library's C++ raises whatever its own parser ran into.
     try:
-      reader = _reader(os.fspath(files.local(path)), size, changed)
+      reader = _reader(os.fspath(paths.local(path)), size, changed)
       came = reader.num_records()
       options = reader.writer_options_string() or ""
       fits = not self._uncompressed or _UNCOMPRESSED in options.split(",")
@@ -181,10 +182,10 @@ def digest(value: Any) -> str:
   return hashlib.sha256(_canonical(value)).hexdigest()
 
 
-def write_json(path: files.Location, value: dict[str, Any]) -> None:
+def write_json(path: paths.Location, value: dict[str, Any]) -> None:
   """Writes JSON that stands under its name whole or not at all."""
   try:
-    files.write(path, json.dumps(value, indent=1).encode())
+    paths.write(path, json.dumps(value, indent=1).encode())
   except OSError as error:
     raise UserError(f"{path}: cannot be written: {error.strerror}") from error
 
@@ -213,7 +214,7 @@ def shard_name(number: int, count: int) -> str:
   return f"images-{number:05d}-of-{count:05d}.array_record"
 
 
-def write_manifest(folder: files.Location, manifest: dict[str, Any]) -> None:
+def write_manifest(folder: paths.Location, manifest: dict[str, Any]) -> None:
   """Writes the manifest, with format and checksum, of whole shards."""
   manifest = {"format": FORMAT, **manifest}
   manifest["checksum"] = digest(manifest)
@@ -222,7 +223,7 @@ def write_manifest(folder: files.Location, manifest: dict[str, Any]) -> None:
 
 def read_manifest(folder: image_io.Path) -> dict[str, Any]:
   """Returns the manifest of a folder, checked, its shards of the right size."""
-  folder = files.path(folder)
+  folder = paths.path(folder)
   path = folder / MANIFEST
   if folder.is_dir() and not path.exists():
     raise UserError(
@@ -273,7 +274,7 @@ class ConvertedImages:
   """The images of a folder that data.convert wrote, shard after shard."""
 
   def __init__(self, folder: image_io.Path):
-    self.folder = files.path(folder)
+    self.folder = paths.path(folder)
     manifest = read_manifest(self.folder)
     self.classes = manifest["classes"]
     self._records = Records(
@@ -318,7 +319,7 @@ class TfdsImages:
   """
 
   def __init__(self, folder: image_io.Path, split: str):
-    self.folder = files.path(folder)
+    self.folder = paths.path(folder)
     self._split = split
     read_json(self.folder / "dataset_info.json")
     _check_features(self.folder / "features.json")
@@ -390,7 +391,7 @@ class TfdsImages:
     return example
 
 
-def _check_features(path: files.Location) -> None:
+def _check_features(path: paths.Location) -> None:
   """Raises UserError unless all features of features.json are tfds' own.
 
   tfds imports the module of any class that is named there.

@@ -51,12 +51,12 @@ from mcjepa_jax.data import (
     array_records,
     catalog,
     crops,
-    files,
     flow_faults,
     image_io,
     sources,
     transforms,
 )
+from mcjepa_jax.storage import paths
 
 _SAMPLES = 16
 _MAX_SAMPLES = 2**20
@@ -72,7 +72,7 @@ _CHUNK = 2**20
 class Settings:
   """How a run would read its sources."""
 
-  root: str | files.Location
+  root: str | paths.Location
   seed: int = 0
   size: tuple[int, int] = (64, 64)  # of generated pairs
   # Of content's views, see transforms.two_views.
@@ -467,7 +467,7 @@ def _asked(arguments: command.Arguments) -> tuple[list[str], Settings]:
     name, root = command.single(
         flags, remote=("root",), dataset="NAME", root="FOLDER"
     )
-    folder = files.require(files.path(root), "--root")
+    folder = paths.require(paths.path(root), "--root")
     if not folder.is_dir():
       raise errors.UserError(f"--root: expected a folder, got {root}")
     return of_name(name), Settings(root=folder)

@@ -43,7 +43,8 @@ from array_record.python import array_record_module
 import tqdm
 
 from mcjepa_jax import command, errors
-from mcjepa_jax.data import array_records, files, image_datasets, image_io
+from mcjepa_jax.data import array_records, image_datasets, image_io
+from mcjepa_jax.storage import paths
 
 _SHARDS = 64
 _MAX_WORKERS = 512
@@ -57,9 +58,9 @@ Fault = tuple[str, str]  # a file's path under the input, what is wrong with it
 class _Shard:
   """What one shard is to hold."""
 
-  path: files.Location
+  path: paths.Location
   part: pathlib.Path  # where it is written, until it is whole
-  root: files.Location
+  root: paths.Location
   names: list[str]
   labels: list[int]
 
@@ -95,7 +96,7 @@ def _read(shard: _Shard, name: str) -> bytes | Fault:
   path = shard.root / name
   try:
     return image_io.read_encoded(path)
-  except files.Unreachable:
+  except paths.Unreachable:
     raise  # no fault of the image
   except errors.UserError as error:
     return name, str(error).removeprefix(f"{path}: ")
@@ -129,7 +130,7 @@ def _write(shard: _Shard, skip_bad: bool) -> list[Fault]:
     if faults and not skip_bad:
       shard.part.unlink()
       return faults
-    files.put(shard.part, shard.path)
+    paths.put(shard.part, shard.path)
   except OSError as error:
     raise _cannot_write(shard.path, error.strerror) from error
   except RuntimeError as error:  # of the writer
@@ -137,7 +138,7 @@ def _write(shard: _Shard, skip_bad: bool) -> list[Fault]:
   return faults
 
 
-def _cannot_write(path: files.Location, reason: Any) -> errors.UserError:
+def _cannot_write(path: paths.Location, reason: Any) -> errors.UserError:
   return errors.UserError(f"{path}: cannot be written: {reason}")
 
 
@@ -147,7 +148,7 @@ def _verify(shard: _Shard) -> tuple[dict[str, Any], list[Fault]] | None:
   None if it does not hold the bytes of all its files that decode.
   """
   try:
-    place, is_spare = files.copied(shard.path)
+    place, is_spare = paths.copied(shard.path)
   except OSError:
     return None
   try:
@@ -184,7 +185,7 @@ def _compared(
     with open(place, "rb") as file:
       digest = hashlib.file_digest(file, "sha256").hexdigest()
       size = os.fstat(file.fileno()).st_size
-  except files.Unreachable:
+  except paths.Unreachable:
     raise  # nothing is known of the shard
   except (errors.UserError, OSError):
     return None
@@ -251,8 +252,8 @@ def convert(
     UserError: folders that cannot be used, or images that do not decode: all
       are named.
   """
-  root = files.require(files.path(source), "--input")
-  folder = files.path(output)
+  root = paths.require(paths.path(source), "--input")
+  folder = paths.path(output)
   listing = image_datasets.find_images(root)
   _check_links(root, listing.links)
   names = list(listing.names)
@@ -263,7 +264,7 @@ def convert(
   digest = array_records.digest([names, labels, listing.classes])
   with contextlib.ExitStack() as stack:
     parts = folder
-    if isinstance(folder, files.Remote):
+    if isinstance(folder, paths.Remote):
       parts = tempfile.TemporaryDirectory(prefix="mcjepa_")
       parts = pathlib.Path(stack.enter_context(parts))
     plan = []
@@ -300,14 +301,14 @@ def convert(
 
 
 def _written(
-    pool: _Pool, folder: files.Location, plan: list[_Shard], skip_bad: bool
+    pool: _Pool, folder: paths.Location, plan: list[_Shard], skip_bad: bool
 ) -> tuple[list[dict[str, Any]], list[Fault]]:
   """Returns the manifest's entries and all faults, of shards that are whole."""
   root, whole, skipped = plan[0].root, {}, []
   # A shard of an earlier start that is not whole is written once more.
   for _ in range(2):
     faults = []
-    files.forget(folder)
+    paths.forget(folder)
     missing = [shard for shard in plan if not shard.path.exists()]
     write = functools.partial(_write, skip_bad=skip_bad)
     if missing:
@@ -340,23 +341,23 @@ def _written(
   return entries, sorted(skipped)
 
 
-def _remove(path: files.Location) -> None:
+def _remove(path: paths.Location) -> None:
   try:
-    files.remove(path)
+    paths.remove(path)
   except OSError as error:
     raise errors.UserError(
         f"{path}: cannot be removed: {error.strerror}"
     ) from error
 
 
-def _raise_faults(root: files.Location, faults: list[Fault]) -> None:
+def _raise_faults(root: paths.Location, faults: list[Fault]) -> None:
   if faults:
     raise errors.UserError(
         *(f"{root / n}: {fault}" for n, fault in sorted(faults))
     )
 
 
-def _check_links(root: files.Location, links: list[str]) -> None:
+def _check_links(root: paths.Location, links: list[str]) -> None:
   """Raises UserError for symbolic links that lead out of the folder."""
   if not links:
     return
@@ -370,20 +371,20 @@ def _check_links(root: files.Location, links: list[str]) -> None:
     raise errors.UserError(*faults)
 
 
-def _is_inside(folder: files.Location, root: files.Location) -> bool:
-  if isinstance(folder, files.Remote):
+def _is_inside(folder: paths.Location, root: paths.Location) -> bool:
+  if isinstance(folder, paths.Remote):
     return f"{folder}/".startswith(f"{root}/")
   return isinstance(root, pathlib.Path) and folder.resolve().is_relative_to(
       root.resolve()
   )
 
 
-def _prepare(folder: files.Location, plan: list[_Shard], source: str) -> None:
+def _prepare(folder: paths.Location, plan: list[_Shard], source: str) -> None:
   """Makes the output folder, or sees that it holds this very conversion."""
   root = plan[0].root
   if _is_inside(folder, root):
     raise errors.UserError(f"--output: expected a folder outside of {root}")
-  if isinstance(folder, files.Remote) and folder.scheme != "gs":
+  if isinstance(folder, paths.Remote) and folder.scheme != "gs":
     raise errors.UserError(
         f"--output: expected a local folder or gs://BUCKET/FOLDER, got {folder}"
     )
@@ -393,8 +394,8 @@ def _prepare(folder: files.Location, plan: list[_Shard], source: str) -> None:
   try:
     if isinstance(folder, pathlib.Path):
       folder.mkdir(parents=True, exist_ok=True)
-    files.forget(folder)
-    found = set(files.names(folder))
+    paths.forget(folder)
+    found = set(paths.names(folder))
   except OSError as error:
     raise _cannot_write(folder, error.strerror) from error
   if found - ours:

@@ -25,7 +25,8 @@ from jaxtyping import Float, UInt8
 import numpy as np
 
 from mcjepa_jax import errors
-from mcjepa_jax.data import files, synthetic, transforms
+from mcjepa_jax.data import synthetic, transforms
+from mcjepa_jax.storage import paths
 
 _ATTEMPTS = 10  # photographs tried in the place of one that cannot be read
 _TEXELS = 2  # a pixel of the frames, each way
@@ -187,7 +188,7 @@ class _Photographs:
       other = (index + attempt) % len(self._images)
       try:
         return self._images[other]
-      except files.Unreachable:
+      except paths.Unreachable:
         raise
       except errors.UserError as error:
         fault = "; ".join(error.messages)

@@ -12,9 +12,10 @@ looked for, and what each expects below, stands in `catalog.DATASETS`.
 import pathlib
 import re
 
-from mcjepa_jax.data import files, flow_pairs, image_io
+from mcjepa_jax.data import flow_pairs, image_io
 from mcjepa_jax.data.flow_pairs import FlowPair, FramePairs
 from mcjepa_jax.errors import UserError
+from mcjepa_jax.storage import paths
 
 _CAMERAS = ("left", "right")
 _CHAIRS_SPLIT = "FlyingChairs_train_val.txt"
@@ -32,21 +33,21 @@ _TARTAN = ("TartanAir", "tartanair", "")
 _TRAJECTORIES = ("*/*/P*", "*/*/*/P*")
 _VIPER = ("VIPER", "viper", "")
 
-Frames = tuple[files.Location, list[files.Location]]
+Frames = tuple[paths.Location, list[paths.Location]]
 
 
-def _if_file(path: files.Location) -> files.Location | None:
+def _if_file(path: paths.Location) -> paths.Location | None:
   return path if path.is_file() else None
 
 
-def _next(flow: files.Location, number: str, step: int = 1) -> str:
+def _next(flow: paths.Location, number: str, step: int = 1) -> str:
   """Returns the number `step` frames later, with as many digits."""
   if not re.fullmatch("[0-9]+", number):
     raise UserError(f"{flow}: expected a frame's number, came {number!r}")
   return f"{int(number) + step:0{len(number)}d}"
 
 
-def _subfolders(folder: files.Location, *patterns: str) -> Frames:
+def _subfolders(folder: paths.Location, *patterns: str) -> Frames:
   """Returns the folder and those below it that match a pattern, in order."""
   found = [p for glob in patterns for p in sorted(folder.glob(glob))]
   if not found:
@@ -63,7 +64,7 @@ def flying_chairs(
   the pairs or one folder up: a line a pair, 1 for training, 2 for validation.
   Where there is no such file each is all pairs.
   """
-  folder = files.find(
+  folder = paths.find(
       root, ("FlyingChairs_release/data", "data", ""), "*_img1.ppm"
   )
   names = _stems(folder, r"([0-9]+)_(img1\.ppm|img2\.ppm|flow\.flo)")
@@ -83,13 +84,13 @@ def flying_chairs(
   return flow_pairs.checked(pairs, folder, labels=labels)
 
 
-def _stems(folder: files.Location, pattern: str) -> list[str]:
+def _stems(folder: paths.Location, pattern: str) -> list[str]:
   """Returns the first group of the names that match, each once, in order."""
   found = (re.fullmatch(pattern, name) for name in flow_pairs.listing(folder))
   return sorted({match[1] for match in found if match})
 
 
-def _in_split(path: files.Location, names: list[str], split: str) -> list[str]:
+def _in_split(path: paths.Location, names: list[str], split: str) -> list[str]:
   with image_io.opened(path, "a split file") as (file, size):
     # A digit and a line's end of two bytes; what is longer is another file.
     kinds = file.read(min(size, 3 * len(names) + 4)).split()
@@ -107,7 +108,7 @@ def flying_chairs_2(
 ) -> FramePairs:
   """Returns FlyingChairs2's "train" or "val" pairs, into the future."""
   folder = (
-      files.find(root, ("FlyingChairs2", ""), f"{split}/*-img_0.png") / split
+      paths.find(root, ("FlyingChairs2", ""), f"{split}/*-img_0.png") / split
   )
   pairs = [
       FlowPair(
@@ -136,8 +137,8 @@ def flying_things(
     direction: str = "future",
 ) -> FramePairs:
   """Returns FlyingThings3D's "TRAIN" or "TEST" pairs into the future or past."""
-  folder = files.find(root, _THINGS, f"optical_flow/{split}")
-  images = files.find(folder, _things_passes(render, split), "*")
+  folder = paths.find(root, _THINGS, f"optical_flow/{split}")
+  images = paths.find(folder, _things_passes(render, split), "*")
   suffix = "webp" if images.parent.name.endswith("_webp") else "png"
   into, step = {"future": ("Future", 1), "past": ("Past", -1)}[direction]
   pattern = f"*/*/into_{direction}/{camera}/OpticalFlowInto{into}_*.pfm"
@@ -163,7 +164,7 @@ def flying_things(
 def flying_things_frames(root: image_io.Path, render: str) -> Frames:
   """Returns the folders of FlyingThings3D's training frames, both cameras."""
   passes = _things_passes(render, "TRAIN")
-  folder = files.find(files.find(root, _THINGS, *passes), passes, "*")
+  folder = paths.find(paths.find(root, _THINGS, *passes), passes, "*")
   return _subfolders(folder, *(f"*/*/{camera}" for camera in _CAMERAS))
 
 
@@ -182,7 +183,7 @@ def flying_things_subset(
   tell also without labels which frames are neighbours.
   """
   probe = f"{split}/flow/{cameras[0]}/into_{direction}"
-  folder = files.find(root, ("FlyingThings3D_subset", ""), probe) / split
+  folder = paths.find(root, ("FlyingThings3D_subset", ""), probe) / split
   pairs = []
   for camera in cameras:
     frames = folder / f"image_{render}" / camera
@@ -205,7 +206,7 @@ def flying_things_subset(
 
 def sintel(root: image_io.Path, render: str) -> FramePairs:
   """Returns MPI-Sintel's training scenes in the "clean" or "final" pass."""
-  folder = files.find(root, ("MPI-Sintel/training", "training"), "flow")
+  folder = paths.find(root, ("MPI-Sintel/training", "training"), "flow")
   pairs = []
   for flow in sorted(folder.glob("flow/*/frame_*.flo")):
     scene, number = flow.parent.name, flow.stem.removeprefix("frame_")
@@ -226,13 +227,13 @@ def sintel(root: image_io.Path, render: str) -> FramePairs:
 
 def sintel_frames(root: image_io.Path, split: str, render: str) -> Frames:
   """Returns the scenes of MPI-Sintel's "training" or "test" in one pass."""
-  folder = files.find(root, (f"MPI-Sintel/{split}", split), f"{render}/*")
+  folder = paths.find(root, (f"MPI-Sintel/{split}", split), f"{render}/*")
   return _subfolders(folder / render, "*")
 
 
 def middlebury(root: image_io.Path) -> FramePairs:
   """Returns Middlebury's other-data: frame10, frame11 and flow10."""
-  folder = files.find(root, ("middlebury", ""), "other-gt-flow")
+  folder = paths.find(root, ("middlebury", ""), "other-gt-flow")
   pairs = []
   for flow in sorted(folder.glob("other-gt-flow/*/flow10.flo")):
     frames = folder / "other-data" / flow.parent.name
@@ -249,7 +250,7 @@ def middlebury(root: image_io.Path) -> FramePairs:
 
 def middlebury_frames(root: image_io.Path) -> Frames:
   """Returns the scenes of Middlebury's other-data, as many frames as are there."""
-  folder = files.find(root, ("middlebury", ""), "other-data")
+  folder = paths.find(root, ("middlebury", ""), "other-data")
   return _subfolders(folder / "other-data", "*")
 
 
@@ -260,7 +261,7 @@ def pairs(root: image_io.Path) -> FramePairs:
   it is there, is not black where frame 2 does not show the pixel. All four lie
   in one folder, which may be below `pairs`.
   """
-  folder = files.find(root, ("pairs",), "**/*_flow.*")
+  folder = paths.find(root, ("pairs",), "**/*_flow.*")
   found = []
   for flow in sorted(folder.glob("**/*_flow.*")):
     stem = flow.stem.removesuffix("_flow")
@@ -277,13 +278,13 @@ def pairs(root: image_io.Path) -> FramePairs:
   return flow_pairs.checked(found, folder)
 
 
-def _image(folder: files.Location, stem: str) -> files.Location:
+def _image(folder: paths.Location, stem: str) -> paths.Location:
   """Returns the image file of that stem; that of a .png if there is none."""
   candidates = [folder / f"{stem}{suffix}" for suffix in image_io.SUFFIXES]
   return next((path for path in candidates if path.is_file()), candidates[0])
 
 
-def _kitti_images(folder: files.Location, year: str) -> files.Location:
+def _kitti_images(folder: paths.Location, year: str) -> paths.Location:
   names = _KITTI[year][1]
   for name in names:
     if (folder / name).is_dir():
@@ -306,7 +307,7 @@ def kitti(
 
   With `truth="flow_noc"` only what both frames see is valid.
   """
-  folder = files.find(root, _kitti_places(year, "", "training"), truth)
+  folder = paths.find(root, _kitti_places(year, "", "training"), truth)
   frames = _kitti_images(folder, year)
   pairs = [
       FlowPair(
@@ -329,14 +330,14 @@ def kitti_frames(
   With `multiview` they are of the multi-view extension.
   """
   part = "_multiview" if multiview else ""
-  folder = files.find(root, _kitti_places(year, part, split), "*_[02]")
+  folder = paths.find(root, _kitti_places(year, part, split), "*_[02]")
   frames = _kitti_images(folder, year)
   return frames, [frames]
 
 
 def hd1k(root: image_io.Path) -> FramePairs:
   """Returns HD1K: each frame with the next one of its sequence."""
-  folder = files.find(root, _HD1K, "hd1k_flow_gt/flow_occ")
+  folder = paths.find(root, _HD1K, "hd1k_flow_gt/flow_occ")
   frames = folder / "hd1k_input" / "image_2"
   names = sorted(
       n for n in flow_pairs.listing(frames) if re.fullmatch(r"\d+_\d+.png", n)
@@ -359,7 +360,7 @@ def hd1k(root: image_io.Path) -> FramePairs:
 
 def hd1k_frames(root: image_io.Path, part: str) -> Frames:
   """Returns the frames of "hd1k_input" (training) or "hd1k_challenge" (test)."""
-  folder = files.find(root, _HD1K, f"{part}/image_2") / part
+  folder = paths.find(root, _HD1K, f"{part}/image_2") / part
   return _subfolders(folder, "image_2")
 
 
@@ -374,7 +375,7 @@ def spring(
   all four, which its evaluation reads. The match map, at the frames' size, is
   not black where a pixel has no match, hidden or out of the frame.
   """
-  folder = files.find(root, _SPRING, "train/*/frame_left") / "train"
+  folder = paths.find(root, _SPRING, "train/*/frame_left") / "train"
   code, step = {"future": ("FW", 1), "past": ("BW", -1)}[direction]
   kind = f"flow_{code}_{camera}"
   pairs = []
@@ -399,7 +400,7 @@ def spring(
 
 def spring_frames(root: image_io.Path, split: str) -> Frames:
   """Returns the scenes of Spring's "train" or "test", of both cameras."""
-  folder = files.find(root, _SPRING, f"{split}/*/frame_left") / split
+  folder = paths.find(root, _SPRING, f"{split}/*/frame_left") / split
   return _subfolders(folder, *(f"*/frame_{camera}" for camera in _CAMERAS))
 
 
@@ -409,7 +410,7 @@ def tartanair(root: image_io.Path) -> FramePairs:
   The mask marks what is occluded, leaves the picture or moves by itself, whose
   flow is wrong, as one; so `visible` is not told apart.
   """
-  folder = files.find(
+  folder = paths.find(
       root, _TARTAN, *(f"{t}/image_left" for t in _TRAJECTORIES)
   )
   pairs = []
@@ -432,7 +433,7 @@ def tartanair(root: image_io.Path) -> FramePairs:
 
 def tartanair_frames(root: image_io.Path) -> Frames:
   """Returns TartanAir's trajectories, of both cameras."""
-  folder = files.find(
+  folder = paths.find(
       root, _TARTAN, *(f"{t}/image_left" for t in _TRAJECTORIES)
   )
   return _subfolders(folder, *(f"{t}/image_*" for t in _TRAJECTORIES))
@@ -440,7 +441,7 @@ def tartanair_frames(root: image_io.Path) -> Frames:
 
 def viper(root: image_io.Path, split: str) -> FramePairs:
   """Returns VIPER's "train" or "val" pairs, each frame with the next."""
-  folder = files.find(root, _VIPER, f"{split}/flow") / split
+  folder = paths.find(root, _VIPER, f"{split}/flow") / split
   pairs = []
   for scene in sorted((folder / "flow").glob("*")):
     frames = folder / "img" / scene.name
@@ -464,5 +465,5 @@ def viper(root: image_io.Path, split: str) -> FramePairs:
 
 def viper_frames(root: image_io.Path, split: str) -> Frames:
   """Returns the sequences of VIPER's "train", "val" or "test" frames."""
-  folder = files.find(root, _VIPER, f"{split}/img") / split
+  folder = paths.find(root, _VIPER, f"{split}/img") / split
   return _subfolders(folder / "img", "*")

@@ -16,8 +16,9 @@ import pathlib
 
 import numpy as np
 
-from mcjepa_jax.data import files, flow_io, image_io
+from mcjepa_jax.data import flow_io, image_io
 from mcjepa_jax.errors import UserError
+from mcjepa_jax.storage import paths
 
 # As many faults of one folder as a reader wants to see at once.
 _MAX_FAULTS = 10
@@ -123,7 +124,7 @@ def _read_mask(
 
 
 def checked(
-    pairs: list[FlowPair], folder: files.Location, *, labels: bool = True
+    pairs: list[FlowPair], folder: paths.Location, *, labels: bool = True
 ) -> FramePairs:
   """Returns the set, once every file that it must have is known to exist."""
   if not pairs:
@@ -134,7 +135,7 @@ def checked(
   faults = []
   for pair in pairs:
     for path in (pair.frame_1, pair.frame_2) + (pair.flow,) * labels:
-      parent, name = files.split(path)
+      parent, name = paths.split(path)
       # One listing of a folder costs less than a look at each of its files.
       if parent not in listings:
         listings[parent] = listing(parent)
@@ -150,7 +151,7 @@ def checked(
 def listing(folder: image_io.Path) -> set[str]:
   """Returns the names in a folder; none where it is not there."""
   try:
-    return set(files.names(folder))
+    return set(paths.names(folder))
   except FileNotFoundError:
     return set()
   except OSError as error:

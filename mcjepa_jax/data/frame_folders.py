@@ -11,8 +11,9 @@ from jaxtyping import UInt8
 import numpy as np
 import tqdm
 
-from mcjepa_jax.data import files, image_io, video
+from mcjepa_jax.data import image_io, video
 from mcjepa_jax.errors import UserError
+from mcjepa_jax.storage import paths
 
 # Grey levels by which a frame that nobody can see differs from its neighbour.
 _UNKNOWN = np.uint8(4)
@@ -22,7 +23,7 @@ class FolderFrames:
   """A sequence of image files in one folder, in order."""
 
   def __init__(self, folder: image_io.Path, names: Sequence[str], name: str):
-    self.folder = files.path(folder)
+    self.folder = paths.path(folder)
     self.name = name
     self._names = tuple(names)
 
@@ -71,7 +72,7 @@ class FolderFrames:
       return video.thumbnail(
           image_io.read_image(path, min_side=video.THUMBNAIL)
       )
-    except files.Unreachable:
+    except paths.Unreachable:
       raise
     except UserError:
       return None
@@ -104,10 +105,10 @@ def frame_folders(
   `folders` are all that is looked at below `root`; a name whose stem is the
   regular expression `leave_out` counts as missing.
   """
-  root = files.path(root)
+  root = paths.path(root)
   sequences = []
-  for top in (files.listed(root),) if folders is None else folders:
-    for folder, below, names in files.walk(top, _cannot_list):
+  for top in (paths.listed(root),) if folders is None else folders:
+    for folder, below, names in paths.walk(top, _cannot_list):
       below[:] = sorted((f for f in below if f[0] != "."), key=video.natural)
       place = folder.relative_to(root).as_posix()
       for run in _runs(names, leave_out):

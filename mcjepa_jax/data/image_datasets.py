@@ -15,8 +15,9 @@ import zipfile
 from jaxtyping import Int32
 import numpy as np
 
-from mcjepa_jax.data import files, image_io
+from mcjepa_jax.data import image_io
 from mcjepa_jax.errors import UserError
+from mcjepa_jax.storage import paths
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".ppm", ".bmp")
 
@@ -63,7 +64,7 @@ def find_images(root: image_io.Path) -> Listing:
   Where all lie in root/CLASS, the sorted classes are their labels; of any other
   tree the images have none. Hidden files and folders are left out.
   """
-  root = files.listed(files.path(root))
+  root = paths.listed(paths.path(root))
   names, links, seen, top = [], [], set(), None
   waiting = [""]
   while waiting:
@@ -86,10 +87,10 @@ def find_images(root: image_io.Path) -> Listing:
 
 
 def _entries(
-    folder: files.Location, seen: set[tuple[int, int]]
+    folder: paths.Location, seen: set[tuple[int, int]]
 ) -> tuple[list[str], list[str], list[str]]:
   """Returns the sorted names of images, of folders, and of links among them."""
-  if isinstance(folder, files.Remote):
+  if isinstance(folder, paths.Remote):
     _, folders, images = next(folder.walk())
     images = [name for name in images if name.lower().endswith(SUFFIXES)]
     folders, images = (
@@ -134,7 +135,7 @@ class ImageFolder:
   """
 
   def __init__(self, root: image_io.Path, *, min_side: int | None = None):
-    self.root = files.path(root)
+    self.root = paths.path(root)
     self.min_side = min_side
     listing = find_images(self.root)
     self.classes = listing.classes
@@ -200,7 +201,7 @@ class BinaryImages:
       classes: Sequence[str] = (),
       labels: Int32[np.ndarray, " n"] | None = None,
   ):
-    self.files = [files.path(path) for path in image_paths]
+    self.files = [paths.path(path) for path in image_paths]
     self.classes = list(classes)
     self._side = side
     self._by_column = by_column
@@ -259,7 +260,7 @@ def cifar10_binary(folder: image_io.Path, split: str) -> BinaryImages:
 
   The labels are not sorted (cs.toronto.edu/~kriz/cifar.html, binary version).
   """
-  folder = files.path(folder)
+  folder = paths.path(folder)
   names = {
       "train": [f"data_batch_{number}.bin" for number in range(1, 6)],
       "test": ["test_batch.bin"],
@@ -276,7 +277,7 @@ def stl10_binary(folder: image_io.Path, split: str) -> BinaryImages:
 
   Columns come first, labels run from 1 (cs.stanford.edu/~acoates/stl10).
   """
-  folder = files.path(folder)
+  folder = paths.path(folder)
   classes, labels = [], None
   if split != "unlabeled":
     classes = _class_names(folder / "class_names.txt")
@@ -298,7 +299,7 @@ def stl10_binary(folder: image_io.Path, split: str) -> BinaryImages:
   )
 
 
-def _class_names(path: files.Location) -> list[str]:
+def _class_names(path: paths.Location) -> list[str]:
   """Returns the lines of a text file that are not empty."""
   with image_io.opened(path, "a name of a class on each line") as (file, size):
     text = file.read(_MAX_META).decode("utf-8", "replace")
@@ -319,7 +320,7 @@ class NpzImages:
   """
 
   def __init__(self, path: image_io.Path):
-    self.path = files.path(path)
+    self.path = paths.path(path)
     members = _npz_members(self.path, ("data", "offsets", "labels", "classes"))
     self._data, data_size = _npy_place(self.path, members["data"])
     self._offsets = _load(self.path, members["offsets"], "iu", np.int64)
@@ -373,12 +374,12 @@ def _summary(values: np.ndarray) -> str:
   return f"{values.size} of them, {values.min()} to {values.max()}"
 
 
-def _opened_npz(path: files.Location):
+def _opened_npz(path: paths.Location):
   return image_io.opened(path, "an .npz file", again=True)
 
 
 def _npz_members(
-    path: files.Location, names: tuple[str, ...]
+    path: paths.Location, names: tuple[str, ...]
 ) -> dict[str, tuple[int, int]]:
   """Returns (offset, size) of each member's .npy bytes within the file.
 
@@ -422,7 +423,7 @@ def _npz_members(
 
 
 def _npy_header(
-    path: files.Location, member: tuple[int, int]
+    path: paths.Location, member: tuple[int, int]
 ) -> tuple[int, int, np.dtype]:
   """Returns (offset, length, dtype) of a member's one-dimensional array."""
   start, size = member
@@ -453,7 +454,7 @@ def _npy_header(
 
 
 def _npy_place(
-    path: files.Location, member: tuple[int, int]
+    path: paths.Location, member: tuple[int, int]
 ) -> tuple[int, int]:
   """Returns (offset, length) of a member that must be bytes."""
   offset, length, dtype = _npy_header(path, member)
@@ -463,7 +464,7 @@ def _npy_place(
 
 
 def _load(
-    path: files.Location, member: tuple[int, int], kinds: str, dtype: type
+    path: paths.Location, member: tuple[int, int], kinds: str, dtype: type
 ) -> np.ndarray:
   """Returns a member as an array of `dtype`; `kinds` as in np.dtype.kind."""
   offset, length, came = _npy_header(path, member)

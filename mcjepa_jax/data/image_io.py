@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 import simplejpeg
 
-from mcjepa_jax.data import files
 from mcjepa_jax.errors import UserError
+from mcjepa_jax.storage import paths
 
 # `max_pixels` stands in its place, with one error and no warning before it.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -61,7 +61,7 @@ def opened(path: Path, wanted: str, *, again: bool = False):
   A file that will be opened `again` is copied once where it is remote.
   """
   try:
-    place, is_spare = files.copied(path, again=again)
+    place, is_spare = paths.copied(path, again=again)
     # A pipe would block at open, so the kind is looked at first.
     if not stat.S_ISREG(os.stat(place).st_mode):
       raise UserError(f"{path}: expected {wanted}, came no regular file")
@@ -81,7 +81,7 @@ def opened(path: Path, wanted: str, *, again: bool = False):
 
 def file_size(path: Path, wanted: str) -> int:
   """Returns the size of a regular file; a remote one's as it is listed."""
-  if not isinstance(path, files.Remote):
+  if not isinstance(path, paths.Remote):
     with opened(path, wanted) as (_, size):
       return size
   try:

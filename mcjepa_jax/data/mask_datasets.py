@@ -17,8 +17,9 @@ from jaxtyping import UInt8
 import numpy as np
 from PIL import Image
 
-from mcjepa_jax.data import files, image_io
+from mcjepa_jax.data import image_io
 from mcjepa_jax.errors import UserError
+from mcjepa_jax.storage import paths
 
 _VOID = 255
 _MAX_FAULTS = 10  # of one sequence that are told
@@ -37,8 +38,8 @@ class MaskSequence:
   """One sequence: its files, and the objects that are followed in it."""
 
   name: str
-  frames: tuple[files.Location, ...]
-  masks: tuple[files.Location | None, ...]  # None: the frame is not annotated
+  frames: tuple[paths.Location, ...]
+  masks: tuple[paths.Location | None, ...]  # None: the frame is not annotated
   size: tuple[int, int]  # (h, w) of every frame and mask
   objects: tuple[int, ...] = ()  # labels, each of which may begin at any frame
   merged: bool = False  # all objects are one, with label 1
@@ -71,7 +72,7 @@ class MaskSequence:
         )
     return (labels > 0).astype(np.uint8) if self.merged else labels
 
-  def _expect_size(self, path: files.Location, came: tuple[int, int]) -> None:
+  def _expect_size(self, path: paths.Location, came: tuple[int, int]) -> None:
     if came != self.size:
       raise UserError(
           f"{path}: expected {self.size[1]}x{self.size[0]}, the size of"
@@ -103,7 +104,7 @@ class MaskSequences:
 
   def __init__(
       self,
-      folder: files.Location,
+      folder: paths.Location,
       resolution: str,
       objects: Mapping[str, tuple[int, ...] | None],
       *,
@@ -192,7 +193,7 @@ def davis(root: image_io.Path, year: str) -> MaskSequences:
 
   In 2016 all the objects of a frame are one foreground.
   """
-  folder = files.find(root, ("DAVIS", ""), "JPEGImages/480p")
+  folder = paths.find(root, ("DAVIS", ""), "JPEGImages/480p")
   if (folder / "ImageSets").is_dir():
     lists = [folder / name for name in _DAVIS_LISTS[year]]
     found = [path for path in lists if path.is_file()]
@@ -215,10 +216,10 @@ def youtube_vos(root: image_io.Path) -> MaskSequences:
   Sequences and objects are those of meta.json; an object may begin later than
   its sequence (github.com/ychfan/youtube-vos.org, _pages/dataset/vos.md).
   """
-  folder = files.find(root, ("youtube_vos/train", "train", ""), "meta.json")
+  folder = paths.find(root, ("youtube_vos/train", "train", ""), "meta.json")
   objects = _meta(folder / "meta.json")
   # One listing tells now what else the last of thousands would tell.
-  there = set(files.visible(folder / "JPEGImages", "videos"))
+  there = set(paths.visible(folder / "JPEGImages", "videos"))
   missing = [name for name in objects if name not in there]
   if missing:
     raise UserError(
@@ -282,13 +283,13 @@ def _expect_labels(path: image_io.Path, image: Image.Image, size: int) -> None:
     )
 
 
-def _frame_size(path: files.Location) -> tuple[int, int]:
+def _frame_size(path: paths.Location) -> tuple[int, int]:
   """Returns (h, w) as a frame's head has it."""
   with image_io.opened(path, "a frame") as (file, _):
     return _head(path, file, "JPEG").size[::-1]
 
 
-def _mask_size(path: files.Location) -> tuple[int, int]:
+def _mask_size(path: paths.Location) -> tuple[int, int]:
   """Returns (h, w) as a mask's head has it."""
   with image_io.opened(path, "a mask") as (file, size):
     image = _head(path, file, "PNG")
@@ -296,15 +297,15 @@ def _mask_size(path: files.Location) -> tuple[int, int]:
     return image.size[::-1]
 
 
-def _frames(folder: files.Location) -> dict[str, files.Location]:
+def _frames(folder: paths.Location) -> dict[str, paths.Location]:
   return _files(folder, (".jpg", ".jpeg"), "frames")
 
 
 def _files(
-    folder: files.Location, suffixes: tuple[str, ...], wanted: str
-) -> dict[str, files.Location]:
+    folder: paths.Location, suffixes: tuple[str, ...], wanted: str
+) -> dict[str, paths.Location]:
   """Returns the files of a folder by their names without suffix, in order."""
-  listed = [folder / name for name in files.visible(folder, wanted)]
+  listed = [folder / name for name in paths.visible(folder, wanted)]
   found = {p.stem: p for p in listed if p.suffix.lower() in suffixes}
   if not found:
     raise UserError(
@@ -313,15 +314,15 @@ def _files(
   return found
 
 
-def _subfolders(folder: files.Location) -> list[str]:
-  names = files.visible(folder, "sequences")
+def _subfolders(folder: paths.Location) -> list[str]:
+  names = paths.visible(folder, "sequences")
   names = [name for name in names if (folder / name).is_dir()]
   if not names:
     raise UserError(f"{folder}: expected folders of frames, came none")
   return names
 
 
-def _expect_name(path: files.Location, name: str) -> str:
+def _expect_name(path: paths.Location, name: str) -> str:
   """Returns the name of a sequence, which can lead nowhere but into a folder."""
   if not name or name.startswith(".") or set(name) & set("/\\\0"):
     raise UserError(
@@ -331,7 +332,7 @@ def _expect_name(path: files.Location, name: str) -> str:
   return name
 
 
-def _listed(path: files.Location) -> list[str]:
+def _listed(path: paths.Location) -> list[str]:
   """Returns the sequences of a split's list, each once."""
   wanted = "a list of sequences"
   with image_io.opened(path, wanted) as (file, size):
@@ -349,7 +350,7 @@ def _listed(path: files.Location) -> list[str]:
   return list(dict.fromkeys(names))
 
 
-def _meta(path: files.Location) -> dict[str, tuple[int, ...]]:
+def _meta(path: paths.Location) -> dict[str, tuple[int, ...]]:
   """Returns the labels of each sequence of YouTube-VOS's meta.json."""
   with image_io.opened(path, "YouTube-VOS's meta.json") as (file, size):
     if size > _MAX_META:

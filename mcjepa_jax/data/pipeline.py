@@ -26,9 +26,10 @@ from typing import Any
 import grain
 import numpy as np
 
-from mcjepa_jax.data import crops, files, handover, transforms
+from mcjepa_jax.data import crops, handover, transforms
 from mcjepa_jax.data.feed import Part, Stream
 from mcjepa_jax.errors import UserError
+from mcjepa_jax.storage import paths
 
 # Records that are tried in the place of one that cannot be read, and how far one
 # lies from the next: damage comes in runs. A prime, so that all are reached.
@@ -133,7 +134,7 @@ class _Cut:
       try:
         images, replaced = self.source.read(other)
         images = self.source.transform(*images, rng)
-      except files.Unreachable:
+      except paths.Unreachable:
         raise  # of no other record either, and no fault of this one
       except UserError as error:
         faults.append((record, "; ".join(error.messages)))

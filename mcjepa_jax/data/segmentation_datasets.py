@@ -17,9 +17,10 @@ from jaxtyping import UInt8
 import numpy as np
 from PIL import Image
 
-from mcjepa_jax.data import files, image_io
+from mcjepa_jax.data import image_io
 from mcjepa_jax.data.crops import VOID
 from mcjepa_jax.errors import UserError
+from mcjepa_jax.storage import paths
 
 _IMAGES = (".jpg", ".jpeg", ".png")
 _MAX_FAULTS = 10  # of one folder that are told
@@ -113,7 +114,7 @@ class SegmentationSet:
       classes: Sequence[str],
       coding: Coding,
   ):
-    self.root = files.path(root)
+    self.root = paths.path(root)
     self.classes = tuple(classes)
     # Arrays, for the reason that image_datasets.Names gives.
     self._images = np.array([pair.image for pair in pairs])
@@ -221,17 +222,17 @@ def read_label_map(
   return labels
 
 
-def _stems(folder: files.Location, suffixes: Iterable[str]) -> dict[str, str]:
+def _stems(folder: paths.Location, suffixes: Iterable[str]) -> dict[str, str]:
   """Returns a folder's files by their names without a suffix, sorted."""
   return {
       name[: -len(suffix)]: name
-      for name in files.visible(folder, "files")
+      for name in paths.visible(folder, "files")
       for suffix in suffixes
       if name.endswith(suffix)
   }
 
 
-def _expect(missing: Iterable[str], folder: files.Location, what: str) -> None:
+def _expect(missing: Iterable[str], folder: paths.Location, what: str) -> None:
   faults = [
       f"{folder / name}: not found; expected {what}"
       for name in sorted(missing)[:_MAX_FAULTS]
@@ -241,7 +242,7 @@ def _expect(missing: Iterable[str], folder: files.Location, what: str) -> None:
 
 
 def _folder_pairs(
-    root: files.Location,
+    root: paths.Location,
     images: str,
     labels: str,
     *,
@@ -267,7 +268,7 @@ def _folder_pairs(
   ]
 
 
-def _split(path: files.Location) -> list[str]:
+def _split(path: paths.Location) -> list[str]:
   """Returns the names that a split's list holds, one a line."""
   with image_io.opened(path, "a name on each line") as (file, size):
     lines = file.read(_MAX_LIST).decode("utf-8", "replace").split("\n")
@@ -288,9 +289,9 @@ def voc_2012(root: image_io.Path, *, augmented: bool = False) -> Parts:
   border is void, is taken where there is one
   (github.com/open-mmlab/mmsegmentation, tools/convert_datasets/voc_aug.py).
   """
-  root = files.find(root, ("VOCdevkit/VOC2012", "VOC2012"), "JPEGImages")
-  images = set(files.visible(root / "JPEGImages", "files"))
-  own = set(files.visible(root / "SegmentationClass", "files"))
+  root = paths.find(root, ("VOCdevkit/VOC2012", "VOC2012"), "JPEGImages")
+  images = set(paths.visible(root / "JPEGImages", "files"))
+  own = set(paths.visible(root / "SegmentationClass", "files"))
 
   def part(split, extra):
     names = _split(root / "ImageSets" / "Segmentation" / f"{split}.txt")
@@ -298,7 +299,7 @@ def voc_2012(root: image_io.Path, *, augmented: bool = False) -> Parts:
     _expect(jpegs - images, root / "JPEGImages", f"an image of {split}.txt")
     needed = {f"{name}.png" for name in names} - own
     folder = "SegmentationClassAug" if extra else "SegmentationClass"
-    present = set(files.visible(root / folder, "files")) if extra else own
+    present = set(paths.visible(root / folder, "files")) if extra else own
     _expect(needed - present, root / folder, f"a label map of {split}.txt")
     pairs = [
         Pair(
@@ -318,11 +319,11 @@ def voc_2012(root: image_io.Path, *, augmented: bool = False) -> Parts:
 
 def cityscapes(root: image_io.Path) -> Parts:
   """Returns train and val; label ids, or train ids where only those lie."""
-  root = files.find(root, ("cityscapes", ""), "leftImg8bit")
+  root = paths.find(root, ("cityscapes", ""), "leftImg8bit")
 
   def part(split):
     suffix, coding = "_gtFine_labelIds.png", _CITYSCAPES_IDS
-    cities = files.visible(root / "leftImg8bit" / split, "files")
+    cities = paths.visible(root / "leftImg8bit" / split, "files")
     if cities and not _stems(root / "gtFine" / split / cities[0], (suffix,)):
       suffix, coding = "_gtFine_labelTrainIds.png", _CITYSCAPES_TRAIN_IDS
     pairs = [
@@ -345,7 +346,7 @@ def cityscapes(root: image_io.Path) -> Parts:
 
 def ade20k(root: image_io.Path) -> Parts:
   """Returns training and validation of the scene parsing benchmark."""
-  root = files.find(root, ("ADEChallengeData2016",), "images/validation")
+  root = paths.find(root, ("ADEChallengeData2016",), "images/validation")
   return Parts(
       *(
           SegmentationSet(
@@ -364,7 +365,7 @@ def ade20k_sample(root: image_io.Path) -> Parts:
 
   How far a head fits them is known, so that an eval can be tried on them.
   """
-  root = files.find(root, ("ADE20K",), "images")
+  root = paths.find(root, ("ADE20K",), "images")
   pairs = _folder_pairs(root, "images", "annotations")
   sample = SegmentationSet(root, pairs, ADE20K_CLASSES, _ADE20K)
   return Parts(sample, sample)
@@ -372,7 +373,7 @@ def ade20k_sample(root: image_io.Path) -> Parts:
 
 def camvid(root: image_io.Path, *, test: str = "test") -> Parts:
   """Returns train and test, or train and val, of SegNet's CamVid."""
-  root = files.find(root, ("CamVid",), "train")
+  root = paths.find(root, ("CamVid",), "train")
   return Parts(
       *(
           SegmentationSet(

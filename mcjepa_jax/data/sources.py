@@ -16,7 +16,6 @@ from mcjepa_jax import errors
 from mcjepa_jax.data import (
     array_records,
     cutouts,
-    files,
     flow_datasets,
     frame_folders,
     image_datasets,
@@ -25,6 +24,7 @@ from mcjepa_jax.data import (
     synthetic,
     video,
 )
+from mcjepa_jax.storage import paths
 
 # A training run never sees all: an epoch is longer than the quickstart.
 _TRAIN_PAIRS = 1_000_000
@@ -87,7 +87,7 @@ def sized(
 
 def motion(
     name: str,
-    root: str | files.Location,
+    root: str | paths.Location,
     *,
     seed: int,
     size: tuple[int, int],
@@ -105,7 +105,7 @@ def motion(
 
 def _motion_table(
     seed: int, size: tuple[int, int], gaps: tuple[int, int]
-) -> dict[str, Callable[[files.Location], Any]]:
+) -> dict[str, Callable[[paths.Location], Any]]:
 
   def sequences(find, *args, leave_out="", **options):
     def make(root):
@@ -176,7 +176,7 @@ def _motion_table(
 
 
 def images(
-    name: str, root: str | files.Location, *, seed: int, size: int
+    name: str, root: str | paths.Location, *, seed: int, size: int
 ) -> Any:
   """The images of a training source: {image}, labels never read.
 
@@ -223,7 +223,7 @@ def images(
   return make(_root(root, name))
 
 
-def _tfds(folder: files.Location, split: str) -> array_records.TfdsImages:
+def _tfds(folder: paths.Location, split: str) -> array_records.TfdsImages:
   """A split of the one version of a set that tfds has prepared."""
   found = sorted(folder.glob("*/dataset_info.json"))
   if len(found) != 1:
@@ -237,7 +237,7 @@ def _tfds(folder: files.Location, split: str) -> array_records.TfdsImages:
 
 def flow_pairs(
     name: str,
-    root: str | files.Location,
+    root: str | paths.Location,
     *,
     seed: int,
     size: tuple[int, int],
@@ -303,7 +303,7 @@ def flow_pairs(
 
 def labelled(
     name: str,
-    root: str | files.Location,
+    root: str | paths.Location,
     *,
     seed: int,
     size: int,
@@ -362,7 +362,7 @@ def labelled(
 
 
 def segmentation(
-    name: str, root: str | files.Location
+    name: str, root: str | paths.Location
 ) -> segmentation_datasets.Parts:
   """The parts of a set with label maps: {image, labels}, to train and to test."""
   sets, only = segmentation_datasets, functools.partial
@@ -380,7 +380,7 @@ def segmentation(
 
 
 def mask_sequences(
-    name: str, root: str | files.Location
+    name: str, root: str | paths.Location
 ) -> mask_datasets.MaskSequences:
   """A set of sequences with masks of their objects."""
   davis = mask_datasets.davis
@@ -434,7 +434,7 @@ def label_parts(name: str) -> tuple[str, ...]:
 
 def labelled_split(
     name: str,
-    root: str | files.Location,
+    root: str | paths.Location,
     *,
     seed: int,
     eval_seed: int,
@@ -486,7 +486,7 @@ def train_pairs(seed: int, size: tuple[int, int], count: int) -> Any:
 
 
 def _cutouts(
-    root: files.Location, seed: int, size: tuple[int, int], count: int
+    root: paths.Location, seed: int, size: tuple[int, int], count: int
 ) -> cutouts.Pairs:
   """Scenes out of root/images: other seeds share photographs, but no motion."""
   photographs = image_datasets.ImageFolder(
@@ -505,12 +505,12 @@ def held_out_seed(eval_seed: int) -> int:
   return 2 * eval_seed + 1
 
 
-def data_root(folder: str, cache: str) -> str | files.Location:
+def data_root(folder: str, cache: str) -> str | paths.Location:
   """A config's data_root, as all sources here take it; "" where it is empty."""
-  return files.path(folder, cache) if folder else ""
+  return paths.path(folder, cache) if folder else ""
 
 
-def _root(root: str | files.Location, name: str) -> files.Location:
+def _root(root: str | paths.Location, name: str) -> paths.Location:
   if name != "synthetic" and not root:
     raise errors.UserError(
         f"data_root: expected the folder that holds {name!r}, got nothing;"
@@ -518,4 +518,4 @@ def _root(root: str | files.Location, name: str) -> files.Location:
     )
   if name == "synthetic":
     return pathlib.Path()  # read by nothing
-  return files.require(files.path(root), "data_root")
+  return paths.require(paths.path(root), "data_root")

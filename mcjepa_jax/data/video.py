@@ -28,8 +28,9 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 import tqdm
 
-from mcjepa_jax.data import files, image_io
+from mcjepa_jax.data import image_io
 from mcjepa_jax.errors import UserError
+from mcjepa_jax.storage import paths
 
 # FFmpeg complains to stderr, beside the one error that follows; it reads this
 # at its first video.
@@ -94,11 +95,11 @@ class VideoFrames:
       progress: bool = True,
       name: str | None = None,
   ):
-    self.path = files.path(path)
+    self.path = paths.path(path)
     self.name = name or self.path.name
     max_bytes = default_max_bytes() if max_bytes is None else max_bytes
     cache = pathlib.Path(cache_dir or default_cache_dir())
-    if isinstance(self.path, files.Remote):
+    if isinstance(self.path, paths.Remote):
       image_io.file_size(self.path, "a video")  # names a missing one
       place = self.path
     else:
@@ -153,7 +154,7 @@ class VideoFrames:
 
   def _decode(self, max_side: int, max_bytes: int, progress: bool) -> None:
     cache = self._frames.parent
-    if isinstance(self.path, files.Remote):
+    if isinstance(self.path, paths.Remote):
       _check_container(self.path)
     try:
       cache.mkdir(parents=True, exist_ok=True)
@@ -192,7 +193,7 @@ class VideoFrames:
 
 
 def _over_limit(
-    path: files.Location, shape: tuple[int, ...], limit: int
+    path: paths.Location, shape: tuple[int, ...], limit: int
 ) -> UserError:
   count, height, width, _ = shape
   return UserError(
@@ -221,7 +222,7 @@ def thumbnail(frame: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "s s 3"]:
   return cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
 
 
-def _check_container(path: files.Location) -> None:
+def _check_container(path: paths.Location) -> None:
   """Raises unless the file is a whole MP4, MOV, AVI, MKV or WebM.
 
   The decoder takes a cut file for a shorter video, and follows a play list,
@@ -259,7 +260,7 @@ def _check_container(path: files.Location) -> None:
 
 
 def _check_samples(
-    path: files.Location,
+    path: paths.Location,
     file: IO[bytes],
     start: int,
     end: int,
@@ -321,13 +322,13 @@ def _ebml_length(head: bytes, left: int) -> int:
 
 
 def _decoded(
-    path: files.Location, max_side: int, progress: bool
+    path: paths.Location, max_side: int, progress: bool
 ) -> Iterable[UInt8[np.ndarray, "h w 3"]]:
   """Yields the RGB frames of a video, at most `max_side` long."""
   log_level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
   try:
     # "concat:a|b" is a protocol to FFmpeg; an absolute path never is.
-    place = pathlib.Path(files.local(path)).resolve()
+    place = pathlib.Path(paths.local(path)).resolve()
     video = cv2.VideoCapture(str(place), cv2.CAP_FFMPEG)
   except cv2.error as error:
     raise UserError(f"{path}: expected a video, came: {error}") from error
@@ -469,10 +470,10 @@ def videos(
 ) -> list[VideoFrames]:
   """Returns the video, or all videos in a folder; `max_bytes` is for them all."""
   max_bytes = default_max_bytes() if max_bytes is None else max_bytes
-  path = files.path(path)
+  path = paths.path(path)
   videos, root = [path], path.parent
   if path.is_dir():
-    root = files.listed(path)
+    root = paths.listed(path)
     found = (f for f in path.rglob("[!.]*") if f.is_file())
     found = (f for f in found if f.suffix.lower() in VIDEO_SUFFIXES)
     videos = sorted(found, key=natural)
@@ -484,7 +485,7 @@ def videos(
   for file in videos:
     try:
       # A remote one is looked at when it is copied, to be decoded.
-      if not isinstance(file, files.Remote):
+      if not isinstance(file, paths.Remote):
         _check_container(file)
     except UserError as error:
       faults.extend(error.messages)

@@ -26,8 +26,8 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
 
-from mcjepa_jax.data import files
 from mcjepa_jax.errors import Passing, UserError
+from mcjepa_jax.storage import paths
 
 _FOLDER = "checkpoints"
 _SHOWN = 4
@@ -49,7 +49,7 @@ _policies = ocp.checkpoint_managers
 def _absolute(path: str | os.PathLike) -> epath.Path:
   text = os.fspath(path)
   if "://" in text:
-    files.prepare(text)
+    paths.prepare(text)
     return epath.Path(text)
   return epath.Path(os.path.abspath(text))
 

@@ -16,7 +16,7 @@ import tempfile
 import time
 
 from mcjepa_jax import errors
-from mcjepa_jax.data import files
+from mcjepa_jax.storage import paths
 
 _CHECKPOINTS = "checkpoints"
 DUMPS = "dumps"  # in it, of steps that were not finite
@@ -45,7 +45,7 @@ class _Mirrored(Folder):
 
   refusal = errors.Passing
 
-  def __init__(self, local: pathlib.Path, remote: files.Remote):
+  def __init__(self, local: pathlib.Path, remote: paths.Remote):
     super().__init__(local, str(remote))
     self._remote = remote
     self._sent: dict[pathlib.Path, tuple[int, int]] = {}
@@ -53,7 +53,7 @@ class _Mirrored(Folder):
     self.push()
 
   def _pull(self) -> None:
-    files.forget_below(self._remote)
+    paths.forget_below(self._remote)
     for folder, below, names in self._remote.walk():
       if folder == self._remote:
         if (below or names) and not {_MARKER, CONFIG} & set(names):
@@ -88,7 +88,7 @@ class _Mirrored(Folder):
       try:
         # What is appended meanwhile comes next time.
         shutil.copyfile(path, part)
-        files.put(
+        paths.put(
             pathlib.Path(part),
             self._remote.joinpath(*path.relative_to(self.local).parts),
         )
@@ -97,9 +97,9 @@ class _Mirrored(Folder):
       self._sent[path] = version
 
 
-def _fetch(file: files.Remote, target: pathlib.Path) -> None:
+def _fetch(file: paths.Remote, target: pathlib.Path) -> None:
   target.parent.mkdir(parents=True, exist_ok=True)
-  copy, spare = files.copied(file)
+  copy, spare = paths.copied(file)
   (shutil.move if spare else shutil.copyfile)(copy, target)
 
 
@@ -110,8 +110,8 @@ def fetched(address: str | os.PathLike) -> Iterator[pathlib.Path]:
   Raises:
     UserError: a bucket that cannot be read.
   """
-  place = files.path(address)
-  if not isinstance(place, files.Remote):
+  place = paths.path(address)
+  if not isinstance(place, paths.Remote):
     yield place
     return
   with tempfile.TemporaryDirectory(prefix="mcjepa_dump_") as local:
@@ -136,8 +136,8 @@ def opened(workdir: str | os.PathLike) -> Iterator[Folder]:
   Raises:
     UserError: a bucket that cannot be read or written.
   """
-  place = files.path(workdir)
-  if not isinstance(place, files.Remote):
+  place = paths.path(workdir)
+  if not isinstance(place, paths.Remote):
     yield Folder(place, place)
     return
   if place.scheme != "gs":
