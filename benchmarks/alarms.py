@@ -27,7 +27,12 @@ import jax.numpy as jnp  # noqa: E402
 
 from benchmarks import report  # noqa: E402
 from configs import quickstart  # noqa: E402
-from mcjepa_jax import command, errors, flow_ops, train  # noqa: E402
+from mcjepa_jax import (
+    command,  # noqa: E402
+    errors,  # noqa: E402
+    train,  # noqa: E402
+)
+from mcjepa_jax.ops import flow_ops  # noqa: E402
 
 _STEPS = 300  # of a sick run: the warm-up and three diagnoses
 

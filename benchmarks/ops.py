@@ -22,8 +22,8 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from benchmarks import report  # noqa: E402
-from mcjepa_jax import flow_ops  # noqa: E402
 from mcjepa_jax.models import convnext  # noqa: E402
+from mcjepa_jax.ops import flow_ops  # noqa: E402
 
 _JSON = flags.DEFINE_string("json", None, "Where to write the rows.")
 _ONLY = flags.DEFINE_string("only", "", "Run the rows whose name has this.")

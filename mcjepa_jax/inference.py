@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcjepa_jax import errors, flow_ops, sharding
+from mcjepa_jax import errors, sharding
 from mcjepa_jax.evals import davis, probe, tiling
 from mcjepa_jax.models import mcjepa
+from mcjepa_jax.ops import flow_ops
 
 _EMBEDDED = 128  # images of a forward pass
 

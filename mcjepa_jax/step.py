@@ -18,13 +18,13 @@ import optax
 from mcjepa_jax import (
     accumulation,
     flow_losses,
-    flow_ops,
     metrics,
     objective,
     photometry,
     sharding,
 )
 from mcjepa_jax.models import convnext, mcjepa
+from mcjepa_jax.ops import flow_ops
 
 # What runs in a step, and which groups of parameters it moves.
 Kind = tuple[tuple[str, ...], tuple[str, ...]]

@@ -13,12 +13,12 @@ from mcjepa_jax import (
     command,
     diagnostics,
     flow_losses,
-    flow_ops,
     sharding,
     step as steps,
     train,
 )
 from mcjepa_jax.data import synthetic
+from mcjepa_jax.ops import flow_ops
 from tests import tiny
 
 _STEPS = 40

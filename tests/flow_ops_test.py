@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mcjepa_jax import flow_ops
+from mcjepa_jax.ops import flow_ops
 
 _COST_VOLUMES = ("shifts", "rows", "banded")
 

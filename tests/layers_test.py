@@ -17,7 +17,7 @@ _LAYERS = (
     "storage.paths data.facts",
     "data.image_io data.handover data.catalog_flow data.catalog_images",
     # 1: arrays in, arrays out; text in, plain values out.
-    """flow_ops metrics vicreg visualize photometry data.flow_io data.transforms
+    """ops.flow_ops metrics vicreg visualize photometry data.flow_io data.transforms
     data.synthetic data.catalog data.crops data.flow_faults models.convnext models.vit
     command flops goodput hlo evals.masks evals.tiling""",
     "data.flow_pairs lifeline places",

@@ -205,7 +205,7 @@ MUTANTS = (
         ),
     ),
     *_mutants(
-        "flow_ops.py",
+        "ops/flow_ops.py",
         "flow_ops_test.py::test_cost_volume_equals_a_plain_loop",
         (
             "one_row_for_all",
@@ -309,7 +309,7 @@ MUTANTS = (
         ),
     ),
     *_mutants(
-        "flow_ops.py",
+        "ops/flow_ops.py",
         "flow_ops_test.py",
         (
             "u_and_v_swapped",

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mcjepa_jax import flow_losses, flow_ops, objective, vicreg
+from mcjepa_jax import flow_losses, objective, vicreg
+from mcjepa_jax.ops import flow_ops
 from tests import tiny
 
 _NO_MOTION = {

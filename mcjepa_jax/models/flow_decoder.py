@@ -16,8 +16,8 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mcjepa_jax import flow_ops
 from mcjepa_jax.errors import UserError
+from mcjepa_jax.ops import flow_ops
 
 _DILATIONS = (1, 2, 4, 8, 16, 1)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
-from mcjepa_jax import flow_ops
+from mcjepa_jax.ops import flow_ops
 
 _norm = functools.partial(
     nn.BatchNorm, momentum=0.9, epsilon=1e-5, dtype=jnp.float32
