@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mcjepa_jax import errors, flow_losses
+from mcjepa_jax import errors
+from mcjepa_jax.losses import flow_losses
 
 
 def unroll(count: int) -> int:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import UInt8
 import numpy as np
 
-from mcjepa_jax import inference, objective, visualize
+from mcjepa_jax import inference, visualize
+from mcjepa_jax.losses import motion_objective
 from mcjepa_jax.models import mcjepa
 
 ROWS = 16  # of each task's arrays that are looked at
@@ -40,7 +41,7 @@ def _flow_rows(model, params, mesh, frames):
   there = predict(frames)
   back = predict(pairs[:, ::-1].reshape(frames.shape))
   directed = jnp.stack([there, back], axis=1).reshape(-1, *there.shape[1:])
-  mask = objective.motion_mask(
+  mask = motion_objective.motion_mask(
       directed, occlusion="forward_backward", out_of_frame=True
   )
   visible = np.asarray(mask)[::2]

@@ -15,14 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mcjepa_jax import (
-    accumulation,
-    flow_losses,
-    metrics,
-    objective,
-    photometry,
-    sharding,
-)
+from mcjepa_jax import accumulation, metrics, photometry, sharding
+from mcjepa_jax.losses import flow_losses, motion_objective
 from mcjepa_jax.models import convnext, mcjepa
 from mcjepa_jax.ops import flow_ops
 
@@ -167,14 +161,14 @@ def motion_forward(
   features, flows = model.apply(
       {"params": params}, jittered, method=model.motion
   )
-  flow = objective.flow_at(flows, 1, plain.shape[1:3])
-  mask = objective.motion_mask(
+  flow = motion_objective.flow_at(flows, 1, plain.shape[1:3])
+  mask = motion_objective.motion_mask(
       flow,
       occlusion=recipe.occlusion,
       out_of_frame=recipe.out_of_frame,
       occlusion_active=step >= recipe.start_step + recipe.occlusion_start,
   )
-  terms = objective.motion_terms(
+  terms = motion_objective.motion_terms(
       features,
       flows | {1: flow},
       plain,
@@ -193,7 +187,7 @@ def motion_forward(
   monitors["flow/std"] = jnp.mean(jnp.std(flow, axis=(1, 2)))
   monitors["flow/counted"] = jnp.mean(mask)
   if recipe.occlusion != "none":
-    inside = objective.motion_mask(
+    inside = motion_objective.motion_mask(
         flow, occlusion="none", out_of_frame=recipe.out_of_frame
     )
     monitors["flow/occluded"] = 1 - jnp.mean(mask) / jnp.mean(inside)
@@ -246,7 +240,7 @@ def content_forward(
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
   """Unweighted content terms and monitors, of all views' pooled features."""
   z = model.apply({"params": params}, pooled, method=model.expand)
-  terms = objective.content_terms(z, weights=recipe.content_terms)
+  terms = motion_objective.content_terms(z, weights=recipe.content_terms)
   monitors = {
       "feature_std/pooled": metrics.feature_std(pooled),
       "feature_std/embedding": metrics.feature_std(z),
@@ -285,10 +279,10 @@ def loss_fn(
 
 def _weighted(terms, monitors, step, recipe):
   """The loss, and all that is logged."""
-  losses = objective.weighted_sums(
+  losses = motion_objective.weighted_sums(
       terms,
       motion_weight=recipe.motion_weight,
-      motion_ramp=objective.ramp(
+      motion_ramp=motion_objective.ramp(
           step, recipe.start_step, recipe.motion_ramp_steps
       ),
       motion=recipe.motion_terms,
@@ -341,7 +335,7 @@ def exact_value_and_grad(
   content_key, motion_key = jax.random.split(key)
   weights = {k: recipe.motion_terms[k] for k in ("variance", "covariance")}
   strides = {
-      objective.stride_of(name)
+      motion_objective.stride_of(name)
       for levels in weights.values()
       for name, weight in levels.items()
       if weight
@@ -386,7 +380,7 @@ def exact_value_and_grad(
       frames, height, width, _ = batch["frames"].shape
       samples = frames * (height // s) * (width // s)
       covariance = accumulation.covariance(means[s], within[s], samples)
-      terms |= objective.covariance_terms(covariance, s, weights=weights)
+      terms |= motion_objective.covariance_terms(covariance, s, weights=weights)
     return _weighted(terms, monitors, step, recipe)
 
   return accumulation.value_and_grad(

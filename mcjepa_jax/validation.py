@@ -5,8 +5,9 @@ import math
 import pathlib
 from typing import Any
 
-from mcjepa_jax import alarms, command, errors, journal, objective, step
+from mcjepa_jax import alarms, command, errors, journal, step
 from mcjepa_jax.data import sources
+from mcjepa_jax.losses import motion_objective
 from mcjepa_jax.models import convnext
 
 # Keys that a resumed run may change: they do not touch what is learned.
@@ -328,7 +329,7 @@ def _weight_faults(config: Any) -> list[str]:
     for name, weight in weights.items():
       if not weight:
         continue
-      stride = objective.stride_of(name)
+      stride = motion_objective.stride_of(name)
       of_features = kind not in ("reconstruction", "smoothness")
       if of_features and stride not in strides:
         found.append(

@@ -13,12 +13,11 @@ from mcjepa_jax import (
     accumulation,
     assembly,
     errors,
-    flow_losses,
     photometry,
     sharding,
     step as steps,
-    vicreg,
 )
+from mcjepa_jax.losses import flow_losses, vicreg
 from mcjepa_jax.models import convnext, mcjepa
 from tests import tiny
 

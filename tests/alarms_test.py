@@ -12,12 +12,12 @@ from mcjepa_jax import (
     assembly,
     command,
     diagnostics,
-    flow_losses,
     sharding,
     step as steps,
     train,
 )
 from mcjepa_jax.data import synthetic
+from mcjepa_jax.losses import flow_losses
 from mcjepa_jax.ops import flow_ops
 from tests import tiny
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mcjepa_jax import errors, flow_losses, vicreg
+from mcjepa_jax import errors
+from mcjepa_jax.losses import flow_losses, vicreg
 from mcjepa_jax.ops import flow_ops
 
 _photometric_loss = jax.jit(

@@ -17,18 +17,18 @@ _LAYERS = (
     "storage.paths data.facts",
     "data.image_io data.handover data.catalog_flow data.catalog_images",
     # 1: arrays in, arrays out; text in, plain values out.
-    """ops.flow_ops metrics vicreg visualize photometry data.flow_io data.transforms
+    """ops.flow_ops metrics losses.vicreg visualize photometry data.flow_io data.transforms
     data.synthetic data.catalog data.crops data.flow_faults models.convnext models.vit
     command flops goodput hlo evals.masks evals.tiling""",
     "data.flow_pairs lifeline places",
     # 2: losses, models and sources made of these; the means of training.
-    """flow_losses models.flow_decoder models.segmentation_heads data.flow_datasets
+    """losses.flow_losses models.flow_decoder models.segmentation_heads data.flow_datasets
     data.image_datasets data.segmentation_datasets data.mask_datasets
     data.array_records data.cutouts data.feed data.video optimizer sharding storage.checkpoint
     journal storage.run_folder""",
     "data.frame_folders lives",
     # 3: everything of one kind together.
-    """accumulation hosts objective models.mcjepa data.sources data.pipeline data.convert""",
+    """accumulation hosts losses.motion_objective models.mcjepa data.sources data.pipeline data.convert""",
     # 4: what runs on the devices, and looks at the sources.
     "step evals.flow evals.probe evals.segmentation evals.davis",
     # 5: from a config to the parts of a run; arrays through a model.

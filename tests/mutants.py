@@ -196,7 +196,7 @@ MUTANTS = (
         ("near_is_far", "if not near and _NEAR.search(layout):", "if False:"),
     ),
     *_mutants(
-        "objective.py",
+        "losses/motion_objective.py",
         "objective_test.py",
         (
             "cycle_stays_at_home",
@@ -368,7 +368,7 @@ MUTANTS = (
         ),
     ),
     *_mutants(
-        "vicreg.py",
+        "losses/vicreg.py",
         "vicreg_test.py",
         ("n_for_n_minus_1", "ddof=1", "ddof=0"),
         ("hinge_flipped", "relu(gamma - std)", "relu(std - gamma)"),
@@ -395,7 +395,7 @@ MUTANTS = (
         ),
     ),
     *_mutants(
-        "flow_losses.py",
+        "losses/flow_losses.py",
         "flow_losses_test.py",
         (
             "stop_gradient_dropped_from_the_mask",
@@ -419,7 +419,7 @@ MUTANTS = (
         ),
     ),
     *_mutants(
-        "objective.py",
+        "losses/motion_objective.py",
         "objective_test.py",
         (
             "a_weight_ignored",

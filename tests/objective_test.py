@@ -3,12 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mcjepa_jax import flow_losses, objective, vicreg
+from mcjepa_jax.losses import flow_losses, motion_objective, vicreg
 from mcjepa_jax.ops import flow_ops
 from tests import tiny
 
 _NO_MOTION = {
-    kind: {"stride_1": 0.0, "stride_4": 0.0} for kind in objective.MOTION_KINDS
+    kind: {"stride_1": 0.0, "stride_4": 0.0}
+    for kind in motion_objective.MOTION_KINDS
 }
 
 
@@ -19,7 +20,7 @@ def _rng(shape, seed=0):
 def test_content_terms_average_the_hinges_and_sum_the_covariances():
   z = 3 * _rng((12, 5))
   weights = dict(invariance=1.0, variance=1.0, covariance=1.0)
-  terms = objective.content_terms(z, weights=weights)
+  terms = motion_objective.content_terms(z, weights=weights)
   z_1, z_2 = z[::2], z[1::2]
   np.testing.assert_allclose(
       terms["content/invariance"], jnp.mean((z_1 - z_2) ** 2), rtol=1e-5
@@ -38,7 +39,9 @@ def test_content_terms_average_the_hinges_and_sum_the_covariances():
 
 def test_a_term_of_weight_zero_is_not_computed():
   weights = dict(invariance=1.0, variance=0.0, covariance=0.0)
-  terms = objective.content_terms(jnp.full((2, 3), jnp.nan), weights=weights)
+  terms = motion_objective.content_terms(
+      jnp.full((2, 3), jnp.nan), weights=weights
+  )
   assert list(terms) == ["content/invariance"]
 
 
@@ -48,7 +51,7 @@ def test_losses_are_weights_times_terms_with_the_ramp_where_it_belongs():
       "motion/cycle/stride_4": jnp.array(3.0),
       "motion/variance/stride_4": jnp.array(5.0),
   }
-  losses = objective.weighted_sums(
+  losses = motion_objective.weighted_sums(
       terms,
       motion_weight=0.1,
       motion_ramp=jnp.array(0.5),
@@ -62,9 +65,11 @@ def test_losses_are_weights_times_terms_with_the_ramp_where_it_belongs():
 
 
 def test_the_ramp_counts_from_its_start():
-  ramp = [float(objective.ramp(jnp.array(s), 10, 4)) for s in (8, 10, 12, 20)]
+  ramp = [
+      float(motion_objective.ramp(jnp.array(s), 10, 4)) for s in (8, 10, 12, 20)
+  ]
   assert ramp == [0.0, 0.25, 0.75, 1.0]
-  assert float(objective.ramp(jnp.array(0), 0, 0)) == 1.0
+  assert float(motion_objective.ramp(jnp.array(0), 0, 0)) == 1.0
 
 
 def _pair_moving_right(shift):
@@ -80,8 +85,10 @@ def test_reconstruction_is_zero_at_the_true_flow_and_not_at_its_opposite():
   weights = _NO_MOTION | {"reconstruction": {"stride_1": 1.0}}
 
   def term(flow):
-    mask = objective.motion_mask(flow, occlusion="none", out_of_frame=True)
-    terms = objective.motion_terms(
+    mask = motion_objective.motion_mask(
+        flow, occlusion="none", out_of_frame=True
+    )
+    terms = motion_objective.motion_terms(
         {},
         {1: flow},
         frames,
@@ -98,27 +105,31 @@ def test_reconstruction_is_zero_at_the_true_flow_and_not_at_its_opposite():
 
 def test_the_mask_drops_what_leaves_the_frame_and_what_is_occluded():
   _, flow = _pair_moving_right(3)
-  mask = objective.motion_mask(flow, occlusion="none", out_of_frame=True)
+  mask = motion_objective.motion_mask(flow, occlusion="none", out_of_frame=True)
   np.testing.assert_array_equal(mask[0, 0, :, 0], [1.0] * 13 + [0.0] * 3)
   np.testing.assert_array_equal(mask[1, 0, :, 0], [0.0] * 3 + [1.0] * 13)
   # The way back disagrees: not visible.
   wrong = flow.at[1].multiply(-1)
   for occlusion in ("forward_backward",):
-    mask = objective.motion_mask(wrong, occlusion=occlusion, out_of_frame=False)
+    mask = motion_objective.motion_mask(
+        wrong, occlusion=occlusion, out_of_frame=False
+    )
     assert float(mask[0, 8, 8, 0]) == 0.0
-    mask = objective.motion_mask(
+    mask = motion_objective.motion_mask(
         wrong, occlusion=occlusion, out_of_frame=False, occlusion_active=False
     )
     assert float(mask.min()) == 1.0
-  mask = objective.motion_mask(wrong, occlusion="range_map", out_of_frame=False)
+  mask = motion_objective.motion_mask(
+      wrong, occlusion="range_map", out_of_frame=False
+  )
   # All of frame 2 points 3 pixels to the right: nothing lands at the left.
   np.testing.assert_array_equal(mask[0, 0, :3, 0], 0.0)
 
 
 def test_flow_at_a_finer_stride_is_the_finest_one_scaled():
   flows = {4: jnp.full((2, 4, 4, 2), 1.5), 8: jnp.full((2, 2, 2, 2), 9.0)}
-  assert objective.flow_at(flows, 8, (16, 16)) is flows[8]
-  fine = objective.flow_at(flows, 2, (16, 16))
+  assert motion_objective.flow_at(flows, 8, (16, 16)) is flows[8]
+  fine = motion_objective.flow_at(flows, 2, (16, 16))
   assert fine.shape == (2, 8, 8, 2)
   np.testing.assert_allclose(fine, 3.0, rtol=1e-6)
 
@@ -127,7 +138,7 @@ def test_regression_compares_with_the_other_frame_of_the_pair():
   x = _rng((4, 8, 8, 3), seed=2)
   flow = jnp.zeros((4, 8, 8, 2))
   weights = _NO_MOTION | {"regression": {"stride_4": 1.0}}
-  terms = objective.motion_terms(
+  terms = motion_objective.motion_terms(
       {4: x},
       {4: flow},
       jnp.zeros((4, 32, 32, 3)),
@@ -147,7 +158,9 @@ def test_config_names_every_kind_of_term(name):
   part, terms = name.split(".")
   kinds = set(tiny.config()[part][terms])
   assert kinds == set(
-      objective.MOTION_KINDS if part == "motion" else objective.CONTENT_KINDS
+      motion_objective.MOTION_KINDS
+      if part == "motion"
+      else motion_objective.CONTENT_KINDS
   )
 
 
@@ -155,7 +168,7 @@ def test_config_names_every_kind_of_term(name):
 def test_a_direction_is_checked_against_the_other_one(occlusion):
   there = np.tile(np.float32((2, 0)), (1, 8, 12, 1))
   flow = np.stack([there[0], -there[0]])
-  mask = objective.motion_mask(
+  mask = motion_objective.motion_mask(
       jnp.asarray(flow), occlusion=occlusion, out_of_frame=False
   )
   # The inner columns are visible in both frames whichever way one goes.
@@ -175,7 +188,7 @@ def test_regression_and_cycle_are_the_losses_of_their_own_warps():
   weights["reconstruction"] = {"stride_1": 1.0, "stride_4": 1.0}
 
   def terms(features, flows):
-    found = objective.motion_terms(
+    found = motion_objective.motion_terms(
         features, flows | {1: flow}, frames, mask,
         weights=weights, photometric={"ssim": 0.0}, smoothness={},
     )  # fmt: skip

@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mcjepa_jax import assembly, objective, sharding, step as steps, vicreg
+from mcjepa_jax import assembly, sharding, step as steps
 from mcjepa_jax.data import synthetic
+from mcjepa_jax.losses import motion_objective, vicreg
 from tests import tiny
 
 
@@ -96,7 +97,7 @@ def test_the_combined_gradient_is_the_weighted_sum_of_the_tasks():
 def test_every_term_with_a_weight_is_logged_unweighted():
   cfg = tiny.config()
   _, logs, _ = _gradient(cfg, tiny.batch())
-  expected = {f"content/{kind}" for kind in objective.CONTENT_KINDS}
+  expected = {f"content/{kind}" for kind in motion_objective.CONTENT_KINDS}
   for kind, weights in cfg.motion.terms.items():
     expected |= {f"motion/{kind}/{s}" for s, w in weights.items() if w}
   terms = {k for k in logs if k.startswith(("content/", "motion/"))}
@@ -135,9 +136,11 @@ def test_statistics_of_each_shard_would_miss_by_far(monkeypatch):
   def per_shard(function):
     return lambda z: jnp.mean(jnp.stack([function(s) for s in jnp.split(z, 2)]))
 
-  monkeypatch.setattr(objective.vicreg, "variance_loss", per_shard(variance))
   monkeypatch.setattr(
-      objective.vicreg, "covariance_loss", per_shard(covariance)
+      motion_objective.vicreg, "variance_loss", per_shard(variance)
+  )
+  monkeypatch.setattr(
+      motion_objective.vicreg, "covariance_loss", per_shard(covariance)
   )
   _, _, sharded = _gradient(cfg, batch, groups=groups)
   difference = jax.tree.map(np.subtract, whole, sharded)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mcjepa_jax import errors, vicreg
+from mcjepa_jax import errors
+from mcjepa_jax.losses import vicreg
 
 _FORMS = ("gram", "direct")
 _variance_loss = jax.jit(vicreg.variance_loss, static_argnames=("gamma", "eps"))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mcjepa_jax import flow_losses, vicreg
+from mcjepa_jax.losses import flow_losses, vicreg
 from mcjepa_jax.ops import flow_ops
 
 CONTENT_KINDS = ("invariance", "variance", "covariance")

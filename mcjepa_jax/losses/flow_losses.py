@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
-from mcjepa_jax import errors, vicreg
+from mcjepa_jax import errors
+from mcjepa_jax.losses import vicreg
 from mcjepa_jax.ops import flow_ops
 
 _SSIM_RADIUS = 1
