@@ -27,10 +27,10 @@ import jax.numpy as jnp  # noqa: E402
 
 from benchmarks import report  # noqa: E402
 from configs import quickstart  # noqa: E402
-from mcjepa_jax import (
-    command,  # noqa: E402
-    errors,  # noqa: E402
-    train,  # noqa: E402
+from mcjepa_jax import (  # noqa: E402
+    command,
+    errors,
+    train,
 )
 from mcjepa_jax.ops import flow_ops  # noqa: E402
 

@@ -20,8 +20,9 @@ import jax
 import numpy as np
 
 from benchmarks import report
-from mcjepa_jax import assembly, command, journal, sharding, step as steps
+from mcjepa_jax import command, journal, sharding, step as steps
 from mcjepa_jax.storage import checkpoint
+from mcjepa_jax.training import build
 
 _CONFIG = flags.DEFINE_string(
     "config", "configs/mcjepa_convnext_tiny.py", "Whose state is saved."
@@ -38,8 +39,8 @@ def main(argv: list[str]) -> None:
   del argv
   config = command.load_config(_CONFIG.value, [])
   mesh = sharding.make_mesh()
-  model, optimizers = assembly.model(config), assembly.optimizers(config)
-  abstract = assembly.abstract_state(config, model, optimizers, mesh)
+  model, optimizers = build.model(config), build.optimizers(config)
+  abstract = build.abstract_state(config, model, optimizers, mesh)
   state = sharding.call_once(
       lambda: steps.init_state(model, optimizers, config.seed),
       out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),

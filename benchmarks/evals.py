@@ -91,11 +91,12 @@ def looked_at(counts: Counter[str]) -> Iterator[None]:
 
 def _subject(config: Any, checkpoint: str, workdir: pathlib.Path) -> Any:
   """What is evaluated: a checkpoint beside untrained parameters, or these alone."""
-  from mcjepa_jax import assembly, evaluate, sharding, suite
+  from mcjepa_jax import evaluate, sharding, suite
   from mcjepa_jax.models import mcjepa
+  from mcjepa_jax.training import build
 
-  mesh = assembly.mesh(config)
-  model, params = assembly.model(config), None
+  mesh = build.mesh(config)
+  model, params = build.model(config), None
   if checkpoint:
     path = pathlib.Path(checkpoint).expanduser()
     model, params, meta = evaluate.restore_model(path, mesh=mesh)
@@ -140,7 +141,8 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint = paths.get("checkpoint", "")
     config = command.load_config(file, arguments.overrides)
     command.set_up_jax(config.compilation_cache)
-    from mcjepa_jax import evaluate, suite
+    from mcjepa_jax import suite
+    from mcjepa_jax.runtime import environment
 
     if faults := suite.check(config):
       raise errors.UserError(*faults)
@@ -153,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     meta = {
         "config": config.name,
         "checkpoint": bool(checkpoint),
-        "devices": evaluate.describe_devices(),
+        "devices": environment.describe_devices(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
     }

@@ -111,11 +111,12 @@ def child(folder: pathlib.Path, all_digests: bool, argv: list[str]) -> int:
       file.write(json.dumps(event) + "\n")
 
   tell_phase("initialise")
-  from mcjepa_jax import journal, main as command_line, train
+  from mcjepa_jax import journal, main as command_line
   from mcjepa_jax.storage import checkpoint
+  from mcjepa_jax.training import context
 
   plain_span = journal.Clock.span
-  plain_first = train.first_state
+  plain_first = context.first_state
   plain_restore = checkpoint.Checkpoints.restore
   plain_save = checkpoint.Checkpoints.save
 
@@ -142,7 +143,7 @@ def child(folder: pathlib.Path, all_digests: bool, argv: list[str]) -> int:
     return plain_save(checkpoints, step, state, streams, *rest)
 
   journal.Clock.span = span
-  train.first_state = first_state
+  context.first_state = first_state
   checkpoint.Checkpoints.restore = restore
   checkpoint.Checkpoints.save = save
   return command_line.main(argv)

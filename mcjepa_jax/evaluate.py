@@ -1,70 +1,23 @@
 """From parameters to numbers: the evals of a config, as flat JSON."""
 
-from collections.abc import Mapping, Sequence
-import importlib.metadata
+from collections.abc import Sequence
 import os
 import pathlib
-import subprocess
 import time
 from typing import Any
 
 import jax
 
-from mcjepa_jax import (
-    assembly,
-    dense_evals,
-    errors,
-    inference,
-    journal,
-    sharding,
-    suite,
-    validation,
-)
+from mcjepa_jax import dense_evals, errors, inference, journal, sharding, suite
+from mcjepa_jax.evals import result_table
 from mcjepa_jax.models import mcjepa
+from mcjepa_jax.runtime import environment
 from mcjepa_jax.storage import checkpoint, paths, run_folder
+from mcjepa_jax.training import build, validation
 
 _RESULTS = "evaluation.json"
-# In results: the evals of which there are none, and why.
-NOT_EVALUATED = "meta/not_evaluated"
 
 Params = Any
-
-
-def versions() -> str:
-  """The versions of what computes, as one string."""
-  names = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-  return " ".join(
-      f"{name}={importlib.metadata.version(name)}" for name in names
-  )
-
-
-def commit() -> str:
-  """The commit of this code, `unknown` outside a git work tree."""
-  folder = pathlib.Path(__file__).resolve().parent
-  try:
-    run = subprocess.run(
-        ["git", "-C", folder, "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-  except (OSError, subprocess.CalledProcessError):
-    return "unknown"
-  return run.stdout.strip()
-
-
-def table(results: Mapping[str, Any]) -> str:
-  """The results as aligned lines.
-
-  Without those of single examples and classes, and without silent alarms.
-  """
-  rows = [
-      (key, f"{value:.3f}" if isinstance(value, float) else str(value))
-      for key, value in results.items()
-      if key.count("/") < 3 and (value or not key.startswith("alarm/"))
-  ]
-  width = max(len(key) for key, _ in rows)
-  return "\n".join(f"{key:<{width}}  {value}" for key, value in rows)
 
 
 def evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
@@ -109,7 +62,7 @@ def _evaluate(config: Any, folder: run_folder.Folder) -> dict[str, Any]:
     raise errors.UserError(*dict.fromkeys(faults))
   for entry, reasons in found.by_eval.items():
     print("\n".join(f"{entry} cannot run: {reason}" for reason in reasons))
-  mesh = assembly.mesh(config)
+  mesh = build.mesh(config)
   model, params, meta = restore_model(path, mesh=mesh)
   with config.unlocked():
     config.seed = meta["seed"]
@@ -118,18 +71,18 @@ def _evaluate(config: Any, folder: run_folder.Folder) -> dict[str, Any]:
       "meta/config": meta.get("config", ""),
       "meta/checkpoint": str(path),
       "meta/step": meta["step"],
-      "meta/commit": commit(),
-      "meta/devices": describe_devices(),
-      "meta/versions": versions(),
+      "meta/commit": environment.commit(),
+      "meta/devices": environment.describe_devices(),
+      "meta/versions": environment.versions(),
   }
 
   def write(results, faults=()):
     about["meta/seconds"] = time.perf_counter() - started
     # Also of what still runs: it may be killed.
     absent = [e for e in config.evals if f"meta/seconds/{e}" not in results]
-    about[NOT_EVALUATED] = "; ".join([*absent, *missing, *faults])
-    if not about[NOT_EVALUATED]:
-      del about[NOT_EVALUATED]
+    about[result_table.NOT_EVALUATED] = "; ".join([*absent, *missing, *faults])
+    if not about[result_table.NOT_EVALUATED]:
+      del about[result_table.NOT_EVALUATED]
     journal.write_json(target, results | about)
     folder.push()
 
@@ -140,7 +93,7 @@ def _evaluate(config: Any, folder: run_folder.Folder) -> dict[str, Any]:
   )
   write(results, faults)
   results |= about
-  print(table(results))
+  print(result_table.table(results))
   if missing or faults:
     raise errors.UserError(*dict.fromkeys(missing + faults))
   return results
@@ -196,9 +149,3 @@ def restore_model(
   params = checkpoint.restore_params(path, abstract)
   checkpoint.check_finite(path, params)
   return model, params, meta
-
-
-def describe_devices() -> str:
-  """Number and kind of the devices."""
-  devices = jax.devices()
-  return f"{len(devices)} x {devices[0].device_kind}"

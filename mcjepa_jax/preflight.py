@@ -68,7 +68,6 @@ from jax.experimental import topologies
 import tqdm
 
 from mcjepa_jax import (
-    assembly,
     command,
     diagnostics,
     errors,
@@ -80,8 +79,8 @@ from mcjepa_jax import (
     sharding,
     sizing,
     step as steps,
-    validation,
 )
+from mcjepa_jax.training import build, validation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,9 +216,9 @@ def _compiled(
     config: Any, mesh: jax.sharding.Mesh, kind: str, diagnosis: bool
 ) -> dict[str, Any]:
   """What the compiler says of one kind of step as train runs it, or diagnoses."""
-  model, optimizers = assembly.model(config), assembly.optimizers(config)
-  recipe = assembly.recipe(config)
-  abstract = assembly.abstract_state(config, model, optimizers, mesh)
+  model, optimizers = build.model(config), build.optimizers(config)
+  recipe = build.recipe(config)
+  abstract = build.abstract_state(config, model, optimizers, mesh)
   held = 0.0  # beside the program
   if diagnosis:
     step = diagnostics.jit_diagnosis(model, recipe, mesh)
@@ -230,8 +229,8 @@ def _compiled(
         steps.make_train_step(model, optimizers, recipe, kind), abstract, mesh
     )
   # The largest of the sources': the step is compiled for each.
-  frame_size = max(assembly.motion_sizes(config), key=math.prod)
-  batch = assembly.batch_shapes(config, kind, frame_size)
+  frame_size = max(build.motion_sizes(config), key=math.prod)
+  batch = build.batch_shapes(config, kind, frame_size)
   traced = step.trace(abstract, batch)
   report = {
       "state_gib": held + _state_gib(abstract),

@@ -27,16 +27,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcjepa_jax import (
-    assembly,
-    command,
-    dumps,
-    errors,
-    sharding,
-    step as steps,
-    validation,
-)
+from mcjepa_jax import command, errors, sharding, step as steps
 from mcjepa_jax.storage import checkpoint, run_folder
+from mcjepa_jax.training import bad_steps, build, validation
 
 _PACKAGE = str(pathlib.Path(__file__).resolve().parent)
 
@@ -73,7 +66,7 @@ def replay(folder: pathlib.Path) -> dict[str, Any]:
   Raises:
     UserError: there is no dump, or none that this version reads.
   """
-  meta, config = dumps.read_meta(folder)
+  meta, config = bad_steps.read_meta(folder)
   try:
     with config.unlocked():
       config.data_cache = ""  # its rows are in the dump
@@ -91,12 +84,10 @@ def replay(folder: pathlib.Path) -> dict[str, Any]:
       n for n in fitting if not validation.faults(config, devices=n)
   )
   kind = meta["kind"]
-  arrays = dumps.read_arrays(folder, kind, meta["hosts"])
-  mesh = assembly.mesh(config)
-  model, recipe = assembly.model(config), assembly.recipe(config)
-  abstract = assembly.abstract_state(
-      config, model, assembly.optimizers(config), mesh
-  )
+  arrays = bad_steps.read_arrays(folder, kind, meta["hosts"])
+  mesh = build.mesh(config)
+  model, recipe = build.model(config), build.recipe(config)
+  abstract = build.abstract_state(config, model, build.optimizers(config), mesh)
   params = checkpoint.restore_params(folder, abstract.params)
   batch = sharding.to_global(arrays, mesh)
   state = steps.TrainState(

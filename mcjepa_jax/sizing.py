@@ -10,7 +10,8 @@ from collections.abc import Callable
 import math
 from typing import Any, NamedTuple
 
-from mcjepa_jax import command, errors, validation
+from mcjepa_jax import command, errors
+from mcjepa_jax.training import validation
 
 POLICIES = ("none", "block")
 _MARGIN = 0.95  # of what a program may use: the foretold is not exact

@@ -9,16 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mcjepa_jax import (
-    accumulation,
-    assembly,
-    errors,
-    photometry,
-    sharding,
-    step as steps,
-)
+from mcjepa_jax import accumulation, errors, photometry, sharding, step as steps
 from mcjepa_jax.losses import flow_losses, vicreg
 from mcjepa_jax.models import convnext, mcjepa
+from mcjepa_jax.training import build
 from tests import tiny
 
 _KEY, _STEP = 0, 5
@@ -44,7 +38,7 @@ def _config(**changes):
 def _start(devices):
   cfg = _config()
   batch = sharding.to_global(tiny.batch(8, 8), sharding.make_mesh(devices))
-  model = assembly.model(cfg)
+  model = build.model(cfg)
   params = sharding.call_once(lambda: mcjepa.init_params(model, 0))
   return params, batch
 
@@ -52,7 +46,7 @@ def _start(devices):
 @functools.cache
 def _gradient(how, count=1, devices=1, tasks=("frames", "views")):
   cfg = _config(accumulate=count, accumulation=how)
-  model, recipe = assembly.model(cfg), assembly.recipe(cfg)
+  model, recipe = build.model(cfg), build.recipe(cfg)
   params, batch = _start(devices)
   batch = {k: batch[k] for k in tasks}
 
@@ -221,7 +215,7 @@ def test_batch_normalisation_is_refused_with_its_place():
       return nn.BatchNorm(use_running_average=False, name="norm_0")(x)
 
   cfg = _config(accumulate=2, accumulation="exact", mode="content")
-  model = dataclasses.replace(assembly.model(cfg), expander=Expander())
+  model = dataclasses.replace(build.model(cfg), expander=Expander())
   params = jax.eval_shape(lambda: mcjepa.init_params(model, 0))
   views = jax.ShapeDtypeStruct((16, 32, 32, 3), jnp.uint8)
 
@@ -233,7 +227,7 @@ def test_batch_normalisation_is_refused_with_its_place():
         {"views": views},
         jax.random.key(0),
         jnp.array(0),
-        assembly.recipe(cfg),
+        build.recipe(cfg),
     )
 
   with pytest.raises(errors.UserError, match="got .*expander/norm_0"):

@@ -7,18 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mcjepa_jax import (
-    alarms,
-    assembly,
-    command,
-    diagnostics,
-    sharding,
-    step as steps,
-    train,
-)
+from mcjepa_jax import command, diagnostics, sharding, step as steps, train
 from mcjepa_jax.data import synthetic
 from mcjepa_jax.losses import flow_losses
 from mcjepa_jax.ops import flow_ops
+from mcjepa_jax.training import alarms, build
 from tests import tiny
 
 _STEPS = 40
@@ -233,10 +226,10 @@ def test_a_diagnosis_in_parts_is_that_of_the_whole_batch():
   found = []
   for parts, how in ((1, "plain"), (2, "exact"), (2, "plain")):
     cfg = tiny.config(accumulate=parts, accumulation=how)
-    mesh = assembly.mesh(cfg)
-    model = assembly.model(cfg)
-    state = steps.init_state(model, assembly.optimizers(cfg), 0)
-    diagnose = diagnostics.Diagnosis(model, assembly.recipe(cfg), mesh)
+    mesh = build.mesh(cfg)
+    model = build.model(cfg)
+    state = steps.init_state(model, build.optimizers(cfg), 0)
+    diagnose = diagnostics.Diagnosis(model, build.recipe(cfg), mesh)
     found.append(diagnose(state, sharding.to_global(tiny.batch(), mesh)))
   assert found[0] == pytest.approx(found[1], rel=1e-4)
   assert found[0] != pytest.approx(found[2], rel=1e-2)

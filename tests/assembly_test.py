@@ -5,7 +5,7 @@ import pathlib
 import jax
 import pytest
 
-from mcjepa_jax import assembly
+from mcjepa_jax.training import build
 from tests import layouts, tiny
 
 
@@ -22,7 +22,7 @@ def data_root(tmp_path, monkeypatch) -> pathlib.Path:
 def _names(data_root, batches, **changes):
   """Name and size of each batch of motion."""
   cfg = tiny.config(data_root=str(data_root), mode="motion", **changes)
-  stream = assembly.streams(cfg)["motion"]
+  stream = build.streams(cfg)["motion"]
   parts = [stream[k] for k in range(batches)]
   return [
       (part.records[0].split("/")[0], part.arrays["frames"].shape[1:3])
@@ -41,7 +41,7 @@ def test_weights_are_shares_of_the_batches_and_a_source_may_have_its_size(
 
 
 def test_the_recipe_passes_on_the_eraser():
-  recipe = assembly.recipe(tiny.config(motion__erase=0.5))
+  recipe = build.recipe(tiny.config(motion__erase=0.5))
   assert recipe.motion_jitter["erase_probability"] == 0.5
 
 
@@ -62,11 +62,11 @@ def test_sets_that_are_not_whole_are_told(tmp_path):
       data_root=str(tmp_path),
       motion__sources=(("sintel_clean", 1.0), ("hd1k", 1.0)),
   )
-  (line,) = assembly.miscounts(cfg, assembly.streams(cfg))
+  (line,) = build.miscounts(cfg, build.streams(cfg))
   assert line.startswith("motion/sintel_clean: expected 1041 examples, as http")
   assert line.endswith("came 2")
   cfg.motion.gaps = (1, 2)
-  assert not assembly.miscounts(cfg, assembly.streams(cfg))
+  assert not build.miscounts(cfg, build.streams(cfg))
 
 
 def test_the_shapes_of_a_batch_are_those_that_the_streams_give():
@@ -74,15 +74,15 @@ def test_the_shapes_of_a_batch_are_those_that_the_streams_give():
   cfg = tiny.config(
       motion__size=(32, 48), motion__batch_size=2, content__size=64
   )
-  (size,) = assembly.motion_sizes(cfg)
-  streams = assembly.streams(cfg)
+  (size,) = build.motion_sizes(cfg)
+  streams = build.streams(cfg)
   arrays = streams["content"][0].arrays | streams["motion"][0].arrays
   for kind, names in {
       "content": {"views"},
       "motion": {"frames"},
       "both": {"views", "frames"},
   }.items():
-    assert assembly.batch_shapes(cfg, kind, size) == {
+    assert build.batch_shapes(cfg, kind, size) == {
         name: jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype)
         for name in names
     }

@@ -7,17 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from mcjepa_jax import (
-    assembly,
-    errors,
-    inference,
-    sharding,
-    suite,
-    validation,
-)
+from mcjepa_jax import errors, inference, sharding, suite
 from mcjepa_jax.data import sources
 from mcjepa_jax.evals import davis
 from mcjepa_jax.models import mcjepa
+from mcjepa_jax.training import build, validation
 from tests import mask_clips, tiny
 
 _SETTINGS = dict(context=7, radius=12, top=5, temperature=0.1)
@@ -327,7 +321,7 @@ def test_the_grid_keeps_480p_and_rounds_up():
 def _subject(root, devices=1, **changes):
   cfg = tiny.config(data_root=str(root), evals=("davis/2017",))
   cfg.davis.update(dict(size=32, radius=3) | changes)
-  model = assembly.model(cfg)
+  model = build.model(cfg)
   params, initial = (
       jax.jit(lambda seed=seed: mcjepa.init_params(model, seed))()
       for seed in (1, 0)
@@ -357,7 +351,7 @@ def test_a_pass_has_as_many_frames_as_the_devices_divide(
   untrained = {"encoder": {}}
   found = suite.run(
       suite.Subject(
-          *(cfg, assembly.model(cfg), untrained, untrained, mesh, tmp_path)
+          *(cfg, build.model(cfg), untrained, untrained, mesh, tmp_path)
       ),
       ("davis/2017",),
   )[0]

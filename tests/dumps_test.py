@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mcjepa_jax import dumps, errors, replay, sharding, step as steps
+from mcjepa_jax import errors, replay, sharding, step as steps
 from mcjepa_jax.storage import checkpoint
+from mcjepa_jax.training import bad_steps
 from tests import tiny
 
 
@@ -22,10 +23,10 @@ def _state():
 
 def save(workdir, step=7, limit=2):
   """The folder of a dump of a small state; None where there is no room."""
-  if not dumps.has_room(workdir, step=step, limit=limit):
+  if not bad_steps.has_room(workdir, step=step, limit=limit):
     return None
   batch = tiny.batch()
-  return dumps.save(
+  return bad_steps.save(
       workdir,
       _state(),
       step=step,
@@ -39,18 +40,18 @@ def save(workdir, step=7, limit=2):
 
 def test_a_dump_holds_the_batch_the_parameters_and_the_config(tmp_path):
   folder = save(tmp_path)
-  meta, config = dumps.read_meta(folder)
+  meta, config = bad_steps.read_meta(folder)
   assert (meta["step"], meta["kind"]) == (7, "both")
   assert meta["key"] == [7, 2**32 - 1]
   assert meta["records"] == {"content": ["a", "b"], "motion": ["c"]}
   assert np.isnan(meta["logs"]["loss"])
   assert config.to_dict() == tiny.config().to_dict()
-  arrays = dumps.read_arrays(folder, "both")
+  arrays = bad_steps.read_arrays(folder, "both")
   batch = tiny.batch()
   assert arrays.keys() == batch.keys()
   for name, x in arrays.items():
     np.testing.assert_array_equal(x, batch[name])
-  assert set(dumps.read_arrays(folder, "content")) == {"views"}
+  assert set(bad_steps.read_arrays(folder, "content")) == {"views"}
   shapes = jax.eval_shape(lambda: _state().params)
   kept = checkpoint.restore_params(
       folder,
@@ -93,7 +94,7 @@ def test_a_damaged_batch_is_refused_by_its_name(tmp_path, damage):
   else:
     np.save(path, np.zeros((2, 8, 8, 3), np.float32))
   with pytest.raises(errors.UserError, match="views.0.npy: expected"):
-    dumps.read_arrays(path.parent, "content")
+    bad_steps.read_arrays(path.parent, "content")
 
 
 def test_the_rows_of_all_hosts_are_one_batch_and_those_of_each_are_needed(
@@ -103,22 +104,22 @@ def test_the_rows_of_all_hosts_are_one_batch_and_those_of_each_are_needed(
   whole = np.load(folder / "views.0.npy")
   np.save(folder / "views.0.npy", whole[:3])
   np.save(folder / "views.1.npy", whole[3:])
-  arrays = dumps.read_arrays(folder, "content", 2)
+  arrays = bad_steps.read_arrays(folder, "content", 2)
   np.testing.assert_array_equal(arrays["views"], whole)
   with pytest.raises(errors.UserError, match="views.2.npy: expected"):
-    dumps.read_arrays(folder, "content", 3)
+    bad_steps.read_arrays(folder, "content", 3)
   np.save(folder / "views.1.npy", whole[3:, :8])
   with pytest.raises(errors.UserError, match="views of one size"):
-    dumps.read_arrays(folder, "content", 2)
+    bad_steps.read_arrays(folder, "content", 2)
 
 
 def test_rows_over_devices_are_kept_in_their_order(tmp_path):
   mesh = sharding.make_mesh(8)
   rows = np.arange(16 * 3, dtype=np.uint8).reshape(16, 1, 1, 3)
   x = sharding.to_global({"views": rows}, mesh)["views"]
-  np.testing.assert_array_equal(dumps._own_rows(x), rows)
+  np.testing.assert_array_equal(bad_steps._own_rows(x), rows)
   whole = jax.device_put(rows, sharding.replicated(mesh))
-  np.testing.assert_array_equal(dumps._own_rows(whole), rows)
+  np.testing.assert_array_equal(bad_steps._own_rows(whole), rows)
 
 
 def test_replay_names_what_is_no_dump(tmp_path, capsys, untrained):

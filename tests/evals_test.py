@@ -3,10 +3,11 @@ import numpy as np
 import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
-from mcjepa_jax import assembly, inference, sharding, suite
+from mcjepa_jax import inference, sharding, suite
 from mcjepa_jax.data import synthetic
 from mcjepa_jax.evals import flow, probe
 from mcjepa_jax.models import mcjepa
+from mcjepa_jax.training import build
 from tests import tiny
 
 
@@ -221,7 +222,7 @@ def test_pixels_of_a_large_set_are_of_smaller_pictures(monkeypatch):
 @pytest.mark.parametrize("devices", [1, 4])
 def test_predictions_do_not_depend_on_devices_or_on_the_last_batch(devices):
   cfg = tiny.config()
-  model = assembly.model(cfg)
+  model = build.model(cfg)
   params = jax.jit(lambda: mcjepa.init_params(model, 0))()
   one, many = sharding.make_mesh(1), sharding.make_mesh(devices)
   rng = np.random.default_rng(0)

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from mcjepa_jax import errors, evaluate, main, set_up, suite, train
+from mcjepa_jax import errors, evaluate, main, suite, train
 from mcjepa_jax.data import flow_io
+from mcjepa_jax.training import preconditions
 from tests import layouts, tiny
 
 _QUICKSTART = "--config=configs/quickstart.py"
@@ -99,12 +100,12 @@ def test_of_many_hosts_a_lock_of_one_that_died_is_waited_for(
     fcntl.flock(file, fcntl.LOCK_EX)
     timer = threading.Timer(0.5, lambda: fcntl.flock(file, fcntl.LOCK_UN))
     timer.start()
-    with set_up.sole_owner(tmp_path):
+    with preconditions.sole_owner(tmp_path):
       timer.join()
     fcntl.flock(file, fcntl.LOCK_EX)
-    monkeypatch.setattr(set_up, "_LEASE_SECONDS", 0.1)
+    monkeypatch.setattr(preconditions, "_LEASE_SECONDS", 0.1)
     with pytest.raises(errors.UserError, match="another run is using"):
-      with set_up.sole_owner(tmp_path):
+      with preconditions.sole_owner(tmp_path):
         pytest.fail("it is another's")
 
 

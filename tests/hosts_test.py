@@ -16,7 +16,8 @@ import jax
 import numpy as np
 import pytest
 
-from mcjepa_jax import command, dumps, errors, hosts, places, replay, sharding
+from mcjepa_jax import command, errors, hosts, places, replay, sharding
+from mcjepa_jax.training import bad_steps
 from tests import job, poison, workdirs
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -402,10 +403,10 @@ def test_two_hosts_skip_dump_and_roll_back_as_one(
   assert [f.name for f in folders[0]] == [f.name for f in folders[1]]
   whole, parted = folders[0][0], folders[1][0]
   np.testing.assert_array_equal(
-      dumps.read_arrays(parted, "content", 2)["views"],
+      bad_steps.read_arrays(parted, "content", 2)["views"],
       np.load(whole / "views.0.npy"),
   )
-  metas = [dumps.read_meta(folder)[0] for folder in (whole, parted)]
+  metas = [bad_steps.read_meta(folder)[0] for folder in (whole, parted)]
   assert metas[0]["records"] == metas[1]["records"]
   assert poison.RECORD in metas[1]["records"]["content"]
   assert (metas[0]["hosts"], metas[1]["hosts"]) == (1, 2)

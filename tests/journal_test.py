@@ -9,7 +9,8 @@ from PIL import Image
 import pytest
 from tensorboardX.proto import event_pb2
 
-from mcjepa_jax import alarms, assembly, errors, journal, panels, progress
+from mcjepa_jax import errors, journal
+from mcjepa_jax.training import alarms, build, context, pictures, progress
 from tests import tiny, workdirs
 
 
@@ -110,7 +111,7 @@ def test_a_line_says_whether_the_input_is_the_limit(
 ):
   stream = types.SimpleNamespace(rate=lambda: made)
   config = tiny.config(mode="motion")
-  run = object.__new__(progress.Run)  # no model, no checkpoints
+  run = object.__new__(context.Run)  # no model, no checkpoints
   vars(run).update(
       config=config,
       workdir=tmp_path,
@@ -197,9 +198,9 @@ def test_curves_show_each_group_of_terms_that_was_logged():
       {"step": 0, "content/variance": 1.0, "motion/cycle/stride_4": 2.0},
       {"step": 5, "content/variance": 0.5},
   ]
-  pictures = panels.of_logs(lines)
-  assert set(pictures) == {"curves_content", "curves_motion"}
-  assert all(p.dtype == np.uint8 and p.ndim == 3 for p in pictures.values())
+  drawn = pictures.of_logs(lines)
+  assert set(drawn) == {"curves_content", "curves_motion"}
+  assert all(p.dtype == np.uint8 and p.ndim == 3 for p in drawn.values())
 
 
 def test_pictures_of_a_state_show_flow_and_features():
@@ -210,9 +211,9 @@ def test_pictures_of_a_state_show_flow_and_features():
       "motion": {"frames": batch["frames"]},
       "content": {"views": batch["views"]},
   }
-  pictures = panels.of_state(assembly.model(cfg), state.params, mesh, arrays)
-  assert set(pictures) == {"flow", "features"}
-  for picture in pictures.values():
+  drawn = pictures.of_state(build.model(cfg), state.params, mesh, arrays)
+  assert set(drawn) == {"flow", "features"}
+  for picture in drawn.values():
     assert picture.dtype == np.uint8 and picture.shape[-1] == 3
     assert picture.std() > 5
 

@@ -10,7 +10,8 @@ import time
 import pytest
 import yaml
 
-from mcjepa_jax import command, validation
+from mcjepa_jax import command
+from mcjepa_jax.training import validation
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _LAUNCH = _ROOT / "launch"

@@ -13,45 +13,31 @@ _PACKAGE = "mcjepa_jax"
 
 # A module imports lower layers only. `errors` is open to all.
 _LAYERS = (
-    # 0: paths in, files out; files in, bytes and pixels out. What a fact is.
-    "storage.paths data.facts",
-    "data.image_io data.handover data.catalog_flow data.catalog_images",
-    # 1: arrays in, arrays out; text in, plain values out.
-    """ops.flow_ops metrics losses.vicreg visualize photometry data.flow_io data.transforms
-    data.synthetic data.catalog data.crops data.flow_faults models.convnext models.vit
-    command flops goodput hlo evals.masks evals.tiling""",
-    "data.flow_pairs lifeline places",
-    # 2: losses, models and sources made of these; the means of training.
-    """losses.flow_losses models.flow_decoder models.segmentation_heads data.flow_datasets
-    data.image_datasets data.segmentation_datasets data.mask_datasets
-    data.array_records data.cutouts data.feed data.video optimizer sharding storage.checkpoint
-    journal storage.run_folder""",
-    "data.frame_folders lives",
-    # 3: everything of one kind together.
-    """accumulation hosts losses.motion_objective models.mcjepa data.sources data.pipeline data.convert""",
-    # 4: what runs on the devices, and looks at the sources.
-    "step evals.flow evals.probe evals.segmentation evals.davis",
-    # 5: from a config to the parts of a run; arrays through a model.
-    """assembly inference evals.linear evals.finetune evals.submit alarms diagnostics dumps
-    programs""",
-    # 6: what a config has wrong; pictures of what a model gives; a run's parts.
-    "validation panels progress",
-    # 7: evals that train, from a config.
-    "dense_evals sizing",
-    # 8: evals by name.
-    "suite",
-    # 9: what commands share; what is done about what a run logs.
-    "evaluate noticing set_up",
-    # 10: the commands.
-    "train predict preflight replay compare export report data.check",
-    # 11: the command that picks one.
-    "main",
+    """data.facts evals.result_table runtime.environment storage.paths""",
+    """data.catalog_flow data.catalog_images data.handover data.image_io""",
+    """command data.catalog data.crops data.flow_faults data.flow_io data.synthetic data.transforms evals.masks evals.tiling flops goodput hlo losses.vicreg metrics models.convnext models.vit ops.flow_ops photometry visualize""",
+    """data.flow_pairs lifeline places""",
+    """data.array_records data.cutouts data.feed data.flow_datasets data.image_datasets data.mask_datasets data.segmentation_datasets data.video journal losses.flow_losses models.flow_decoder models.segmentation_heads optimizer sharding storage.checkpoint storage.run_folder""",
+    """data.frame_folders lives""",
+    """accumulation data.convert data.pipeline data.sources hosts losses.motion_objective models.mcjepa""",
+    """evals.davis evals.flow evals.probe evals.segmentation step""",
+    """diagnostics evals.finetune evals.linear evals.submit inference programs training.alarms training.bad_steps training.build""",
+    """training.context""",
+    """training.recovery""",
+    """training.pictures training.progress training.validation""",
+    """dense_evals sizing""",
+    """suite""",
+    """training.reports""",
+    """training.saving""",
+    """evaluate training.preconditions training.step_watcher""",
+    """compare data.check export predict preflight replay report train""",
+    """main""",
 )
 _LAYER = {
     name: layer for layer, names in enumerate(_LAYERS) for name in names.split()
 }
 # Nothing below knows what a config is.
-_FIRST_WITH_CONFIG = _LAYER["assembly"]
+_FIRST_WITH_CONFIG = _LAYER["training.build"]
 _COMMANDS_IN_DATA = ("data.check", "data.convert")
 _JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "clu"}
 _MAX_MODULE_LINES = 600

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from mcjepa_jax import assembly, sharding
+from mcjepa_jax import sharding
 from mcjepa_jax.evals import finetune, linear, probe
 from mcjepa_jax.models import mcjepa
+from mcjepa_jax.training import build
 from tests import tiny
 
 _CLASSES = 4
@@ -134,7 +135,7 @@ def _fine_tuned(model, params, *, devices=1):
 
 @pytest.mark.slow
 def test_fine_tuning_learns_and_leaves_what_it_was_given():
-  model = assembly.model(tiny.config())
+  model = build.model(tiny.config())
   params = sharding.call_once(lambda: mcjepa.init_params(model, 0))
   before = jax.tree.map(np.array, params)
   result = _fine_tuned(model, params)
@@ -152,7 +153,7 @@ def test_fine_tuning_learns_and_leaves_what_it_was_given():
 def test_fine_tuning_is_the_same_on_4_devices_and_trains_the_encoder(
     monkeypatch,
 ):
-  model = assembly.model(tiny.config())
+  model = build.model(tiny.config())
   params = sharding.call_once(lambda: mcjepa.init_params(model, 0))
   result = _fine_tuned(model, params, devices=4)
   assert result == _fine_tuned(model, params)

@@ -13,8 +13,9 @@ import time
 from gcp_storage_emulator import server as emulator, storage
 import pytest
 
-from mcjepa_jax import command, compare, dumps, errors, replay, train
+from mcjepa_jax import command, compare, errors, replay, train
 from mcjepa_jax.storage import paths, run_folder
+from mcjepa_jax.training import bad_steps
 from tests import buckets, dumps_test, job, poison, tiny, workdirs
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -120,8 +121,8 @@ def test_dumps_are_written_and_counted_and_read_where_they_are(bucket):
     assert not (again.local / "dumps").exists()
     assert dumps_test.save(again.address, step=4, limit=1) is None
   with run_folder.fetched(found) as folder:
-    assert dumps.read_meta(folder)[0]["step"] == 3
-    assert dumps.read_arrays(folder, "both").keys() == {"frames", "views"}
+    assert bad_steps.read_meta(folder)[0]["step"] == 3
+    assert bad_steps.read_arrays(folder, "both").keys() == {"frames", "views"}
   assert not folder.exists()
 
 
@@ -310,7 +311,7 @@ def test_two_hosts_share_a_bucket_roll_back_are_killed_and_go_on(
   assert report["step"] == told[0]["step"]
   assert poison.RECORD in report["records"]["content"]
   with run_folder.fetched(dump) as folder:
-    assert dumps.read_meta(folder)[0]["hosts"] == 2
+    assert bad_steps.read_meta(folder)[0]["hosts"] == 2
 
 
 def test_a_store_that_no_run_was_written_to_is_refused():

@@ -143,12 +143,12 @@ MUTANTS = (
         ),
     ),
     *_mutants(
-        "dumps.py",
+        "training/bad_steps.py",
         "dumps_test.py::test_a_workdir_has_so_many_dumps_and_no_more",
         ("dumps_without_end", "len(whole) < limit and", "True and"),
     ),
     *_mutants(
-        "set_up.py",
+        "training/preconditions.py",
         "faults_test.py::test_of_many_hosts_a_lock_of_one_that_died_is_waited_for",
         (
             "no_lock_is_waited_for",
@@ -157,7 +157,7 @@ MUTANTS = (
         ),
     ),
     *_mutants(
-        "validation.py",
+        "training/validation.py",
         "validation_test.py",
         (
             "rollback_without_a_way_back",
@@ -235,7 +235,7 @@ MUTANTS = (
         ),
     ),
     *_mutants(
-        "alarms.py",
+        "training/alarms.py",
         "alarms_test.py::test_alarms_wait_for_their_task_and_for_the_masks",
         (
             "masks_at_once",

@@ -19,7 +19,6 @@ import pytest
 
 from mcjepa_jax import (
     command,
-    dumps,
     errors,
     hosts,
     journal,
@@ -30,6 +29,7 @@ from mcjepa_jax import (
 )
 from mcjepa_jax.programs import Programs
 from mcjepa_jax.storage import checkpoint, paths, run_folder
+from mcjepa_jax.training import bad_steps, context, reports, saving
 from tests import poison, tiny, workdirs
 
 pytestmark = pytest.mark.slow
@@ -229,7 +229,7 @@ def test_after_a_row_of_skips_it_goes_back_and_past_them_also_when_resumed(
   class Killed(BaseException):
     pass
 
-  saves = train.save
+  saves = saving.save
 
   def killed(run, state, *args, **kwargs):
     saves(run, state, *args, **kwargs)
@@ -237,7 +237,7 @@ def test_after_a_row_of_skips_it_goes_back_and_past_them_also_when_resumed(
       raise Killed
 
   with monkeypatch.context() as patch:
-    patch.setattr(train, "save", killed)
+    patch.setattr(saving, "save", killed)
     with pytest.raises(Killed):
       train.train(_config(data, **changes), cut)
   train.train(_config(data, **changes), cut)
@@ -449,7 +449,7 @@ def test_what_a_full_disk_keeps_from_being_dumped_is_told_and_takes_no_room(
 
   reason = "[Errno 28] No space left on device"
   if part == "rows":
-    monkeypatch.setattr(dumps, "_own_rows", full)
+    monkeypatch.setattr(bad_steps, "_own_rows", full)
   else:
     reason = "cannot be written: Permission denied"
     for step in range(8):
@@ -462,7 +462,7 @@ def test_what_a_full_disk_keeps_from_being_dumped_is_told_and_takes_no_room(
   # Of a failed one what did not fail may come late: it goes when one looks.
   assert not list((tmp_path / "dumps").rglob("*.npy"))
   time.sleep(1)
-  assert dumps.has_room(tmp_path, step=99, limit=1)
+  assert bad_steps.has_room(tmp_path, step=99, limit=1)
   assert not list((tmp_path / "dumps").iterdir())
   assert results["meta/step"] == 8
 
@@ -474,7 +474,7 @@ def test_what_a_killed_run_did_after_its_last_save_is_time_lost(
   class Killed(BaseException):
     pass
 
-  plain, made = train.save, []
+  plain, made = saving.save, []
 
   def killed(run, *args, **kwargs):
     if len(made) == saves:
@@ -490,20 +490,20 @@ def test_what_a_killed_run_did_after_its_last_save_is_time_lost(
   monkeypatch.setattr(lives, "SECONDS", 0.1)
   since = time.time()
   with monkeypatch.context() as patch:
-    patch.setattr(train, "save", killed)
+    patch.setattr(saving, "save", killed)
     with pytest.raises(Killed):
       train.train(_config(data), tmp_path)
   ended = time.time()
   if saves:
     since = checkpoint.read_meta(tmp_path)["time"]
   ((_, seen_last),) = json.loads((tmp_path / "lives.json").read_text())
-  finish, seen = train.finish, []
+  finish, seen = reports.finish, []
 
   def finished(run, *args):
     seen.append(run.clock.seconds()["lost"])
     return finish(run, *args)
 
-  monkeypatch.setattr(train, "finish", finished)
+  monkeypatch.setattr(reports, "finish", finished)
   time.sleep(2)  # what lies between the two is not lost
   results = train.train(_config(data), tmp_path)
   (lost,) = seen
@@ -541,7 +541,7 @@ def test_sigterm_in_an_evaluation_saves_and_the_next_run_evaluates_there(
   train.train(config, tmp_path / "whole")
 
   with monkeypatch.context() as patch:
-    patch.setattr(train, "evaluations", _preempted)
+    patch.setattr(reports, "evaluations", _preempted)
     with pytest.raises(command.Stop, match="saved at step 3") as stop:
       train.train(config, tmp_path / "cut")
   assert stop.value.code == 75
@@ -580,7 +580,7 @@ def test_a_save_whose_evaluation_sigterm_ends_is_made_and_not_the_best(
 ):
   config = _best(data, eval_limit=8)
   with monkeypatch.context() as patch:
-    patch.setattr(train, "evaluations", _preempted)
+    patch.setattr(reports, "evaluations", _preempted)
     with pytest.raises(command.Stop, match="saved at step 2") as stop:
       train.train(config, tmp_path)
   assert stop.value.code == 75
@@ -597,7 +597,7 @@ def test_the_best_evaluated_checkpoint_outlives_those_after_it(
   def evaluations(run, state, **_):
     return {"knn/synthetic/top1": top[int(state.step)]}, []
 
-  monkeypatch.setattr(train, "evaluations", evaluations)
+  monkeypatch.setattr(reports, "evaluations", evaluations)
   config = _best(data)
   train.train(config, tmp_path)
   saved = {path.name for path in (tmp_path / "checkpoints").iterdir()}
@@ -657,7 +657,7 @@ def test_sigterm_while_a_step_compiles_loses_none_before_it(
     plain(self, kind, state, arrays)
 
   monkeypatch.setattr(Programs, "compile", compile)
-  monkeypatch.setattr(train, "begin_step", lambda run: None)
+  monkeypatch.setattr(context, "begin_step", lambda run: None)
   config = tiny.config(motion__start_step=start_step, save_every=100)
   with pytest.raises(command.Stop, match="what is saved is all there is") as e:
     train.train(config, tmp_path)
@@ -672,7 +672,7 @@ def test_an_evaluation_that_breaks_the_run_loses_no_step_before_it(
   def broken(run, state, **options):
     raise RuntimeError("a fault of ours")
 
-  monkeypatch.setattr(train, "evaluations", broken)
+  monkeypatch.setattr(reports, "evaluations", broken)
   with pytest.raises(RuntimeError, match="a fault of ours"):
     train.train(_config(data, eval_every=4, save_every=4), tmp_path)
   assert (tmp_path / "checkpoints" / "4").is_dir()
@@ -683,7 +683,7 @@ def test_sigterm_in_the_last_evaluation_ends_it_and_the_next_run_evaluates(
     data, tmp_path, monkeypatch
 ):
   with monkeypatch.context() as patch:
-    patch.setattr(train, "evaluations", _preempted)
+    patch.setattr(reports, "evaluations", _preempted)
     with pytest.raises(command.Stop) as stop:
       train.train(_config(data, num_steps=2), tmp_path / "run")
   assert stop.value.code == 75
@@ -693,7 +693,7 @@ def test_sigterm_in_the_last_evaluation_ends_it_and_the_next_run_evaluates(
 def test_an_eval_that_fails_at_the_end_leaves_the_others_their_results(
     data, tmp_path, monkeypatch
 ):
-  plain = train.evaluations
+  plain = reports.evaluations
 
   def evaluations(run, state, **options):
     results, _ = plain(run, state, **options)
@@ -701,7 +701,7 @@ def test_an_eval_that_fails_at_the_end_leaves_the_others_their_results(
 
   workdir = tmp_path / "run"
   with monkeypatch.context() as patch:
-    patch.setattr(train, "evaluations", evaluations)
+    patch.setattr(reports, "evaluations", evaluations)
     with pytest.raises(errors.UserError) as error:
       train.train(_config(data, num_steps=2), workdir)
   assert error.value.messages == ("broken/a: damaged", "b: too")
@@ -719,8 +719,8 @@ def test_a_run_that_is_preempted_saves_before_it_evaluates_or_draws(
     data, tmp_path, monkeypatch
 ):
   monkeypatch.setattr(hosts, "stopping", lambda stop: True)
-  monkeypatch.setattr(train, "draw", None)
-  monkeypatch.setattr(train, "evaluations", None)
+  monkeypatch.setattr(reports, "draw", None)
+  monkeypatch.setattr(reports, "evaluations", None)
   with pytest.raises(command.Stop, match="saved at step 1") as stop:
     train.train(_config(data, eval_every=1, panel_every=1), tmp_path / "run")
   assert stop.value.code == 75
@@ -745,7 +745,7 @@ def test_a_batch_of_another_shape_is_noticed(tmp_path, monkeypatch):
   cfg = _config(
       "", content__sources=(("synthetic", 1.0),), content__batch_size=4
   )
-  whole = train.batches
+  whole = context.batches
 
   def uneven(run, start):
     for number, batch in enumerate(whole(run, start)):
@@ -753,7 +753,7 @@ def test_a_batch_of_another_shape_is_noticed(tmp_path, monkeypatch):
         batch.arrays = {k: x[: len(x) // 2] for k, x in batch.arrays.items()}
       yield batch
 
-  monkeypatch.setattr(train, "batches", uneven)
+  monkeypatch.setattr(context, "batches", uneven)
   results = train.train(cfg, tmp_path)
   assert results["alarm/recompilation"] == 1 and results["compiles"] == 2
   (line,) = workdirs.lines(tmp_path / "alarms.jsonl")

@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from mcjepa_jax import assembly, preflight, sharding, step as steps
+from mcjepa_jax import preflight, sharding, step as steps
 from mcjepa_jax.errors import UserError
+from mcjepa_jax.training import build
 
 _KEYS = {
     "topology",
@@ -141,7 +142,7 @@ def test_reports_on_emulated_devices():
   assert report["flops_per_step"] > 0
   # Each gradient of the encoder and the expander is reduced over the devices.
   mesh = sharding.make_mesh(1)
-  model, optimizers = assembly.model(config), assembly.optimizers(config)
+  model, optimizers = build.model(config), build.optimizers(config)
   state = steps.abstract_state(model, optimizers, mesh, min_bytes=2**40)
   moved = jax.tree.leaves([state.params[g] for g in ("encoder", "expander")])
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in moved)
@@ -313,12 +314,12 @@ def _groups_that_gather(config: Any, name: str) -> list[np.ndarray]:
   """The devices of each group of each all-gather; in a process of its own."""
   topology = preflight.parse_topology(name)
   mesh = sharding.mesh_of(preflight._devices(topology))
-  model, optimizers = assembly.model(config), assembly.optimizers(config)
-  abstract = assembly.abstract_state(config, model, optimizers, mesh)
+  model, optimizers = build.model(config), build.optimizers(config)
+  abstract = build.abstract_state(config, model, optimizers, mesh)
   step = steps.make_train_step(
-      model, optimizers, assembly.recipe(config), "content"
+      model, optimizers, build.recipe(config), "content"
   )
-  shapes = assembly.batch_shapes(config, "content", (64, 64))
+  shapes = build.batch_shapes(config, "content", (64, 64))
   lowered = steps.jit_train_step(step, abstract, mesh).lower(abstract, shapes)
   text, found = lowered.compile().as_text(), []
   for groups in re.findall(

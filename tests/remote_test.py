@@ -700,7 +700,7 @@ def test_a_set_in_a_bucket_is_checked(gs, tmp_path, capsys):
 
 
 def test_a_cache_that_cannot_be_used_is_a_fault_of_the_config(tmp_path):
-  from mcjepa_jax import validation
+  from mcjepa_jax.training import validation
 
   (tmp_path / "file").touch()
   for cache, words in (

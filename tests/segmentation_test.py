@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score
 
-from mcjepa_jax import assembly, dense_evals, errors, metrics, sharding, suite
+from mcjepa_jax import dense_evals, errors, metrics, sharding, suite
 from mcjepa_jax.data import crops, sources
 from mcjepa_jax.data.crops import VOID
 from mcjepa_jax.evals import segmentation
 from mcjepa_jax.models import convnext, mcjepa, segmentation_heads
+from mcjepa_jax.training import build
 from tests import tiny
 
 
@@ -393,7 +394,7 @@ def test_both_evals_give_every_number_with_its_twins(tmp_path):
   _camvid(tmp_path)
   cfg = _config(tmp_path)
   assert suite.check(cfg) == []
-  model = assembly.model(cfg)
+  model = build.model(cfg)
   params, initial = (mcjepa.init_params(model, seed) for seed in (1, 0))
   mesh = sharding.make_mesh(4)  # of which 2 divide the batch
   found, faults = suite.run(

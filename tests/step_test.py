@@ -3,9 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mcjepa_jax import assembly, sharding, step as steps
+from mcjepa_jax import sharding, step as steps
 from mcjepa_jax.data import synthetic
 from mcjepa_jax.losses import motion_objective, vicreg
+from mcjepa_jax.training import build
 from tests import tiny
 
 
@@ -33,9 +34,9 @@ def _take(kind):
 
 
 def _gradient(cfg, batch, *, devices=1, groups=("encoder",)):
-  model, recipe = assembly.model(cfg), assembly.recipe(cfg)
+  model, recipe = build.model(cfg), build.recipe(cfg)
   mesh = sharding.make_mesh(devices)
-  params = steps.init_state(model, assembly.optimizers(cfg), 0).params
+  params = steps.init_state(model, build.optimizers(cfg), 0).params
 
   def loss(moving, batch):
     return steps.loss_fn(
@@ -212,8 +213,8 @@ def test_accumulation_of_motion_equals_the_whole_batch():
 
 
 def test_parameters_depend_on_the_seed_and_on_no_batch_size():
-  model = assembly.model(tiny.config())
-  optimizers = assembly.optimizers(tiny.config(content__batch_size=16))
+  model = build.model(tiny.config())
+  optimizers = build.optimizers(tiny.config(content__batch_size=16))
   one = steps.init_state(model, optimizers, 3)
   two = steps.init_state(model, optimizers, 3)
   other = steps.init_state(model, optimizers, 4)
@@ -284,7 +285,7 @@ def test_noise_for_ground_truth_leaves_the_training_bit_identical(monkeypatch):
       example = synthetic.Pairs(seed=0, num_examples=1)[0]
       assert np.asarray(example["label"]).dtype.kind == "f"
     state = jax.tree.map(jax.device_put, initial)
-    streams = assembly.streams(cfg)
+    streams = build.streams(cfg)
     for number in range(2):
       batch = streams["content"][number][0] | streams["motion"][number][0]
       state, _ = function(state, sharding.to_global(batch, mesh))

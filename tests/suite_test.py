@@ -10,9 +10,11 @@ import cv2
 import numpy as np
 import pytest
 
-from mcjepa_jax import assembly, errors, evaluate, inference, sharding, suite
+from mcjepa_jax import errors, evaluate, inference, sharding, suite
 from mcjepa_jax.data import flow_io, sources
+from mcjepa_jax.evals import result_table
 from mcjepa_jax.models import mcjepa
+from mcjepa_jax.training import build
 from tests import layouts, mask_clips, segmentation_test, submit_test, tiny
 
 
@@ -105,7 +107,7 @@ def test_a_checkpoint_that_does_not_describe_its_model_is_refused(
 
 
 def _subject(cfg, *, devices=1):
-  model = assembly.model(cfg)
+  model = build.model(cfg)
   params, initial = (
       sharding.call_once(lambda seed=seed: mcjepa.init_params(model, seed))
       for seed in (1, 0)
@@ -137,7 +139,7 @@ def test_an_eval_that_ends_in_a_fault_leaves_the_others_their_results(
   cfg = tiny.config(evals=("broken/a", "fine/b", "slow/c"))
   mesh = sharding.make_mesh(1)
   subject = suite.Subject(
-      cfg, assembly.model(cfg), None, None, mesh, pathlib.Path("unused")
+      cfg, build.model(cfg), None, None, mesh, pathlib.Path("unused")
   )
   results, faults = suite.run(subject)
   assert faults == ["a/frame_7.png: damaged", "and more"]
@@ -321,7 +323,7 @@ def test_labelled_sets_are_split_as_they_are_published_or_by_fifths(tmp_path):
 
 
 def test_the_table_leaves_out_single_examples_and_silent_alarms():
-  lines = evaluate.table(
+  lines = result_table.table(
       {
           "flow/middlebury/epe": 1.5,
           "flow/middlebury/Urban2/epe": 3.0,

@@ -9,8 +9,9 @@ import numpy as np
 from PIL import Image
 
 from configs import default, quickstart
-from mcjepa_jax import assembly, sharding, step as steps
+from mcjepa_jax import sharding, step as steps
 from mcjepa_jax.storage import checkpoint
+from mcjepa_jax.training import build
 
 
 def config(module=quickstart, **changes) -> default.ConfigDict:
@@ -63,7 +64,7 @@ def config(module=quickstart, **changes) -> default.ConfigDict:
 @functools.cache
 def batch(pairs: int = 4, images: int = 4) -> dict[str, np.ndarray]:
   """A fixed batch of both tasks, of the procedural set."""
-  streams = assembly.streams(
+  streams = build.streams(
       config(motion__batch_size=pairs, content__batch_size=images)
   )
   return streams["motion"][0][0] | streams["content"][0][0]
@@ -72,7 +73,7 @@ def batch(pairs: int = 4, images: int = 4) -> dict[str, np.ndarray]:
 def state_and_step(cfg, kind, *, devices=1, data=-1, min_mib=4.0):
   """A new state over a mesh, the jitted step of a kind, and the mesh."""
   mesh = sharding.make_mesh(devices, data)
-  model, optimizers = assembly.model(cfg), assembly.optimizers(cfg)
+  model, optimizers = build.model(cfg), build.optimizers(cfg)
   abstract = steps.abstract_state(
       model, optimizers, mesh, min_bytes=int(min_mib * 2**20)
   )
@@ -80,9 +81,7 @@ def state_and_step(cfg, kind, *, devices=1, data=-1, min_mib=4.0):
       lambda: steps.init_state(model, optimizers, cfg.seed),
       out_shardings=jax.tree.map(lambda x: x.sharding, abstract),
   )()
-  function = steps.make_train_step(
-      model, optimizers, assembly.recipe(cfg), kind
-  )
+  function = steps.make_train_step(model, optimizers, build.recipe(cfg), kind)
   return state, steps.jit_train_step(function, abstract, mesh), mesh
 
 

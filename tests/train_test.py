@@ -11,8 +11,9 @@ import time
 import numpy as np
 import pytest
 
-from mcjepa_jax import command, errors, set_up, train
+from mcjepa_jax import command, errors, train
 from mcjepa_jax.storage import run_folder
+from mcjepa_jax.training import preconditions
 from tests import tiny, workdirs
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -325,5 +326,5 @@ def test_a_run_starts_from_the_encoder_of_another_and_the_rest_anew(
   cfg = tiny.config(init_checkpoint=str(tmp_path / "gone"))
   folder = run_folder.Folder(tmp_path / "taken", tmp_path / "taken")
   with pytest.raises(errors.UserError, match="gone does not exist"):
-    set_up.check_init_checkpoint(cfg, folder)
-  set_up.check_init_checkpoint(cfg, run_folder.Folder(whole, whole))
+    preconditions.check_init_checkpoint(cfg, folder)
+  preconditions.check_init_checkpoint(cfg, run_folder.Folder(whole, whole))

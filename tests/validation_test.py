@@ -3,8 +3,9 @@ import math
 import pytest
 
 from configs import mcjepa_convnext_tiny, quickstart
-from mcjepa_jax import errors, validation
+from mcjepa_jax import errors
 from mcjepa_jax.data import pipeline, synthetic
+from mcjepa_jax.training import validation
 from tests import tiny
 
 

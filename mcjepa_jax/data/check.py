@@ -364,7 +364,8 @@ def of_config(config: Any) -> tuple[list[str], Settings]:
     UserError: all that `train` would find wrong with the config itself.
   """
   # Imported here: they load JAX, for which a check of one set has no use.
-  from mcjepa_jax import step, validation
+  from mcjepa_jax import step
+  from mcjepa_jax.training import validation
 
   faults = validation.faults(config)
   if faults:

@@ -1,56 +1,20 @@
 """The parts of a run, its bar and its logs."""
 
-import dataclasses
-import pathlib
-import threading
 from typing import Any
 
 import jax
 import tqdm
 
-from mcjepa_jax import alarms, hosts, journal, step as steps
-from mcjepa_jax.models import mcjepa
-from mcjepa_jax.programs import Programs
-from mcjepa_jax.storage import checkpoint, run_folder
+from mcjepa_jax import hosts, journal, step as steps
+from mcjepa_jax.training import context
 
 _RATED_STEPS = 20  # after which the input's rate is told
-
-
-@dataclasses.dataclass
-class Run:
-  """What the loop needs; of it only what counts and watches changes."""
-
-  config: Any
-  workdir: pathlib.Path  # where this host's logs are
-  folder: run_folder.Folder
-  model: mcjepa.MCJEPA
-  optimizers: dict[str, Any]
-  abstract: steps.TrainState
-  mesh: jax.sharding.Mesh
-  streams: dict[str, Any]
-  checkpoints: checkpoint.Checkpoints
-  clock: journal.Clock
-  watch: alarms.Watch
-  programs: Programs
-  began: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds
-  stop: threading.Event = dataclasses.field(default_factory=threading.Event)
-
-
-@dataclasses.dataclass
-class Batch:
-  """One step's input on the devices, and the streams' states from before it."""
-
-  kind: str
-  arrays: dict[str, jax.Array]
-  records: dict[str, list[str]]
-  faults: dict[str, list[tuple[str, str]]]
-  streams: dict[str, Any]
 
 
 class Progress:
   """The bar and the logs; numbers are those of the step before."""
 
-  def __init__(self, run: Run, start: int):
+  def __init__(self, run: context.Run, start: int):
     config = run.config
     self._run = run
     self._bar = tqdm.tqdm(
@@ -130,7 +94,7 @@ class Progress:
         f"{'' if limits else ' not'} the limit."
     )
 
-  def quarantine(self, number: int, batch: Batch) -> None:
+  def quarantine(self, number: int, batch: context.Batch) -> None:
     """Shows the records of a batch that were replaced."""
     for task, faults in batch.faults.items():
       for record, fault in self._quarantine.add(

@@ -12,18 +12,10 @@ from typing import Any
 
 import jax
 
-from mcjepa_jax import (
-    assembly,
-    command,
-    errors,
-    hosts,
-    journal,
-    sharding,
-    suite,
-    validation,
-)
+from mcjepa_jax import command, errors, hosts, journal, sharding, suite
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.storage import checkpoint, run_folder
+from mcjepa_jax.training import build, validation
 
 # What a file system without locks answers: then nothing keeps two runs apart.
 _NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
@@ -42,15 +34,15 @@ def input_and_mesh(
   """
   sharding.all_devices()  # where there are none, nothing below can be told
   mesh, streams = [], {}
-  faults = errors.collect(lambda: mesh.append(assembly.mesh(config)))
+  faults = errors.collect(lambda: mesh.append(build.mesh(config)))
   faults += validation.faults(config, devices=mesh[0].size if mesh else None)
   for check in (
       lambda: journal.check_writable(folder.local, "workdir"),
       lambda: check_resume(config, folder),
       lambda: check_init_checkpoint(config, folder),
-      lambda: assembly.optimizers(config),
+      lambda: build.optimizers(config),
       lambda: faults.extend(validation.no_way_back(config)),
-      lambda: streams.update(assembly.streams(config)),
+      lambda: streams.update(build.streams(config)),
       # The first batches: what of them cannot be decoded or cut is told before
       # anything is compiled.
       lambda: [stream[0] for stream in streams.values()],
@@ -69,7 +61,7 @@ def input_and_mesh(
   hosts.check_shared(folder)
   hosts.check_alike("newest checkpoint", checkpoint.newest_step(folder.address))
   if hosts.first():
-    for line in assembly.miscounts(config, streams):
+    for line in build.miscounts(config, streams):
       print(f"warning: {line}", file=sys.stderr)
   return streams, mesh[0]
 
@@ -118,7 +110,7 @@ def check_init_checkpoint(config: Any, folder: run_folder.Folder) -> None:
     return
   if checkpoint.newest_step(folder.address) is not None:  # it has started
     return
-  model = assembly.model(config)
+  model = build.model(config)
   encoder = jax.eval_shape(lambda: mcjepa.init_params(model, 0))["encoder"]
   checkpoint.check_params(config.init_checkpoint, {"encoder": encoder})
 

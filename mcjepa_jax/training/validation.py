@@ -5,10 +5,11 @@ import math
 import pathlib
 from typing import Any
 
-from mcjepa_jax import alarms, command, errors, journal, step
+from mcjepa_jax import command, errors, journal, step
 from mcjepa_jax.data import sources
 from mcjepa_jax.losses import motion_objective
 from mcjepa_jax.models import convnext
+from mcjepa_jax.training import alarms
 
 # Keys that a resumed run may change: they do not touch what is learned.
 OPERATIONAL = frozenset(

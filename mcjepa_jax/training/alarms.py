@@ -14,15 +14,6 @@ EVENTS = ("not_finite", "rollback", "recompilation", "checkpoint")
 ACTIONS = ("log", "stop", "rollback")
 
 
-class RollBack(Exception):
-  """Takes a run back to `step` or before; its streams go on from `streams`."""
-
-  def __init__(self, step: int, streams: Mapping[str, Any], reason: str):
-    super().__init__(reason)
-    self.step = step
-    self.streams = streams
-
-
 @dataclasses.dataclass(frozen=True)
 class Rule:
   """Fires where the median of the last `window` values lies outside a range.

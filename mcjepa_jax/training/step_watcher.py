@@ -9,17 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from mcjepa_jax import (
-    alarms,
-    assembly,
-    command,
-    diagnostics,
-    dumps,
-    errors,
-    hosts,
-    step as steps,
-)
-from mcjepa_jax.progress import Batch, Progress, Run
+from mcjepa_jax import command, diagnostics, errors, hosts, step as steps
+from mcjepa_jax.training import alarms, bad_steps, build, recovery
+from mcjepa_jax.training.context import Batch, Run
+from mcjepa_jax.training.progress import Progress
 
 Streams = dict[str, Any]
 
@@ -42,7 +35,7 @@ class Watcher:
     self._pending: _Pending | None = None
     self._first = False  # whether no step of this process has run
     self._diagnosis = diagnostics.Diagnosis(
-        run.model, assembly.recipe(run.config), run.mesh
+        run.model, build.recipe(run.config), run.mesh
     )
 
   def before(
@@ -171,7 +164,7 @@ class Watcher:
       )
     if run.watch.row >= limits.skips_in_a_row:
       reason = f"{run.watch.row} updates in a row were skipped"
-      raise alarms.RollBack(
+      raise recovery.RollBack(
           pending.number - run.watch.row + 1, following, reason
       )
 
@@ -185,7 +178,7 @@ class Watcher:
     run, step = self._run, pending.number
     address, limit = run.folder.address, run.config.alarms.dumps
     try:
-      if not dumps.has_room(address, step=step, limit=limit):
+      if not bad_steps.has_room(address, step=step, limit=limit):
         return ""
     except errors.UserError as error:
       return f"; not dumped: {'; '.join(error.messages)}"
@@ -193,7 +186,7 @@ class Watcher:
       with self.writing(step):
         run.checkpoints.wait_until_finished()
       try:
-        folder = dumps.save(
+        folder = bad_steps.save(
             address,
             state,
             step=step,
@@ -226,4 +219,4 @@ class Watcher:
       raise command.Stop(command.EXIT_ALARM, f"step {number}: {reason}")
     # Before what was judged.
     lasted = max(alarm.rule.lasts for alarm in fired)
-    raise alarms.RollBack(number - lasted, following, reason)
+    raise recovery.RollBack(number - lasted, following, reason)

@@ -1,0 +1,142 @@
+"""The parts of a run, and what the loop reads: its state, batches and steps."""
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import pathlib
+import threading
+from typing import Any
+
+import jax
+
+from mcjepa_jax import hosts, journal, sharding, step as steps
+from mcjepa_jax.models import mcjepa
+from mcjepa_jax.programs import Programs
+from mcjepa_jax.storage import checkpoint, run_folder
+from mcjepa_jax.training import alarms, build
+
+
+@dataclasses.dataclass
+class Run:
+  """What the loop needs; of it only what counts and watches changes."""
+
+  config: Any
+  workdir: pathlib.Path  # where this host's logs are
+  folder: run_folder.Folder
+  model: mcjepa.MCJEPA
+  optimizers: dict[str, Any]
+  abstract: steps.TrainState
+  mesh: jax.sharding.Mesh
+  streams: dict[str, Any]
+  checkpoints: checkpoint.Checkpoints
+  clock: journal.Clock
+  watch: alarms.Watch
+  programs: Programs
+  began: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds
+  stop: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+
+@dataclasses.dataclass
+class Batch:
+  """One step's input on the devices, and the streams' states from before it."""
+
+  kind: str
+  arrays: dict[str, jax.Array]
+  records: dict[str, list[str]]
+  faults: dict[str, list[tuple[str, str]]]
+  streams: dict[str, Any]
+
+
+def first_state(run: Run) -> steps.TrainState:
+  """A new state, made straight into its shardings."""
+  config = run.config
+  state = sharding.call_once(
+      lambda: steps.init_state(run.model, run.optimizers, config.seed),
+      out_shardings=jax.tree.map(lambda leaf: leaf.sharding, run.abstract),
+  )
+  if config.init_checkpoint:
+    encoder = checkpoint.restore_params(
+        config.init_checkpoint, {"encoder": run.abstract.params["encoder"]}
+    )
+    state = state.replace(params=state.params | encoder)
+  return state
+
+
+def begin_step(run: Run) -> None:
+  """Starts on the batch of step 0, and on its program where its size is known."""
+  config = run.config
+  kind = steps.kind_at(config.mode, 0, config.motion.start_step)
+  for task in steps.tasks(kind):
+    run.streams[task].start()
+  size, *others = build.motion_sizes(config)
+  if others and "motion" in steps.tasks(kind):
+    return
+  shapes = build.batch_shapes(config, kind, size)
+  run.programs.begin(kind, run.abstract, shapes)
+
+
+def batches(run: Run, start: int) -> Iterator[Batch]:
+  """The batch of each step from `start` on, as its kind reads it."""
+  config = run.config
+  for number in range(start, config.num_steps):
+    kind = steps.kind_at(config.mode, number, config.motion.start_step)
+    before = {task: stream.state() for task, stream in run.streams.items()}
+    arrays, records, faults = {}, {}, {}
+    for task in steps.tasks(kind):
+      part = next(run.streams[task])
+      arrays |= part.arrays
+      records[task], faults[task] = part.records, part.faults
+    arrays = sharding.to_global(arrays, run.mesh)
+    yield Batch(kind, arrays, records, faults, before)
+
+
+def step_programs(
+    config: Any,
+    model: mcjepa.MCJEPA,
+    optimizers: dict[str, Any],
+    abstract: steps.TrainState,
+    mesh: jax.sharding.Mesh,
+) -> Programs:
+  """The steps of each kind that a run has; none is compiled yet."""
+  recipe = build.recipe(config)
+  start = config.motion.start_step
+  kinds = {
+      steps.kind_at(config.mode, number, start)
+      for number in (0, start, start + 1)
+      if number < config.num_steps
+  }
+  sizes = len(build.motion_sizes(config))
+  functions = {
+      kind: steps.jit_train_step(
+          steps.make_train_step(model, optimizers, recipe, kind),
+          abstract,
+          mesh,
+      )
+      for kind in kinds
+  }
+  return Programs(
+      functions,
+      expected={
+          kind: sizes if "motion" in steps.tasks(kind) else 1 for kind in kinds
+      },
+      devices=mesh.size,
+  )
+
+
+class _Interrupted(BaseException):
+  """SIGTERM, where it ends what is done: no fault of a file or of an eval."""
+
+
+@contextlib.contextmanager
+def until_sigterm(run: Run) -> Iterator[None]:
+  """Has SIGTERM end what is done inside; `run.stop` is set then.
+
+  Of many hosts, which have to end at one step, it ends nothing inside.
+  """
+
+  def interrupt(*_):
+    run.stop.set()
+    raise _Interrupted
+
+  with contextlib.suppress(_Interrupted), hosts.on_sigterm(interrupt):
+    yield
