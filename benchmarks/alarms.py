@@ -28,11 +28,11 @@ import jax.numpy as jnp  # noqa: E402
 from benchmarks import report  # noqa: E402
 from configs import quickstart  # noqa: E402
 from mcjepa_jax import (  # noqa: E402
-    command,
     errors,
     train,
 )
 from mcjepa_jax.ops import flow_ops  # noqa: E402
+from mcjepa_jax.runtime import command_line  # noqa: E402
 
 _STEPS = 300  # of a sick run: the warm-up and three diagnoses
 
@@ -119,16 +119,18 @@ def main(argv: list[str] | None = None) -> int:
   argv = sys.argv[1:] if argv is None else argv
 
   def body():
-    flags = command.split(argv, ("only", "json")).flags
+    flags = command_line.split(argv, ("only", "json")).flags
     wanted = list(RUNS)
     if "only" in flags:
-      wanted = command.single(flags, only="NAME,NAME")[0].split(",")
+      wanted = command_line.single(flags, only="NAME,NAME")[0].split(",")
       unknown = sorted(set(wanted) - set(RUNS))
       if unknown:
         raise errors.UserError(
             f"--only: expected some of {', '.join(RUNS)}; got {unknown[0]!r}"
         )
-    path = command.single(flags, json="PATH")[0] if "json" in flags else None
+    path = (
+        command_line.single(flags, json="PATH")[0] if "json" in flags else None
+    )
     absl_flags.FLAGS.mark_as_parsed()  # Grain's workers read them
     rows, failed = [], False
     for name in wanted:
@@ -154,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
         failed=failed,
     )
 
-  return command.guarded(body, debug="--debug" in argv)
+  return command_line.guarded(body, debug="--debug" in argv)
 
 
 if __name__ == "__main__":

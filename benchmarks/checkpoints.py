@@ -20,7 +20,8 @@ import jax
 import numpy as np
 
 from benchmarks import report
-from mcjepa_jax import command, journal, sharding, step as steps
+from mcjepa_jax import sharding, step as steps
+from mcjepa_jax.runtime import command_line, log_files
 from mcjepa_jax.storage import checkpoint
 from mcjepa_jax.training import build
 
@@ -37,7 +38,7 @@ _MEMORY = 2.0  # times the state, beside it: its copy, and what is written
 def main(argv: list[str]) -> None:
   """Prints the table, writes the JSON, exits 1 if the save is too slow."""
   del argv
-  config = command.load_config(_CONFIG.value, [])
+  config = command_line.load_config(_CONFIG.value, [])
   mesh = sharding.make_mesh()
   model, optimizers = build.model(config), build.optimizers(config)
   abstract = build.abstract_state(config, model, optimizers, mesh)
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> None:
   state = jax.block_until_ready(add(state))
   expected = jax.tree.map(np.array, state)  # copies: donation overwrites
   size = sum(leaf.nbytes for leaf in jax.tree.leaves(expected))
-  before = journal.own_peak_rss_gb()
+  before = log_files.own_peak_rss_gb()
 
   with (
       tempfile.TemporaryDirectory(dir=_DIR.value) as folder,
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> None:
       checkpoints.check_errors()
     checkpoints.wait_until_finished()
     written = time.perf_counter() - began
-    peak = journal.own_peak_rss_gb() - before
+    peak = log_files.own_peak_rss_gb() - before
     start = time.perf_counter()
     restored, _, _ = checkpoints.restore(1, abstract)
     jax.block_until_ready(restored)

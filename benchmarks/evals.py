@@ -24,7 +24,8 @@ from types import FrameType
 from typing import Any
 
 from benchmarks import report
-from mcjepa_jax import command, errors
+from mcjepa_jax import errors
+from mcjepa_jax.runtime import command_line
 
 _PARTS = ("compile", "decode", "device", "metric")
 _INTERVAL = 0.02  # seconds
@@ -110,7 +111,8 @@ def _subject(config: Any, checkpoint: str, workdir: pathlib.Path) -> Any:
 
 def _measured(subject: Any, entry: str) -> dict[str, float | str]:
   """The row of an eval."""
-  from mcjepa_jax import journal, suite
+  from mcjepa_jax import suite
+  from mcjepa_jax.runtime import log_files
 
   with contextlib.suppress(OSError):
     pathlib.Path("/proc/self/clear_refs").write_text("5")
@@ -123,7 +125,7 @@ def _measured(subject: Any, entry: str) -> dict[str, float | str]:
       "eval": entry,
       "seconds": round(results[f"meta/seconds/{entry}"], 1),
       **{part: round(100 * counts[part] / counts.total()) for part in _PARTS},
-      "peak_gb": round(journal.peak_rss_gb(), 2),
+      "peak_gb": round(log_files.peak_rss_gb(), 2),
   }
 
 
@@ -132,15 +134,15 @@ def main(argv: list[str] | None = None) -> int:
   argv = sys.argv[1:] if argv is None else argv
 
   def body():
-    arguments = command.split(argv, ("config", "checkpoint", "json"))
+    arguments = command_line.split(argv, ("config", "checkpoint", "json"))
     given = [name for name in ("checkpoint", "json") if name in arguments.flags]
-    file, *paths = command.single(
+    file, *paths = command_line.single(
         arguments.flags, config="FILE.py", **dict.fromkeys(given, "PATH")
     )
     paths = dict(zip(given, paths, strict=True))
     checkpoint = paths.get("checkpoint", "")
-    config = command.load_config(file, arguments.overrides)
-    command.set_up_jax(config.compilation_cache)
+    config = command_line.load_config(file, arguments.overrides)
+    command_line.set_up_jax(config.compilation_cache)
     from mcjepa_jax import suite
     from mcjepa_jax.runtime import environment
 
@@ -161,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     report.end(paths.get("json"), meta, rows, failed=False)
 
-  return command.guarded(body, debug="--debug" in argv)
+  return command_line.guarded(body, debug="--debug" in argv)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ from typing import Any
 import tqdm
 
 from benchmarks import report
-from mcjepa_jax import command, errors
+from mcjepa_jax import errors
+from mcjepa_jax.runtime import command_line
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _CHILD = "--child"
@@ -111,11 +112,12 @@ def child(folder: pathlib.Path, all_digests: bool, argv: list[str]) -> int:
       file.write(json.dumps(event) + "\n")
 
   tell_phase("initialise")
-  from mcjepa_jax import journal, main as command_line
+  from mcjepa_jax import main as training
+  from mcjepa_jax.runtime import log_files
   from mcjepa_jax.storage import checkpoint
   from mcjepa_jax.training import context
 
-  plain_span = journal.Clock.span
+  plain_span = log_files.Clock.span
   plain_first = context.first_state
   plain_restore = checkpoint.Checkpoints.restore
   plain_save = checkpoint.Checkpoints.save
@@ -142,11 +144,11 @@ def child(folder: pathlib.Path, all_digests: bool, argv: list[str]) -> int:
       tell({"saved": step, "digest": digest(state, streams)})
     return plain_save(checkpoints, step, state, streams, *rest)
 
-  journal.Clock.span = span
+  log_files.Clock.span = span
   context.first_state = first_state
   checkpoint.Checkpoints.restore = restore
   checkpoint.Checkpoints.save = save
-  return command_line.main(argv)
+  return training.main(argv)
 
 
 class Life:
@@ -434,15 +436,15 @@ def main(argv: list[str] | None = None) -> int:
 
   def body():
     nonlocal failed
-    arguments = command.split(argv, ("kills", "seed", "json", "dir"))
+    arguments = command_line.split(argv, ("kills", "seed", "json", "dir"))
     flags = arguments.flags
-    count = command.number(flags, "kills", 20, 10_000)
-    seed = command.number(flags, "seed", 1, 2**31)
+    count = command_line.number(flags, "kills", 20, 10_000)
+    seed = command_line.number(flags, "seed", 1, 2**31)
     given = [name for name in ("json", "dir") if name in flags]
     paths = dict(
         zip(
             given,
-            command.single(flags, **dict.fromkeys(given, "PATH")),
+            command_line.single(flags, **dict.fromkeys(given, "PATH")),
             strict=True,
         )
     )
@@ -471,7 +473,7 @@ def main(argv: list[str] | None = None) -> int:
     report.end(paths.get("json"), meta, [k.row() for k in kills], failed=False)
     print(f"exact {exact}/{count}")
 
-  code = command.guarded(body, debug="--debug" in argv)
+  code = command_line.guarded(body, debug="--debug" in argv)
   return code or int(failed)
 
 

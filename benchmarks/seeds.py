@@ -12,7 +12,8 @@ import pathlib
 import statistics
 import sys
 
-from mcjepa_jax import command, compare, errors
+from mcjepa_jax import compare, errors
+from mcjepa_jax.runtime import command_line
 
 _FLOW = {
     "ours": "epe",
@@ -104,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
       raise errors.UserError(f"expected RESULTS.json twice or more, got {argv}")
     print(tables([compare.read(pathlib.Path(file)) for file in argv]))
 
-  return command.guarded(body, debug=False)
+  return command_line.guarded(body, debug=False)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ import pathlib
 import statistics
 import sys
 
-from mcjepa_jax import command, errors
+from mcjepa_jax import errors
 from mcjepa_jax.data import catalog
+from mcjepa_jax.runtime import command_line
 
 _FILES = ("results.json", "evaluation.json")  # of training, of an evaluation
 _MAX_BYTES = 2**26
@@ -231,9 +232,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   def body():
     runs = [word for word in argv if not word.startswith("--")]
     words = [word for word in argv if word.startswith("--")]
-    flags = command.split(words, ("format", "mean")).flags
+    flags = command_line.split(words, ("format", "mean")).flags
     flags = {"format": ["plain"], "mean": None} | flags
-    (name,) = command.single(flags, format="|".join(_FORMATS))
+    (name,) = command_line.single(flags, format="|".join(_FORMATS))
     faults = []
     if name not in _FORMATS:
       faults.append(
@@ -257,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       columns |= spread(columns)
     print(_FORMATS[name](table(columns)), end="")
 
-  return command.guarded(body, debug="--debug" in argv)
+  return command_line.guarded(body, debug="--debug" in argv)
 
 
 if __name__ == "__main__":

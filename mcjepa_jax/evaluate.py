@@ -8,10 +8,10 @@ from typing import Any
 
 import jax
 
-from mcjepa_jax import dense_evals, errors, inference, journal, sharding, suite
+from mcjepa_jax import dense_evals, errors, inference, sharding, suite
 from mcjepa_jax.evals import result_table
 from mcjepa_jax.models import mcjepa
-from mcjepa_jax.runtime import environment
+from mcjepa_jax.runtime import environment, log_files
 from mcjepa_jax.storage import checkpoint, paths, run_folder
 from mcjepa_jax.training import build, validation
 
@@ -56,7 +56,7 @@ def _evaluate(config: Any, folder: run_folder.Folder) -> dict[str, Any]:
   if target.is_dir():
     faults.append(f"results: expected a file to write, got the folder {target}")
   faults += errors.collect(
-      lambda: journal.check_writable(target.parent, "results")
+      lambda: log_files.check_writable(target.parent, "results")
   )
   if faults:
     raise errors.UserError(*dict.fromkeys(faults))
@@ -83,7 +83,7 @@ def _evaluate(config: Any, folder: run_folder.Folder) -> dict[str, Any]:
     about[result_table.NOT_EVALUATED] = "; ".join([*absent, *missing, *faults])
     if not about[result_table.NOT_EVALUATED]:
       del about[result_table.NOT_EVALUATED]
-    journal.write_json(target, results | about)
+    log_files.write_json(target, results | about)
     folder.push()
 
   results, faults = suite.run(

@@ -27,7 +27,8 @@ import jax
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from mcjepa_jax import command, errors, lifeline, places, sharding
+from mcjepa_jax import errors, lifeline, places, sharding
+from mcjepa_jax.runtime import command_line
 from mcjepa_jax.storage import run_folder
 
 _SHOWN = 8  # differences between two hosts
@@ -465,8 +466,8 @@ def as_one() -> Iterator[None]:
 
 def leave(*_: Any) -> None:
   """Handles SIGTERM where there is nothing new to save."""
-  raise command.Stop(
-      command.EXIT_PREEMPTED,
+  raise command_line.Stop(
+      command_line.EXIT_PREEMPTED,
       "SIGTERM outside of the steps: what is saved is all there is",
   )
 

@@ -15,14 +15,15 @@ MCJEPA_LOST_SECONDS how long a host may be silent before it counts as lost, 60.
 import contextlib
 import os
 
-from mcjepa_jax import command, errors, lifeline
+from mcjepa_jax import errors, lifeline
+from mcjepa_jax.runtime import command_line
 
 _FLAGS = ("coordinator", "processes", "process")
 
 
 def main(argv: list[str] | None = None) -> int:
   """The exit code of the run that the arguments describe."""
-  return lifeline.end(command.run(argv, _run, flags=_FLAGS))
+  return lifeline.end(command_line.run(argv, _run, flags=_FLAGS))
 
 
 def _seconds(variable: str, default: float) -> float:
@@ -67,4 +68,4 @@ def _run(config, workdir, flags) -> None:
 
 
 if __name__ == "__main__":
-  command.leave(main())
+  command_line.leave(main())

@@ -7,14 +7,15 @@ from typing import NamedTuple
 
 from jax._src import clusters
 
-from mcjepa_jax import command, errors
+from mcjepa_jax import errors
+from mcjepa_jax.runtime import command_line
 
 FLAGS = ("coordinator", "processes", "process")
 
 
-def absent(message: str) -> command.Stop:
+def absent(message: str) -> command_line.Stop:
   """Returns what ends a host that others do not come to: a run to start again."""
-  return command.Stop(command.EXIT_LOST, message)
+  return command_line.Stop(command_line.EXIT_LOST, message)
 
 
 class Place(NamedTuple):

@@ -9,16 +9,9 @@ import sys
 
 import numpy as np
 
-from mcjepa_jax import (
-    command,
-    errors,
-    evaluate,
-    inference,
-    journal,
-    sharding,
-    visualize,
-)
+from mcjepa_jax import errors, evaluate, inference, sharding
 from mcjepa_jax.data import flow_io, image_io
+from mcjepa_jax.runtime import command_line, log_files, visualize
 from mcjepa_jax.storage import checkpoint
 
 
@@ -59,7 +52,7 @@ def predict(
   folder = pathlib.Path(output).expanduser()
   faults = errors.collect(
       lambda: frames.extend(read_pair(inputs)),
-      lambda: journal.check_writable(folder, "--output"),
+      lambda: log_files.check_writable(folder, "--output"),
       lambda: checkpoint.locate(checkpoint_path),
   )
   if faults:
@@ -89,8 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   argv = sys.argv[1:] if argv is None else argv
 
   def body():
-    flags = command.split(argv, ("checkpoint", "inputs", "output")).flags
-    checkpoint_path, output = command.single(
+    flags = command_line.split(argv, ("checkpoint", "inputs", "output")).flags
+    checkpoint_path, output = command_line.single(
         flags,
         remote=("checkpoint",),
         checkpoint="WORKDIR or one step in it",
@@ -104,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for file in files.values():
       print(file)
 
-  return command.guarded(body, debug="--debug" in argv)
+  return command_line.guarded(body, debug="--debug" in argv)
 
 
 if __name__ == "__main__":

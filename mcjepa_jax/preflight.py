@@ -68,18 +68,16 @@ from jax.experimental import topologies
 import tqdm
 
 from mcjepa_jax import (
-    command,
     diagnostics,
     errors,
     flops,
-    goodput,
     hlo,
     hosts,
-    journal,
     sharding,
     sizing,
     step as steps,
 )
+from mcjepa_jax.runtime import command_line, goodput, log_files
 from mcjepa_jax.training import build, validation
 
 
@@ -285,7 +283,7 @@ def _report(config: Any, topology: Topology, diagnosis: bool) -> dict[str, Any]:
       | {
           "gib_limit": limit,
           "fits": report["gib_per_device"] <= limit,
-          "host_peak_gb": journal.own_peak_rss_gb(),
+          "host_peak_gb": log_files.own_peak_rss_gb(),
       }
   )
 
@@ -335,14 +333,14 @@ def preflight(
     report = pool.submit(_report, config, parsed[0], diagnosis)
     while not concurrent.futures.wait([report], timeout=1).done:
       wait()
-      if journal.peak_rss_gb() > host_gb:
-        raise command.Stop(
+      if log_files.peak_rss_gb() > host_gb:
+        raise command_line.Stop(
             1, f"The compiler took more than --host-gb={host_gb} GB: ended."
         )
     try:
       return report.result()
     except process.BrokenProcessPool as error:
-      raise command.Stop(
+      raise command_line.Stop(
           1, "The compiler was killed: it may want more memory than is here."
       ) from error
 
@@ -382,7 +380,7 @@ def _assumptions(
 
   faults, prices, mfu = [], {}, None
   if "mfu" in flags:
-    (text,) = command.single(flags, mfu="PERCENT")
+    (text,) = command_line.single(flags, mfu="PERCENT")
     mfu = positive(text)
     if mfu is None or mfu > 100:
       faults.append(f"--mfu: expected a percentage up to 100, got {text!r}")
@@ -397,7 +395,7 @@ def _assumptions(
     faults.append("--price: expected --mfu=PERCENT beside it, got none")
   host_gb = math.inf
   if "host-gb" in flags:
-    (text,) = command.single(flags, **{"host-gb": "N"})
+    (text,) = command_line.single(flags, **{"host-gb": "N"})
     host_gb = positive(text)
     if host_gb is None:
       faults.append(f"--host-gb: expected a positive number, got {text!r}")
@@ -435,18 +433,18 @@ def main(argv: Sequence[str] | None = None) -> int:
   argv = sys.argv[1:] if argv is None else argv
 
   def body():
-    arguments = command.split(
+    arguments = command_line.split(
         argv,
         (
             *("config", "topology", "mfu", "price"),
             *("search", "diagnosis", "host-gb"),
         ),
     )
-    file, topology = command.single(
+    file, topology = command_line.single(
         arguments.flags, config="FILE.py", topology="KIND:LAYOUT"
     )
     mfu, prices, host_gb = _assumptions(arguments.flags)
-    config = command.load_config(file, arguments.overrides)
+    config = command_line.load_config(file, arguments.overrides)
     if "search" in arguments.flags:
       found = _search(config, topology, host_gb)
       report = found["confirmed"]
@@ -465,7 +463,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "search" not in arguments.flags:
       print(json.dumps(report), flush=True)
     if not report["fits"]:
-      raise command.Stop(
+      raise command_line.Stop(
           1,
           f"Does not fit: {report['gib_per_device']:.2f} GiB per device, of"
           f" {report['gib_limit']:.2f}.",
@@ -473,7 +471,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   # As what is killed by it, but that the compiler is as well.
   with hosts.on_sigterm(lambda *_: sys.exit(128 + signal.SIGTERM)):
-    return command.guarded(body, debug="--debug" in argv)
+    return command_line.guarded(body, debug="--debug" in argv)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcjepa_jax import command, errors, sharding, step as steps
+from mcjepa_jax import errors, sharding, step as steps
+from mcjepa_jax.runtime import command_line
 from mcjepa_jax.storage import checkpoint, run_folder
 from mcjepa_jax.training import bad_steps, build, validation
 
@@ -120,8 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   argv = sys.argv[1:] if argv is None else argv
 
   def body():
-    arguments = command.split(argv, ("dump",))
-    (address,) = command.single(
+    arguments = command_line.split(argv, ("dump",))
+    (address,) = command_line.single(
         arguments.flags, remote=("dump",), dump="WORKDIR/dumps/step_STEP"
     )
     with run_folder.fetched(address) as folder:
@@ -133,9 +134,9 @@ def main(argv: Sequence[str] | None = None) -> int:
       print(f"First at {report['operation']}")
     print(json.dumps(report), flush=True)
     if not report["terms"] and not report["gradients"]:
-      raise command.Stop(1, f"Step {report['step']} is finite here.")
+      raise command_line.Stop(1, f"Step {report['step']} is finite here.")
 
-  return command.guarded(body, debug="--debug" in argv)
+  return command_line.guarded(body, debug="--debug" in argv)
 
 
 if __name__ == "__main__":

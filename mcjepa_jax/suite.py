@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import tqdm
 
-from mcjepa_jax import dense_evals, errors, inference, journal
+from mcjepa_jax import dense_evals, errors, inference
 from mcjepa_jax.data import flow_faults, sources
 from mcjepa_jax.evals import davis, finetune, flow, linear, probe, submit
 from mcjepa_jax.models import mcjepa
+from mcjepa_jax.runtime import log_files
 
 _SYNTHETIC_PAIRS = 256
 _TRAIN_PAIRS = 512
@@ -213,7 +214,7 @@ def _test_frames(config, name):
 
 def _submit_eval(subject, name):
   folder = subject.workdir / _SUBMISSIONS
-  journal.check_writable(folder, f"submit/{name}")
+  log_files.check_writable(folder, f"submit/{name}")
   config = subject.config
   result = submit.run(
       name,
@@ -285,7 +286,7 @@ def faults(config: Any, workdir: pathlib.Path | None = None) -> Faults:
       found.by_eval[entry] = list(error.messages)
     elif kind == "submit" and workdir:
       writable = functools.partial(
-          journal.check_writable, workdir / _SUBMISSIONS, entry
+          log_files.check_writable, workdir / _SUBMISSIONS, entry
       )
       if refused := errors.collect(writable):
         found.by_eval[entry] = refused

@@ -9,15 +9,9 @@ from typing import Any
 from clu import parameter_overview
 import jax
 
-from mcjepa_jax import (
-    command,
-    errors,
-    hosts,
-    journal,
-    lives,
-    step as steps,
-)
+from mcjepa_jax import errors, hosts, step as steps
 from mcjepa_jax.evals import result_table
+from mcjepa_jax.runtime import command_line, log_files, process_lifetimes
 from mcjepa_jax.storage import checkpoint, run_folder
 from mcjepa_jax.training import (
     alarms,
@@ -51,7 +45,9 @@ def train(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
         streams, mesh = preconditions.input_and_mesh(config, folder)
         return _train(config, folder, streams, mesh)
     except errors.Passing as error:  # no fault of the input
-      raise command.Stop(command.EXIT_LOST, f"error: {error}") from error
+      raise command_line.Stop(
+          command_line.EXIT_LOST, f"error: {error}"
+      ) from error
 
 
 def _train(
@@ -60,12 +56,12 @@ def _train(
     streams: dict[str, Any],
     mesh: jax.sharding.Mesh,
 ) -> dict[str, Any]:
-  clock = journal.Clock(journal.process_start())
+  clock = log_files.Clock(log_files.process_start())
   workdir = folder.local
   model, optimizers = build.model(config), build.optimizers(config)
   abstract = build.abstract_state(config, model, optimizers, mesh)
   with (
-      journal.refusal_told(workdir),
+      log_files.refusal_told(workdir),
       preconditions.sole_owner(workdir)
       if hosts.first()
       else contextlib.nullcontext(),
@@ -86,10 +82,10 @@ def _train(
       print(result_table.table(results))
       return results
     earlier = stack.enter_context(
-        lives.kept(folder, clock.started, first=hosts.first())
+        process_lifetimes.kept(folder, clock.started, first=hosts.first())
     )
     workdir = hosts.log_folder(workdir)
-    journal.write_json(
+    log_files.write_json(
         workdir / run_folder.CONFIG, preconditions.resumable_config(config)
     )
     (workdir / "parameters.txt").write_text(
@@ -107,11 +103,11 @@ def _train(
         if newest is None:
           context.begin_step(run)
           state = context.first_state(run)
-          lost = lives.lost(earlier, 0.0)
+          lost = process_lifetimes.lost(earlier, 0.0)
         else:
           state, saved, meta = checkpoints.restore(newest, abstract)
           clock.add(meta["seconds"])
-          lost = lives.lost(earlier, meta.get("time", time.time()))
+          lost = process_lifetimes.lost(earlier, meta.get("time", time.time()))
           run.watch.restore(meta["watch"])
           for task, stream in streams.items():
             stream.restore(saved[task])
@@ -122,7 +118,7 @@ def _train(
       state = run_loop(run, state)
       if run.stop.is_set():  # after the last step was saved
         hosts.leave()
-      peak_gb = journal.peak_rss_gb()  # while the workers live
+      peak_gb = log_files.peak_rss_gb()  # while the workers live
     finally:
       for stream in streams.values():
         stream.close()
@@ -218,8 +214,8 @@ def run_steps(
           run.checkpoints.wait_until_finished()
         if run.checkpoints.latest_step() != number:
           raise run.folder.refusal(f"SIGTERM: step {number} could not be saved")
-        raise command.Stop(
-            command.EXIT_PREEMPTED, f"SIGTERM: saved at step {number}"
+        raise command_line.Stop(
+            command_line.EXIT_PREEMPTED, f"SIGTERM: saved at step {number}"
         )
       with clock.span("input"):
         while len(queue) <= config.prefetch and (batch := next(source, None)):
@@ -251,8 +247,9 @@ def run_steps(
           saving.save(run, state, following())
           run.checkpoints.wait_until_finished()
       if hosts.stopping(run.stop):
-        raise command.Stop(
-            command.EXIT_PREEMPTED, f"SIGTERM: saved at step {config.num_steps}"
+        raise command_line.Stop(
+            command_line.EXIT_PREEMPTED,
+            f"SIGTERM: saved at step {config.num_steps}",
         )
     reports.draw(run, state, progress.log)
   finally:

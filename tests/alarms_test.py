@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mcjepa_jax import command, diagnostics, sharding, step as steps, train
+from mcjepa_jax import diagnostics, sharding, step as steps, train
 from mcjepa_jax.data import synthetic
 from mcjepa_jax.losses import flow_losses
 from mcjepa_jax.ops import flow_ops
+from mcjepa_jax.runtime import command_line
 from mcjepa_jax.training import alarms, build
 from tests import tiny
 
@@ -192,9 +193,9 @@ def test_an_alarm_ends_the_run_where_the_config_says_so(
           alarms__action=action, alarms__rollbacks=1, save_every=4, keep_last=3
       )
   )
-  with pytest.raises(command.Stop, match=words) as caught:
+  with pytest.raises(command_line.Stop, match=words) as caught:
     train.train(cfg, tmp_path)
-  assert caught.value.code == command.EXIT_ALARM
+  assert caught.value.code == command_line.EXIT_ALARM
   saved = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
   if action == "rollback":
     lines = map(json.loads, (tmp_path / "alarms.jsonl").open())

@@ -4,16 +4,17 @@ import sys
 import pytest
 
 from configs import quickstart
-from mcjepa_jax import command, errors
+from mcjepa_jax import errors
+from mcjepa_jax.runtime import command_line
 
 
 def test_overrides_take_the_type_that_the_key_has():
   config = quickstart.get_config()
-  command.override(config, "num_steps", "7")
-  command.override(config, "motion.weight", "2")
-  command.override(config, "motion.out_of_frame", "false")
-  command.override(config, "data_root", "12")
-  command.override(config, "evals", "['flow/synthetic']")
+  command_line.override(config, "num_steps", "7")
+  command_line.override(config, "motion.weight", "2")
+  command_line.override(config, "motion.out_of_frame", "false")
+  command_line.override(config, "data_root", "12")
+  command_line.override(config, "evals", "['flow/synthetic']")
   assert config.num_steps == 7
   assert isinstance(config.motion.weight, float)
   assert config.motion.weight == 2.0
@@ -36,20 +37,20 @@ def test_overrides_take_the_type_that_the_key_has():
 )
 def test_a_wrong_override_names_key_and_expectation(key, text, words):
   with pytest.raises(errors.UserError, match=key) as caught:
-    command.override(quickstart.get_config(), key, text)
+    command_line.override(quickstart.get_config(), key, text)
   assert words in caught.value.messages[0]
 
 
 def test_all_faults_of_a_command_line_are_found():
   with pytest.raises(errors.UserError) as caught:
-    command.split(["--confg=a", "word", "--inputs", "a", "b"], ("config",))
+    command_line.split(["--confg=a", "word", "--inputs", "a", "b"], ("config",))
   messages = caught.value.messages
   assert any("did you mean --config?" in m for m in messages)
   assert any("--inputs" in m for m in messages)
 
 
 def test_a_flag_takes_the_words_after_it():
-  split = command.split(
+  split = command_line.split(
       ["--inputs", "a", "b", "--output=c"], ("inputs", "output")
   )
   assert split.flags == {"inputs": ["a", "b"], "output": ["c"]}
@@ -59,18 +60,18 @@ def test_each_fault_is_a_line_and_the_code_is_2(capsys):
   def fails():
     raise errors.UserError("one\nfault", "another")
 
-  assert command.guarded(fails, debug=False) == 2
+  assert command_line.guarded(fails, debug=False) == 2
   captured = capsys.readouterr()
   assert captured.err.splitlines() == ["error: one fault", "error: another"]
-  assert command.guarded(fails, debug=True) == 2
+  assert command_line.guarded(fails, debug=True) == 2
   assert "Traceback" in capsys.readouterr().err
 
 
 def test_a_stop_ends_with_its_own_code(capsys):
   def stops():
-    raise command.Stop(command.EXIT_ALARM, "step 3: not finite: loss")
+    raise command_line.Stop(command_line.EXIT_ALARM, "step 3: not finite: loss")
 
-  assert command.guarded(stops, debug=False) == 76
+  assert command_line.guarded(stops, debug=False) == 76
   assert capsys.readouterr().err == "step 3: not finite: loss\n"
 
 
@@ -108,4 +109,4 @@ def test_a_config_that_raises_is_a_fault_of_the_config(tmp_path):
   path.parent.mkdir()
   path.write_text("def get_config():\n  return 1 / 0\n")
   with pytest.raises(errors.UserError, match="broken.py.*ZeroDivisionError"):
-    command.load_config(str(path), [])
+    command_line.load_config(str(path), [])

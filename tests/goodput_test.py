@@ -2,7 +2,7 @@
 
 import pytest
 
-from mcjepa_jax import goodput
+from mcjepa_jax.runtime import goodput
 
 
 def test_the_parts_sum_to_a_hundred_and_the_rest_is_restart():

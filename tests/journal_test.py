@@ -9,15 +9,16 @@ from PIL import Image
 import pytest
 from tensorboardX.proto import event_pb2
 
-from mcjepa_jax import errors, journal
+from mcjepa_jax import errors
+from mcjepa_jax.runtime import log_files
 from mcjepa_jax.training import alarms, build, context, pictures, progress
 from tests import tiny, workdirs
 
 
 def test_the_spans_of_a_clock_and_other_add_up_to_the_total(monkeypatch):
   now = iter([0.0, 1.0, 2.0, 5.0, 6.0, 10.0])
-  monkeypatch.setattr(journal.time, "perf_counter", lambda: next(now))
-  clock = journal.Clock()
+  monkeypatch.setattr(log_files.time, "perf_counter", lambda: next(now))
+  clock = log_files.Clock()
   with clock.span("step"):  # from 1 on
     with clock.span("input"):  # from 2 to 5: it does not count for step
       pass
@@ -29,8 +30,8 @@ def test_the_spans_of_a_clock_and_other_add_up_to_the_total(monkeypatch):
 
 def test_a_clock_counts_an_earlier_session_too(monkeypatch):
   now = iter([0.0, 1.0, 4.0, 5.0])
-  monkeypatch.setattr(journal.time, "perf_counter", lambda: next(now))
-  clock = journal.Clock()
+  monkeypatch.setattr(log_files.time, "perf_counter", lambda: next(now))
+  clock = log_files.Clock()
   clock.add({"step": 20.0, "other": 2.0, "total": 22.0})
   with clock.span("step"):
     pass
@@ -39,8 +40,8 @@ def test_a_clock_counts_an_earlier_session_too(monkeypatch):
 
 def test_what_is_lost_leaves_the_steps_and_the_total_stays(monkeypatch):
   now = iter([0.0, 1.0, 4.0, 4.0, 5.0, 9.0, 9.0, 9.0])
-  monkeypatch.setattr(journal.time, "perf_counter", lambda: next(now))
-  clock = journal.Clock()
+  monkeypatch.setattr(log_files.time, "perf_counter", lambda: next(now))
+  clock = log_files.Clock()
   with clock.span("step"):  # from 1 to 4
     pass
   saved = clock.seconds()
@@ -53,14 +54,14 @@ def test_what_is_lost_leaves_the_steps_and_the_total_stays(monkeypatch):
 
 
 def test_a_log_opened_at_a_step_drops_what_follows_and_a_torn_line(tmp_path):
-  log = journal.Journal(tmp_path, step=0, records=True)
+  log = log_files.Journal(tmp_path, step=0, records=True)
   for step in range(4):
     log.scalars(step, {"loss": 1.0})
     log.records(step, {"motion": [f"a/{step}"]})
   log.close()
   with (tmp_path / "metrics.jsonl").open("a") as file:
     file.write('{"step": 4, "lo')
-  log = journal.Journal(tmp_path, step=2, records=True)
+  log = log_files.Journal(tmp_path, step=2, records=True)
   log.scalars(2, {"loss": 0.5})
   log.close()
   assert workdirs.lines(tmp_path / "metrics.jsonl") == [
@@ -75,7 +76,7 @@ def test_a_log_opened_at_a_step_drops_what_follows_and_a_torn_line(tmp_path):
 def test_a_quarantine_names_each_record_once_and_forgets_what_is_redone(
     tmp_path,
 ):
-  kept = journal.Quarantine(tmp_path, step=0, limit=0.01)
+  kept = log_files.Quarantine(tmp_path, step=0, limit=0.01)
   assert kept.add(0, "motion", 8, [("a", "cut"), ("b", "gone")]) == [
       ("a", "cut"), ("b", "gone")
   ]  # fmt: skip
@@ -84,7 +85,7 @@ def test_a_quarantine_names_each_record_once_and_forgets_what_is_redone(
   ]
   assert kept.counts() == {"quarantined/motion": 3}
   kept.close()
-  kept = journal.Quarantine(tmp_path, step=3, limit=0.01)
+  kept = log_files.Quarantine(tmp_path, step=3, limit=0.01)
   assert kept.counts() == {"quarantined/motion": 2}
   assert kept.add(3, "motion", 8, [("c", "cut")]) == [("c", "cut")]
   kept.close()
@@ -93,7 +94,7 @@ def test_a_quarantine_names_each_record_once_and_forgets_what_is_redone(
 
 
 def test_too_many_unreadable_records_end_the_run_with_their_list(tmp_path):
-  kept = journal.Quarantine(tmp_path, step=0, limit=0.002)
+  kept = log_files.Quarantine(tmp_path, step=0, limit=0.002)
   kept.add(0, "content", 500, [("a", "cut"), ("b", "cut")])
   kept.add(1, "motion", 500, [("x", "cut"), ("y", "cut")])
   with pytest.raises(errors.UserError) as caught:
@@ -116,7 +117,7 @@ def test_a_line_says_whether_the_input_is_the_limit(
       config=config,
       workdir=tmp_path,
       watch=alarms.Watch(config),
-      clock=journal.Clock(),
+      clock=log_files.Clock(),
       streams={"motion": stream},
   )
   shown = progress.Progress(run, 0)
@@ -133,7 +134,7 @@ def test_a_line_says_whether_the_input_is_the_limit(
 
 
 def test_tensorboard_has_the_numbers_and_the_pictures(tmp_path):
-  log = journal.Journal(tmp_path, step=0, records=False)
+  log = log_files.Journal(tmp_path, step=0, records=False)
   log.scalars(7, {"loss/motion": 0.25})
   log.picture(7, "flow", np.full((8, 12, 3), 200, np.uint8))
   log.close()
@@ -153,18 +154,18 @@ def test_tensorboard_has_the_numbers_and_the_pictures(tmp_path):
 
 
 def test_events_of_a_full_disk_are_told_where_they_are_written(tmp_path):
-  log = journal.Journal(tmp_path, step=0, records=False)
+  log = log_files.Journal(tmp_path, step=0, records=False)
   log._board._file.close()
   log._board._file = open("/dev/full", "wb")
   with pytest.raises(errors.UserError, match="workdir: .*No space left on dev"):
-    with journal.refusal_told(tmp_path):
+    with log_files.refusal_told(tmp_path):
       for step in range(2_000):
         log.scalars(step, {f"loss/{i}": 1.0 for i in range(100)})
 
 
 def test_a_run_that_goes_on_hides_later_events_and_keeps_the_file(tmp_path):
   for step in (0, 4):
-    log = journal.Journal(tmp_path, step=step, records=False)
+    log = log_files.Journal(tmp_path, step=step, records=False)
     log.scalars(step + 3, {"loss": 1.0})
     log.close()
   first, second = sorted((tmp_path / "tensorboard").iterdir())
@@ -187,9 +188,9 @@ def _records(data):
 
 def test_a_json_file_is_replaced_whole(tmp_path):
   path = tmp_path / "results.json"
-  journal.write_json(path, {"a": 1})
+  log_files.write_json(path, {"a": 1})
   with pytest.raises(TypeError):
-    journal.write_json(path, {"a": object()})
+    log_files.write_json(path, {"a": object()})
   assert json.loads(path.read_text()) == {"a": 1}
 
 
@@ -220,17 +221,17 @@ def test_pictures_of_a_state_show_flow_and_features():
 
 def test_a_process_begins_when_the_script_that_became_it_says(monkeypatch):
   monkeypatch.delenv("MCJEPA_STARTED", raising=False)
-  age = time.perf_counter() - journal.process_start()
+  age = time.perf_counter() - log_files.process_start()
   monkeypatch.setenv("MCJEPA_STARTED", str(time.time()))
-  assert time.perf_counter() - journal.process_start() < 0.5 < age
+  assert time.perf_counter() - log_files.process_start() < 0.5 < age
   monkeypatch.setenv("MCJEPA_STARTED", "0")  # long before this process
-  assert time.perf_counter() - journal.process_start() >= age
+  assert time.perf_counter() - log_files.process_start() >= age
 
 
 def test_without_proc_the_peak_of_memory_is_this_process_s(monkeypatch):
   def none(*_, **__):
     raise FileNotFoundError
 
-  whole = journal.peak_rss_gb()
-  monkeypatch.setattr(journal.pathlib.Path, "read_text", none)
-  assert 0.5 * whole <= journal.peak_rss_gb() <= 1.1 * whole
+  whole = log_files.peak_rss_gb()
+  monkeypatch.setattr(log_files.pathlib.Path, "read_text", none)
+  assert 0.5 * whole <= log_files.peak_rss_gb() <= 1.1 * whole

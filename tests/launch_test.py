@@ -10,7 +10,7 @@ import time
 import pytest
 import yaml
 
-from mcjepa_jax import command
+from mcjepa_jax.runtime import command_line
 from mcjepa_jax.training import validation
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -421,7 +421,7 @@ def test_the_jobset_has_what_main_reads():
   assert final["onExitCodes"] == {
       "containerName": pod["containers"][0]["name"],
       "operator": "In",
-      "values": [command.EXIT_USER_ERROR, command.EXIT_ALARM],
+      "values": [command_line.EXIT_USER_ERROR, command_line.EXIT_ALARM],
   }
   assert pod["restartPolicy"] == "Never"
   rows, columns = map(
@@ -430,13 +430,13 @@ def test_the_jobset_has_what_main_reads():
   (container,) = pod["containers"]
   chips = container["resources"]["limits"]["google.com/tpu"]
   assert rows * columns == chips * spec["parallelism"]
-  arguments = command.split(
+  arguments = command_line.split(
       container["args"], ("config", "workdir", "coordinator")
   )
-  file, workdir = command.single(
+  file, workdir = command_line.single(
       arguments.flags, config="FILE.py", workdir="FOLDER"
   )
-  config = command.load_config(str(_ROOT / file), arguments.overrides)
+  config = command_line.load_config(str(_ROOT / file), arguments.overrides)
   devices = rows * columns * job["replicas"]
   assert not validation.faults(config, devices=devices)
   mounts = {m["name"]: m["mountPath"] for m in container["volumeMounts"]}

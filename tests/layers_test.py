@@ -15,10 +15,10 @@ _PACKAGE = "mcjepa_jax"
 _LAYERS = (
     """data.facts evals.result_table runtime.environment storage.paths""",
     """data.catalog_flow data.catalog_images data.handover data.image_io""",
-    """command data.catalog data.crops data.flow_faults data.flow_io data.synthetic data.transforms evals.masks evals.tiling flops goodput hlo losses.vicreg metrics models.convnext models.vit ops.flow_ops photometry visualize""",
+    """runtime.command_line data.catalog data.crops data.flow_faults data.flow_io data.synthetic data.transforms evals.masks evals.tiling flops runtime.goodput hlo losses.vicreg metrics models.convnext models.vit ops.flow_ops photometry runtime.visualize""",
     """data.flow_pairs lifeline places""",
-    """data.array_records data.cutouts data.feed data.flow_datasets data.image_datasets data.mask_datasets data.segmentation_datasets data.video journal losses.flow_losses models.flow_decoder models.segmentation_heads optimizer sharding storage.checkpoint storage.run_folder""",
-    """data.frame_folders lives""",
+    """data.array_records data.cutouts data.feed data.flow_datasets data.image_datasets data.mask_datasets data.segmentation_datasets data.video runtime.log_files losses.flow_losses models.flow_decoder models.segmentation_heads optimizer sharding storage.checkpoint storage.run_folder""",
+    """data.frame_folders runtime.process_lifetimes""",
     """accumulation data.convert data.pipeline data.sources hosts losses.motion_objective models.mcjepa""",
     """evals.davis evals.flow evals.probe evals.segmentation step""",
     """diagnostics evals.finetune evals.linear evals.submit inference programs training.alarms training.bad_steps training.build""",

@@ -5,23 +5,27 @@ import time
 
 import pytest
 
-from mcjepa_jax import lives
+from mcjepa_jax.runtime import process_lifetimes
 from mcjepa_jax.storage import run_folder
 
 
 def _opened(folder, monkeypatch, *, first=True):
-  monkeypatch.setattr(lives, "SECONDS", 0.02)
+  monkeypatch.setattr(process_lifetimes, "SECONDS", 0.02)
   run = run_folder.Folder(folder, folder)
-  return lives.kept(run, time.perf_counter(), first=first)
+  return process_lifetimes.kept(run, time.perf_counter(), first=first)
 
 
 def test_only_what_was_lived_after_the_save_is_lost():
   earlier = [(0.0, 100.0), (150.0, 170.0)]
-  assert lives.lost(earlier, 0.0) == 120
-  assert lives.lost(earlier, 90.0) == 30
-  assert lives.lost(earlier, 120.0) == 20
-  assert lives.lost(earlier, 160.0) == 10
-  assert lives.lost(earlier, 200.0) == lives.lost([], 0.0) == 0
+  assert process_lifetimes.lost(earlier, 0.0) == 120
+  assert process_lifetimes.lost(earlier, 90.0) == 30
+  assert process_lifetimes.lost(earlier, 120.0) == 20
+  assert process_lifetimes.lost(earlier, 160.0) == 10
+  assert (
+      process_lifetimes.lost(earlier, 200.0)
+      == process_lifetimes.lost([], 0.0)
+      == 0
+  )
 
 
 def test_each_process_is_seen_for_as_long_as_it_lived(tmp_path, monkeypatch):
@@ -30,7 +34,7 @@ def test_each_process_is_seen_for_as_long_as_it_lived(tmp_path, monkeypatch):
     before = time.time()
     with _opened(tmp_path, monkeypatch) as earlier:
       assert len(earlier) == count
-      while len(lives._read(tmp_path / "lives.json")) <= count:
+      while len(process_lifetimes._read(tmp_path / "lives.json")) <= count:
         time.sleep(0.02)
       time.sleep(0.3)
     lived.append(time.time() - before)

@@ -84,7 +84,7 @@ MUTANTS = (
         ),
     ),
     *_mutants(
-        "command.py",
+        "runtime/command_line.py",
         "decode_test.py::test_what_a_signal_raises_meanwhile_is_no_fault_of_the_"
         "image",
         (
@@ -133,7 +133,7 @@ MUTANTS = (
         ),
     ),
     *_mutants(
-        "lives.py",
+        "runtime/process_lifetimes.py",
         "lives_test.py",
         ("all_of_a_life_is_lost", "max(began, since)", "began"),
         (

@@ -17,17 +17,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from mcjepa_jax import (
-    command,
-    errors,
-    hosts,
-    journal,
-    lives,
-    replay,
-    sharding,
-    train,
-)
+from mcjepa_jax import errors, hosts, replay, sharding, train
 from mcjepa_jax.programs import Programs
+from mcjepa_jax.runtime import command_line, log_files, process_lifetimes
 from mcjepa_jax.storage import checkpoint, paths, run_folder
 from mcjepa_jax.training import bad_steps, context, reports, saving
 from tests import poison, tiny, workdirs
@@ -278,7 +270,7 @@ def test_too_many_end_the_run_with_76_and_a_checkpoint_stays(
     data, no_epsilon, tmp_path, changes, words
 ):
   cfg = _config(data, num_steps=12, **changes)
-  with pytest.raises(command.Stop, match=words) as caught:
+  with pytest.raises(command_line.Stop, match=words) as caught:
     train.train(cfg, tmp_path)
   assert caught.value.code == 76
   assert list((tmp_path / "checkpoints").iterdir())
@@ -327,7 +319,7 @@ def test_healthy_records_are_neither_skipped_nor_dumped(data, tmp_path):
 def test_logs_on_a_full_disk_end_the_run_and_it_goes_on_when_there_is_room(
     data, tmp_path, monkeypatch
 ):
-  scalars = journal.Journal.scalars
+  scalars = log_files.Journal.scalars
 
   def full(self, step, values):
     if step >= 3:
@@ -335,7 +327,7 @@ def test_logs_on_a_full_disk_end_the_run_and_it_goes_on_when_there_is_room(
     scalars(self, step, values)
 
   with monkeypatch.context() as patch:
-    patch.setattr(journal.Journal, "scalars", full)
+    patch.setattr(log_files.Journal, "scalars", full)
     with pytest.raises(errors.UserError, match="No space left on device") as e:
       train.train(_config(data), tmp_path)
   (message,) = e.value.messages
@@ -369,7 +361,7 @@ def test_a_checkpoint_that_fails_is_told_and_the_next_is_saved(
   assert {name for name in saved if name.isdigit()} == {"4", "8"}
   told = [
       alarm["text"]
-      for alarm in journal.read_lines(workdir / "alarms.jsonl")
+      for alarm in log_files.read_lines(workdir / "alarms.jsonl")
       if alarm["alarm"] == "checkpoint"
   ]
   assert len(told) == 2 and "Permission denied" in told[0]
@@ -486,8 +478,8 @@ def test_what_a_killed_run_did_after_its_last_save_is_time_lost(
     return result
 
   # Not that of these tests.
-  monkeypatch.setattr(journal, "process_start", time.perf_counter)
-  monkeypatch.setattr(lives, "SECONDS", 0.1)
+  monkeypatch.setattr(log_files, "process_start", time.perf_counter)
+  monkeypatch.setattr(process_lifetimes, "SECONDS", 0.1)
   since = time.time()
   with monkeypatch.context() as patch:
     patch.setattr(saving, "save", killed)
@@ -542,7 +534,7 @@ def test_sigterm_in_an_evaluation_saves_and_the_next_run_evaluates_there(
 
   with monkeypatch.context() as patch:
     patch.setattr(reports, "evaluations", _preempted)
-    with pytest.raises(command.Stop, match="saved at step 3") as stop:
+    with pytest.raises(command_line.Stop, match="saved at step 3") as stop:
       train.train(config, tmp_path / "cut")
   assert stop.value.code == 75
   train.train(config, tmp_path / "cut")
@@ -581,7 +573,7 @@ def test_a_save_whose_evaluation_sigterm_ends_is_made_and_not_the_best(
   config = _best(data, eval_limit=8)
   with monkeypatch.context() as patch:
     patch.setattr(reports, "evaluations", _preempted)
-    with pytest.raises(command.Stop, match="saved at step 2") as stop:
+    with pytest.raises(command_line.Stop, match="saved at step 2") as stop:
       train.train(config, tmp_path)
   assert stop.value.code == 75
   train.train(config, tmp_path)
@@ -620,7 +612,7 @@ def test_a_dead_worker_ends_the_run_with_77_and_it_goes_on(
   config = _config(data, workers=1, num_steps=30, save_every=1, keep_last=2)
   with monkeypatch.context() as patch:
     patch.setattr(Programs, "run", run)
-    with pytest.raises(command.Stop, match="worker.*SIGKILL") as stop:
+    with pytest.raises(command_line.Stop, match="worker.*SIGKILL") as stop:
       train.train(config, tmp_path)
   assert stop.value.code == 77 and time.monotonic() - killed[0] < 60
   newest = max(int(x.name) for x in (tmp_path / "checkpoints").iterdir())
@@ -659,7 +651,9 @@ def test_sigterm_while_a_step_compiles_loses_none_before_it(
   monkeypatch.setattr(Programs, "compile", compile)
   monkeypatch.setattr(context, "begin_step", lambda run: None)
   config = tiny.config(motion__start_step=start_step, save_every=100)
-  with pytest.raises(command.Stop, match="what is saved is all there is") as e:
+  with pytest.raises(
+      command_line.Stop, match="what is saved is all there is"
+  ) as e:
     train.train(config, tmp_path)
   assert e.value.code == 75
   saved = [path.name for path in (tmp_path / "checkpoints").iterdir()]
@@ -684,7 +678,7 @@ def test_sigterm_in_the_last_evaluation_ends_it_and_the_next_run_evaluates(
 ):
   with monkeypatch.context() as patch:
     patch.setattr(reports, "evaluations", _preempted)
-    with pytest.raises(command.Stop) as stop:
+    with pytest.raises(command_line.Stop) as stop:
       train.train(_config(data, num_steps=2), tmp_path / "run")
   assert stop.value.code == 75
   assert train.train(_config(data, num_steps=2), tmp_path / "run")
@@ -721,7 +715,7 @@ def test_a_run_that_is_preempted_saves_before_it_evaluates_or_draws(
   monkeypatch.setattr(hosts, "stopping", lambda stop: True)
   monkeypatch.setattr(reports, "draw", None)
   monkeypatch.setattr(reports, "evaluations", None)
-  with pytest.raises(command.Stop, match="saved at step 1") as stop:
+  with pytest.raises(command_line.Stop, match="saved at step 1") as stop:
     train.train(_config(data, eval_every=1, panel_every=1), tmp_path / "run")
   assert stop.value.code == 75
 

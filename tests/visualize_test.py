@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from mcjepa_jax import visualize
+from mcjepa_jax.runtime import visualize
 
 
 def _color(u, v, **scale):

@@ -46,7 +46,7 @@ import cv2
 import numpy as np
 import tqdm
 
-from mcjepa_jax import command, errors, visualize
+from mcjepa_jax import errors
 from mcjepa_jax.data import (
     array_records,
     catalog,
@@ -56,6 +56,7 @@ from mcjepa_jax.data import (
     sources,
     transforms,
 )
+from mcjepa_jax.runtime import command_line, visualize
 from mcjepa_jax.storage import paths
 
 _SAMPLES = 16
@@ -453,7 +454,7 @@ def of_name(name: str) -> list[str]:
   return uses
 
 
-def _asked(arguments: command.Arguments) -> tuple[list[str], Settings]:
+def _asked(arguments: command_line.Arguments) -> tuple[list[str], Settings]:
   """Returns what a command line asks to be checked, and how it is read."""
   flags = arguments.flags
   if ("config" in flags) == ("dataset" in flags):
@@ -465,17 +466,17 @@ def _asked(arguments: command.Arguments) -> tuple[list[str], Settings]:
       raise errors.UserError(
           f"--config.{arguments.overrides[0][0]}: expected --config=FILE.py too"
       )
-    name, root = command.single(
+    name, root = command_line.single(
         flags, remote=("root",), dataset="NAME", root="FOLDER"
     )
     folder = paths.require(paths.path(root), "--root")
     if not folder.is_dir():
       raise errors.UserError(f"--root: expected a folder, got {root}")
     return of_name(name), Settings(root=folder)
-  (file,) = command.single(flags, config="FILE.py")
+  (file,) = command_line.single(flags, config="FILE.py")
   if "root" in flags:
     raise errors.UserError("--root: expected --config.data_root=FOLDER instead")
-  return of_config(command.load_config(file, arguments.overrides))
+  return of_config(command_line.load_config(file, arguments.overrides))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -484,14 +485,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   def body():
     known = ("config", "dataset", "root", "samples", "output", "allow-partial")
-    arguments = command.split(argv, known)
+    arguments = command_line.split(argv, known)
     flags = {"output": [_OUTPUT]} | arguments.flags
     if flags.get("allow-partial"):
       raise errors.UserError(
           f"--allow-partial: takes no value, got {flags['allow-partial'][0]!r}"
       )
-    samples = command.number(flags, "samples", _SAMPLES, _MAX_SAMPLES)
-    (output,) = command.single(flags, output="FOLDER")
+    samples = command_line.number(flags, "samples", _SAMPLES, _MAX_SAMPLES)
+    (output,) = command_line.single(flags, output="FOLDER")
     report = check(
         *_asked(arguments),
         samples=samples,
@@ -507,7 +508,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if faults:
       raise errors.UserError(*faults)
 
-  return command.guarded(body, debug="--debug" in argv)
+  return command_line.guarded(body, debug="--debug" in argv)
 
 
 if __name__ == "__main__":

@@ -42,8 +42,9 @@ from typing import Any
 from array_record.python import array_record_module
 import tqdm
 
-from mcjepa_jax import command, errors
+from mcjepa_jax import errors
 from mcjepa_jax.data import array_records, image_datasets, image_io
+from mcjepa_jax.runtime import command_line
 from mcjepa_jax.storage import paths
 
 _SHARDS = 64
@@ -419,14 +420,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   def body():
     known = ("input", "output", "shards", "workers", "skip-bad")
-    flags = command.split(argv, known).flags
+    flags = command_line.split(argv, known).flags
     values = {}
     cores = min(os.cpu_count() or 1, _MAX_WORKERS)
     faults = errors.collect(
         lambda: values.update(
             zip(
                 ("source", "output"),
-                command.single(
+                command_line.single(
                     flags,
                     remote=("input", "output"),
                     input="FOLDER",
@@ -436,12 +437,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         ),
         lambda: values.update(
-            shards=command.number(
+            shards=command_line.number(
                 flags, "shards", _SHARDS, array_records.MAX_SHARDS
             )
         ),
         lambda: values.update(
-            workers=command.number(flags, "workers", cores, _MAX_WORKERS)
+            workers=command_line.number(flags, "workers", cores, _MAX_WORKERS)
         ),
     )
     if flags.get("skip-bad"):
@@ -451,7 +452,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = convert(**values, skip_bad="skip-bad" in flags)
     print(json.dumps(report), flush=True)
 
-  return command.guarded(body, debug="--debug" in argv)
+  return command_line.guarded(body, debug="--debug" in argv)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ from typing import Any
 
 import jax
 
-from mcjepa_jax import hosts, journal, sharding, step as steps
+from mcjepa_jax import hosts, sharding, step as steps
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.programs import Programs
+from mcjepa_jax.runtime import log_files
 from mcjepa_jax.storage import checkpoint, run_folder
 from mcjepa_jax.training import alarms, build
 
@@ -29,7 +30,7 @@ class Run:
   mesh: jax.sharding.Mesh
   streams: dict[str, Any]
   checkpoints: checkpoint.Checkpoints
-  clock: journal.Clock
+  clock: log_files.Clock
   watch: alarms.Watch
   programs: Programs
   began: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import UInt8
 import numpy as np
 
-from mcjepa_jax import inference, visualize
+from mcjepa_jax import inference
 from mcjepa_jax.losses import motion_objective
 from mcjepa_jax.models import mcjepa
+from mcjepa_jax.runtime import visualize
 
 ROWS = 16  # of each task's arrays that are looked at
 _PAIRS = 4

@@ -12,8 +12,9 @@ from typing import Any
 
 import jax
 
-from mcjepa_jax import command, errors, hosts, journal, sharding, suite
+from mcjepa_jax import errors, hosts, sharding, suite
 from mcjepa_jax.models import mcjepa
+from mcjepa_jax.runtime import command_line, log_files
 from mcjepa_jax.storage import checkpoint, run_folder
 from mcjepa_jax.training import build, validation
 
@@ -37,7 +38,7 @@ def input_and_mesh(
   faults = errors.collect(lambda: mesh.append(build.mesh(config)))
   faults += validation.faults(config, devices=mesh[0].size if mesh else None)
   for check in (
-      lambda: journal.check_writable(folder.local, "workdir"),
+      lambda: log_files.check_writable(folder.local, "workdir"),
       lambda: check_resume(config, folder),
       lambda: check_init_checkpoint(config, folder),
       lambda: build.optimizers(config),
@@ -55,7 +56,7 @@ def input_and_mesh(
         raise
   data = {task: s.state()["fingerprint"] for task, s in streams.items()}
   hosts.agree(
-      {"config": command.leaves(config), "data": data},
+      {"config": command_line.leaves(config), "data": data},
       list(dict.fromkeys(faults)),
   )
   hosts.check_shared(folder)
@@ -119,7 +120,7 @@ def resumable_config(config: Any) -> dict[str, Any]:
   """The part of a config that a resumed run must share, flat."""
   return {
       key: value
-      for key, value in command.leaves(config).items()
+      for key, value in command_line.leaves(config).items()
       if key.split(".")[0] not in validation.OPERATIONAL
   }
 

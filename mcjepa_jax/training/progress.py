@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import tqdm
 
-from mcjepa_jax import hosts, journal, step as steps
+from mcjepa_jax import hosts, step as steps
+from mcjepa_jax.runtime import log_files
 from mcjepa_jax.training import context
 
 _RATED_STEPS = 20  # after which the input's rate is told
@@ -21,13 +22,13 @@ class Progress:
         total=config.num_steps, initial=start, unit="step", smoothing=0.1
     )
     self._examples: int | None = None  # of the step before
-    self.log = journal.Journal(
+    self.log = log_files.Journal(
         run.workdir,
         step=start,
         records=config.log_records,
         board=hosts.first(),
     )
-    self._quarantine = journal.Quarantine(
+    self._quarantine = log_files.Quarantine(
         run.workdir, step=start, limit=config.bad_records
     )
     self._steps = 0
@@ -106,7 +107,7 @@ class Progress:
     """Shows what was noticed at a step, and keeps it in alarms.jsonl."""
     self.note(f"Step {number}: {text}")
     line = {"step": number, "alarm": name, "text": text} | more
-    journal.append(self._run.workdir / "alarms.jsonl", line)
+    log_files.append(self._run.workdir / "alarms.jsonl", line)
 
   def note(self, text: str) -> None:
     """Prints a line above the bar."""

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import tqdm
 
-from mcjepa_jax import command, errors, hosts, journal, step as steps
+from mcjepa_jax import errors, hosts, step as steps
+from mcjepa_jax.runtime import command_line, log_files
 from mcjepa_jax.training import context
 from mcjepa_jax.training.context import Run
 
@@ -28,8 +29,8 @@ def roll_back(run: Run, back: RollBack) -> steps.TrainState:
   """
   count = run.watch.count("rollback")
   if count > run.config.alarms.rollbacks:
-    raise command.Stop(
-        command.EXIT_ALARM, f"rolled back {count - 1} times before: {back}"
+    raise command_line.Stop(
+        command_line.EXIT_ALARM, f"rolled back {count - 1} times before: {back}"
     )
   with run.clock.span("initialise"):
     try:
@@ -40,7 +41,7 @@ def roll_back(run: Run, back: RollBack) -> steps.TrainState:
         raise
       run.watch.count("checkpoint")
       tqdm.tqdm.write(str(error))
-      journal.append(
+      log_files.append(
           run.workdir / "alarms.jsonl",
           {"step": back.step, "alarm": "checkpoint", "text": str(error)},
       )
@@ -57,7 +58,7 @@ def roll_back(run: Run, back: RollBack) -> steps.TrainState:
   run.watch.forget()
   text = f"Rolled back to step {step or 0}, and past the batch: {back}"
   tqdm.tqdm.write(text)
-  journal.append(
+  log_files.append(
       run.workdir / "alarms.jsonl",
       {"step": step or 0, "alarm": "rollback", "text": text},
   )

@@ -8,18 +8,10 @@ from typing import Any
 import jax
 import tqdm
 
-from mcjepa_jax import (
-    errors,
-    goodput,
-    hosts,
-    journal,
-    sharding,
-    step as steps,
-    suite,
-)
+from mcjepa_jax import errors, hosts, sharding, step as steps, suite
 from mcjepa_jax.evals import result_table
 from mcjepa_jax.models import mcjepa
-from mcjepa_jax.runtime import environment
+from mcjepa_jax.runtime import environment, goodput, log_files
 from mcjepa_jax.training import context, pictures
 from mcjepa_jax.training.context import Run
 
@@ -64,7 +56,7 @@ def evaluations_on_the_way(
   return results
 
 
-def draw(run: Run, state: steps.TrainState, log: journal.Journal) -> None:
+def draw(run: Run, state: steps.TrainState, log: log_files.Journal) -> None:
   """Logs the pictures of a state, on the first batch of each stream."""
   with run.clock.span("pictures"):
     number = int(state.step)
@@ -96,9 +88,9 @@ def finish(run: Run, state: steps.TrainState, peak_gb: float) -> dict[str, Any]:
   with run.clock.span("evaluate"):
     results, faults = evaluations(run, state)
   if hosts.first():
-    lines = journal.read_lines(run.workdir / "metrics.jsonl")
+    lines = log_files.read_lines(run.workdir / "metrics.jsonl")
     for name, picture in pictures.of_logs(lines).items():
-      journal.save_picture(run.workdir, name, picture)
+      log_files.save_picture(run.workdir, name, picture)
   spent = run.clock.seconds()
   looped = sum(
       spent.get(part, 0.0) - run.began.get(part, 0.0)
@@ -124,7 +116,7 @@ def finish(run: Run, state: steps.TrainState, peak_gb: float) -> dict[str, Any]:
       ),
       "compiles": run.programs.compiles,
       **run.watch.counts(),
-      "peak_rss_gb": max(peak_gb, journal.peak_rss_gb()),
+      "peak_rss_gb": max(peak_gb, log_files.peak_rss_gb()),
       "meta/config": run.config.name,
       "meta/step": int(state.step),
       "meta/commit": environment.commit(),
@@ -134,7 +126,7 @@ def finish(run: Run, state: steps.TrainState, peak_gb: float) -> dict[str, Any]:
   if faults:
     results[result_table.NOT_EVALUATED] = "; ".join(faults)
   if hosts.first():
-    journal.write_json(run.workdir / "results.json", results)
+    log_files.write_json(run.workdir / "results.json", results)
   if faults:
     print(result_table.table(results))
     raise errors.UserError(*faults)
@@ -151,7 +143,7 @@ def read_results(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def look(
-    run: Run, state: steps.TrainState, number: int, log: journal.Journal
+    run: Run, state: steps.TrainState, number: int, log: log_files.Journal
 ) -> None:
   """Logs the evaluation and the pictures that are due before a step."""
   config = run.config

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from mcjepa_jax import command, diagnostics, errors, hosts, step as steps
+from mcjepa_jax import diagnostics, errors, hosts, step as steps
+from mcjepa_jax.runtime import command_line
 from mcjepa_jax.training import alarms, bad_steps, build, recovery
 from mcjepa_jax.training.context import Batch, Run
 from mcjepa_jax.training.progress import Progress
@@ -158,8 +159,8 @@ class Watcher:
         pending.number, "not_finite", text, records=pending.batch.records
     )
     if total >= limits.skips:
-      raise command.Stop(
-          command.EXIT_ALARM,
+      raise command_line.Stop(
+          command_line.EXIT_ALARM,
           f"step {pending.number}: {total} updates were skipped: {text}",
       )
     if run.watch.row >= limits.skips_in_a_row:
@@ -216,7 +217,9 @@ class Watcher:
       return
     reason = "; ".join(map(str, fired))
     if action == "stop":
-      raise command.Stop(command.EXIT_ALARM, f"step {number}: {reason}")
+      raise command_line.Stop(
+          command_line.EXIT_ALARM, f"step {number}: {reason}"
+      )
     # Before what was judged.
     lasted = max(alarm.rule.lasts for alarm in fired)
     raise recovery.RollBack(number - lasted, following, reason)

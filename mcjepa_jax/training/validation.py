@@ -5,10 +5,11 @@ import math
 import pathlib
 from typing import Any
 
-from mcjepa_jax import command, errors, journal, step
+from mcjepa_jax import errors, step
 from mcjepa_jax.data import sources
 from mcjepa_jax.losses import motion_objective
 from mcjepa_jax.models import convnext
+from mcjepa_jax.runtime import command_line, log_files
 from mcjepa_jax.training import alarms
 
 # Keys that a resumed run may change: they do not touch what is learned.
@@ -56,7 +57,7 @@ OPERATIONAL = frozenset(
 def faults(config: Any, *, devices: int | None = None) -> list[str]:
   """One message for each fault: the key, what was expected, what came."""
   found = []
-  values = command.leaves(config)
+  values = command_line.leaves(config)
 
   def expect(key, holds, expected):
     if not holds(values[key]):
@@ -111,7 +112,9 @@ def faults(config: Any, *, devices: int | None = None) -> list[str]:
     return found
   if config.data_cache:
     cache = pathlib.Path(config.data_cache).expanduser()
-    found += errors.collect(lambda: journal.check_writable(cache, "data_cache"))
+    found += errors.collect(
+        lambda: log_files.check_writable(cache, "data_cache")
+    )
   reads = step.tasks_of_mode(config.mode)
   found += _size_faults(config, reads)
   found += _weight_faults(config)

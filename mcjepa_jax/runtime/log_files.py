@@ -19,7 +19,8 @@ from jaxtyping import UInt8
 import numpy as np
 import psutil
 
-from mcjepa_jax import errors, visualize
+from mcjepa_jax import errors
+from mcjepa_jax.runtime import visualize
 
 _FEW_RECORDS = 1_000
 _NAMED = 10  # bad records in an error
