@@ -92,7 +92,8 @@ def looked_at(counts: Counter[str]) -> Iterator[None]:
 
 def _subject(config: Any, checkpoint: str, workdir: pathlib.Path) -> Any:
   """What is evaluated: a checkpoint beside untrained parameters, or these alone."""
-  from mcjepa_jax import evaluate, sharding, suite
+  from mcjepa_jax import evaluate, suite
+  from mcjepa_jax.distributed import sharding
   from mcjepa_jax.models import mcjepa
   from mcjepa_jax.training import build
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from mcjepa_jax import errors, sharding
+from mcjepa_jax import errors
 from mcjepa_jax.data import crops, pipeline, segmentation_datasets, sources
+from mcjepa_jax.distributed import sharding
 from mcjepa_jax.evals import segmentation
 from mcjepa_jax.models import segmentation_heads
 from mcjepa_jax.storage import paths

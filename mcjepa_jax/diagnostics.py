@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mcjepa_jax import metrics, photometry, sharding, step as steps
+from mcjepa_jax import metrics, photometry, step as steps
+from mcjepa_jax.distributed import sharding
 from mcjepa_jax.models import mcjepa
 
 _TINY = 1e-12

@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 
-from mcjepa_jax import dense_evals, errors, inference, sharding, suite
+from mcjepa_jax import dense_evals, errors, inference, suite
+from mcjepa_jax.distributed import sharding
 from mcjepa_jax.evals import result_table
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.runtime import environment, log_files

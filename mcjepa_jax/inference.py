@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcjepa_jax import errors, sharding
+from mcjepa_jax import errors
+from mcjepa_jax.distributed import sharding
 from mcjepa_jax.evals import davis, probe, tiling
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.ops import flow_ops

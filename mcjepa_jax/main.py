@@ -15,7 +15,8 @@ MCJEPA_LOST_SECONDS how long a host may be silent before it counts as lost, 60.
 import contextlib
 import os
 
-from mcjepa_jax import errors, lifeline
+from mcjepa_jax import errors
+from mcjepa_jax.distributed import heartbeat
 from mcjepa_jax.runtime import command_line
 
 _FLAGS = ("coordinator", "processes", "process")
@@ -23,7 +24,7 @@ _FLAGS = ("coordinator", "processes", "process")
 
 def main(argv: list[str] | None = None) -> int:
   """The exit code of the run that the arguments describe."""
-  return lifeline.end(command_line.run(argv, _run, flags=_FLAGS))
+  return heartbeat.end(command_line.run(argv, _run, flags=_FLAGS))
 
 
 def _seconds(variable: str, default: float) -> float:
@@ -39,20 +40,20 @@ def _seconds(variable: str, default: float) -> float:
 
 def _run(config, workdir, flags) -> None:
   # Imported here: a Grain worker imports this module again, and needs no JAX.
-  from mcjepa_jax import hosts, places
+  from mcjepa_jax.distributed import cluster, hosts
 
   seconds = _seconds("MCJEPA_START_SECONDS", 300.0)
-  where = places.find(flags, seconds=seconds)
+  where = cluster.find(flags, seconds=seconds)
   if where and config.task == "evaluate":
     raise errors.UserError(
         f"task: evaluate runs on one host, got {where.count}"
     )
   with contextlib.ExitStack() as stack:
-    stack.enter_context(lifeline.together())
+    stack.enter_context(heartbeat.together())
     hosts.start(
         where,
         seconds=seconds,
-        silence=_seconds("MCJEPA_LOST_SECONDS", lifeline.SILENCE),
+        silence=_seconds("MCJEPA_LOST_SECONDS", heartbeat.SILENCE),
     )
     from mcjepa_jax import evaluate, train
     from mcjepa_jax.storage import paths

@@ -9,8 +9,9 @@ import sys
 
 import numpy as np
 
-from mcjepa_jax import errors, evaluate, inference, sharding
+from mcjepa_jax import errors, evaluate, inference
 from mcjepa_jax.data import flow_io, image_io
+from mcjepa_jax.distributed import sharding
 from mcjepa_jax.runtime import command_line, log_files, visualize
 from mcjepa_jax.storage import checkpoint
 

@@ -67,16 +67,8 @@ import jax
 from jax.experimental import topologies
 import tqdm
 
-from mcjepa_jax import (
-    diagnostics,
-    errors,
-    flops,
-    hlo,
-    hosts,
-    sharding,
-    sizing,
-    step as steps,
-)
+from mcjepa_jax import diagnostics, errors, flops, hlo, sizing, step as steps
+from mcjepa_jax.distributed import hosts, sharding
 from mcjepa_jax.runtime import command_line, goodput, log_files
 from mcjepa_jax.training import build, validation
 

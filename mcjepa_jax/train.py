@@ -9,7 +9,8 @@ from typing import Any
 from clu import parameter_overview
 import jax
 
-from mcjepa_jax import errors, hosts, step as steps
+from mcjepa_jax import errors, step as steps
+from mcjepa_jax.distributed import hosts
 from mcjepa_jax.evals import result_table
 from mcjepa_jax.runtime import command_line, log_files, process_lifetimes
 from mcjepa_jax.storage import checkpoint, run_folder

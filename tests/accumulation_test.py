@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mcjepa_jax import accumulation, errors, photometry, sharding, step as steps
+from mcjepa_jax import accumulation, errors, photometry, step as steps
+from mcjepa_jax.distributed import sharding
 from mcjepa_jax.losses import flow_losses, vicreg
 from mcjepa_jax.models import convnext, mcjepa
 from mcjepa_jax.training import build

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from mcjepa_jax import errors, inference, sharding, suite
+from mcjepa_jax import errors, inference, suite
 from mcjepa_jax.data import sources
+from mcjepa_jax.distributed import sharding
 from mcjepa_jax.evals import davis
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.training import build, validation

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from mcjepa_jax import errors, evaluate, inference, sharding, suite
+from mcjepa_jax import errors, evaluate, inference, suite
+from mcjepa_jax.distributed import sharding
 from mcjepa_jax.evals import finetune
 from mcjepa_jax.storage import checkpoint
 from tests import tiny

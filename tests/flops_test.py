@@ -7,7 +7,8 @@ from jax import lax
 import jax.numpy as jnp
 import pytest
 
-from mcjepa_jax import flops, sharding
+from mcjepa_jax import flops
+from mcjepa_jax.distributed import sharding
 
 
 def _count(function, *shapes, dtype=jnp.float32):

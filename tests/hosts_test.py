@@ -16,7 +16,8 @@ import jax
 import numpy as np
 import pytest
 
-from mcjepa_jax import errors, hosts, places, replay, sharding
+from mcjepa_jax import errors, replay
+from mcjepa_jax.distributed import cluster, hosts, sharding
 from mcjepa_jax.runtime import command_line
 from mcjepa_jax.training import bad_steps
 from tests import job, poison, workdirs
@@ -505,24 +506,24 @@ def _call_all(these, seconds=5.0):
 
 def test_the_roll_ends_when_all_are_here():
   address = f"127.0.0.1:{job.free_port()}"
-  these = [places.Place(address, 3, i) for i in (2, 0, 1)]
+  these = [cluster.Place(address, 3, i) for i in (2, 0, 1)]
   assert _call_all(these) == ["all here"] * 3
 
 
 def test_the_absent_are_named_to_all_that_came():
   address = f"127.0.0.1:{job.free_port()}"
   names = ("tpu-a", "tpu-b", "tpu-c")
-  these = [places.Place(address, 3, i, names) for i in (0, 2)]
+  these = [cluster.Place(address, 3, i, names) for i in (0, 2)]
   for fault in _call_all(these, 0.5):
     assert fault.endswith("these did not come: process 1 (tpu-b)")
 
 
 def test_two_with_one_place_and_another_count_are_told():
   address = f"127.0.0.1:{job.free_port()}"
-  these = [places.Place(address, 3, i) for i in (0, 1, 1)]
+  these = [cluster.Place(address, 3, i) for i in (0, 1, 1)]
   assert all("both say they are process 1" in f for f in _call_all(these))
   address = f"127.0.0.1:{job.free_port()}"
-  these = [places.Place(address, 3, 0), places.Place(address, 2, 1)]
+  these = [cluster.Place(address, 3, 0), cluster.Place(address, 2, 1)]
   assert all("process 0 expects 3" in f for f in _call_all(these))
 
 
@@ -541,7 +542,7 @@ def test_one_that_left_and_was_started_again_is_no_second_one():
       except OSError:
         time.sleep(0.02)
 
-  these = [places.Place(f"127.0.0.1:{port}", 3, i) for i in range(3)]
+  these = [cluster.Place(f"127.0.0.1:{port}", 3, i) for i in range(3)]
   found = []
   caller = threading.Thread(
       target=lambda: found.extend(_call_all(these[:1], 20.0))
@@ -554,7 +555,7 @@ def test_one_that_left_and_was_started_again_is_no_second_one():
 
 
 def test_sigterm_is_heard_while_hosts_are_awaited():
-  place = places.Place(f"127.0.0.1:{job.free_port()}", 2, 0)
+  place = cluster.Place(f"127.0.0.1:{job.free_port()}", 2, 0)
   pid = os.getpid()
   timer = threading.Timer(0.5, lambda: os.kill(pid, signal.SIGTERM))
   # As of the first process of a container.
@@ -570,7 +571,7 @@ def test_sigterm_is_heard_while_hosts_are_awaited():
 
 
 def test_without_process_0_the_others_say_so():
-  place = places.Place(f"127.0.0.1:{job.free_port()}", 2, 1)
+  place = cluster.Place(f"127.0.0.1:{job.free_port()}", 2, 1)
   (fault,) = _call_all([place], 0.5)
   assert fault.startswith("process 0 at 127.0.0.1:")
   assert "did not call the roll: Connection refused" in fault
@@ -593,7 +594,7 @@ def test_a_stranger_on_the_port_is_not_counted():
   threads.append(threading.Thread(target=stranger))
   threads[0].start()
   address = f"127.0.0.1:{port}"
-  (fault,) = _call_all([places.Place(address, 2, 0)], 2.0)
+  (fault,) = _call_all([cluster.Place(address, 2, 0)], 2.0)
   threads[0].join()
   assert "these did not come: process 1" in fault
 
@@ -610,7 +611,7 @@ def test_another_service_on_the_coordinators_port_is_no_roll_call():
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
-    place = places.Place(f"127.0.0.1:{port}", 2, 1)
+    place = cluster.Place(f"127.0.0.1:{port}", 2, 1)
     (fault,) = _call_all([place], 0.3)
   assert "did not call the roll: another service answers there" in fault
 
@@ -643,10 +644,10 @@ def test_flags_go_before_variables_and_both_before_none(monkeypatch):
   monkeypatch.setenv("MCJEPA_COORDINATOR", "10.0.0.1:1234")
   monkeypatch.setenv("MCJEPA_PROCESSES", "4")
   monkeypatch.setenv("MCJEPA_PROCESS", "3")
-  place = places.find({"process": ["2"]})
-  assert place == places.Place("10.0.0.1:1234", 4, 2)
+  place = cluster.find({"process": ["2"]})
+  assert place == cluster.Place("10.0.0.1:1234", 4, 2)
   monkeypatch.setenv("MCJEPA_PROCESSES", "1")
-  assert places.find({"process": ["0"]}) is None
+  assert cluster.find({"process": ["0"]}) is None
 
 
 @pytest.mark.parametrize(
@@ -669,7 +670,7 @@ def test_flags_go_before_variables_and_both_before_none(monkeypatch):
 )
 def test_a_place_that_is_none_is_told(flags, expected):
   with pytest.raises(errors.UserError) as caught:
-    places.find(flags)
+    cluster.find(flags)
   messages = caught.value.messages
   assert len(messages) == len(expected)
   assert all(m.startswith(e) for m, e in zip(messages, expected, strict=True))
@@ -681,33 +682,33 @@ def test_slurm_gives_the_place(monkeypatch):
       ("PROCID", "3"), ("LOCALID", "0"),
   ):  # fmt: skip
     monkeypatch.setenv(f"SLURM_{name}", value)
-  place = places.find({})
+  place = cluster.find({})
   assert place.address.startswith("node004:")
   assert (place.count, place.index, place.cluster) == (4, 3, "slurm")
   assert place.names == ()
   monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "1(x2),2,1")
   monkeypatch.setenv("SLURM_NTASKS", "5")
-  place = places.find({})
+  place = cluster.find({})
   assert place.names == ("node004", "node005", "node006", "node006", "node007")
   assert place.name(3) == "process 3 (node006)"
   monkeypatch.setenv("SLURM_STEP_NODELIST", "login,gpu[9-10,12]")
   monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "2,1(x3)")
-  assert places.find({}).names == ("login", "login", "gpu9", "gpu10", "gpu12")
+  assert cluster.find({}).names == ("login", "login", "gpu9", "gpu10", "gpu12")
   monkeypatch.setenv("SLURM_DISTRIBUTION", "cyclic")
-  assert places.find({}).names == ()
+  assert cluster.find({}).names == ()
   monkeypatch.setenv("SLURM_NTASKS", "1")
-  assert places.find({}) is None
+  assert cluster.find({}) is None
 
 
 def test_a_slice_of_gke_gives_the_place_and_the_names(monkeypatch):
-  cluster = places.clusters.GkeTpuCluster
-  module = places.clusters.cloud_tpu_cluster
+  kind = cluster.clusters.GkeTpuCluster
+  module = cluster.clusters.cloud_tpu_cluster
   monkeypatch.setattr(module, "running_in_cloud_tpu_vm", True)
-  monkeypatch.setattr(cluster, "wait_for_coordinator", lambda *_: None)
+  monkeypatch.setattr(kind, "wait_for_coordinator", lambda *_: None)
   monkeypatch.setattr(module, "get_tpu_env_value", os.environ.get)
   monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "pod-0.svc,pod-1.svc")
   monkeypatch.setenv("TPU_WORKER_ID", "1")
-  place = places.find({})
+  place = cluster.find({})
   assert place.address.startswith("pod-0.svc:")
   assert (place.count, place.index) == (2, 1)
   assert place.name(1) == "process 1 (pod-1.svc)"
@@ -715,7 +716,7 @@ def test_a_slice_of_gke_gives_the_place_and_the_names(monkeypatch):
   monkeypatch.setenv("MEGASCALE_NUM_SLICES", "2")
   monkeypatch.setenv("MEGASCALE_SLICE_ID", "1")
   monkeypatch.setenv("MEGASCALE_COORDINATOR_ADDRESS", "pod-0.first")
-  place = places.find({})
+  place = cluster.find({})
   assert place.address.startswith("pod-0.first:")
   assert (place.count, place.index) == (4, 3)
   assert place.name(2) == "process 2 (slice 1, worker 0)"
@@ -723,7 +724,7 @@ def test_a_slice_of_gke_gives_the_place_and_the_names(monkeypatch):
 
 def test_a_first_host_whose_name_is_never_known_is_told(monkeypatch):
   monkeypatch.setattr(
-      places.clusters.cloud_tpu_cluster, "running_in_cloud_tpu_vm", True
+      cluster.clusters.cloud_tpu_cluster, "running_in_cloud_tpu_vm", True
   )
   for name, value in (
       ("TPU_WORKER_HOSTNAMES", "a.invalid,b.invalid"), ("TPU_WORKER_ID", "1"),
@@ -735,12 +736,12 @@ def test_a_first_host_whose_name_is_never_known_is_told(monkeypatch):
   with pytest.raises(
       command_line.Stop, match="process 0 did not come: .*a.inval"
   ) as e:
-    places.find({}, seconds=0.1)
+    cluster.find({}, seconds=0.1)
   assert e.value.code == 77
 
 
 def test_a_slice_of_compute_engine_gives_the_place_and_the_names(monkeypatch):
-  module = places.clusters.cloud_tpu_cluster
+  module = cluster.clusters.cloud_tpu_cluster
   metadata = {
       "agent-worker-number": "1",
       # As queued resources have it; older ones name:id:address.
@@ -753,12 +754,12 @@ def test_a_slice_of_compute_engine_gives_the_place_and_the_names(monkeypatch):
       "get_metadata",
       lambda key: (metadata[key], 200) if key in metadata else ("", 404),
   )
-  cluster = places.clusters.GceTpuCluster
-  monkeypatch.setattr(cluster, "wait_for_coordinator", lambda *_: None)
+  kind = cluster.clusters.GceTpuCluster
+  monkeypatch.setattr(kind, "wait_for_coordinator", lambda *_: None)
   for name in os.environ:
     if name.startswith(("TPU_", "MEGASCALE_")):
       monkeypatch.delenv(name)
-  place = places.find({})
+  place = cluster.find({})
   assert place.address.startswith("10.0.0.2:")
   assert (place.count, place.index, place.cluster) == (2, 1, "gcetpu")
   assert place.name(0) == "process 0 (10.0.0.2)"
@@ -768,17 +769,17 @@ def test_a_slice_of_compute_engine_gives_the_place_and_the_names(monkeypatch):
       "\nMEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'"
       "\nMEGASCALE_COORDINATOR_ADDRESS: 'a:8080'"
   )
-  place = places.find({})
+  place = cluster.find({})
   assert place.address.startswith("a:") and not place.address.endswith("8080")
   assert (place.count, place.index) == (4, 3)
   assert place.name(1) == "process 1 (slice 0, worker 1)"
   # One host is no run of several.
   metadata["worker-network-endpoints"] = "c"
   metadata["tpu-env"] = ""
-  assert places.find({}) is None
+  assert cluster.find({}) is None
   # A machine without a TPU.
   del metadata["agent-worker-number"]
-  assert places.find({}) is None
+  assert cluster.find({}) is None
 
 
 class _Store:
@@ -811,7 +812,7 @@ def two(monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 0)
     monkeypatch.setattr(hosts.distributed.global_state, "client", client)
     held = types.SimpleNamespace(names=["process 0 (a)", "process 1 (b)"])
-    monkeypatch.setattr(hosts.lifeline, "_held", held)
+    monkeypatch.setattr(hosts.heartbeat, "_held", held)
 
   return set_up
 
@@ -896,7 +897,7 @@ def test_one_process_agrees_with_itself_or_tells_its_faults():
 
 def test_a_late_step_prints_the_stacks():
   script = (
-      "import time\nfrom mcjepa_jax import hosts\n"
+      "import time\nfrom mcjepa_jax.distributed import hosts\n"
       "def hang():\n  time.sleep(1.5)\n"
       "watch = hosts.Watch(0.5)\nwatch.step()\nhang()\nwatch.close()\n"
       "watch = hosts.Watch(0)\nwatch.step()\ntime.sleep(0.1)\n"
@@ -913,11 +914,12 @@ def test_a_late_step_prints_the_stacks():
 
 
 def test_code_is_told_apart_by_its_files(monkeypatch, tmp_path):
-  monkeypatch.setattr(hosts, "__file__", str(tmp_path / "hosts.py"))
-  (tmp_path / "hosts.py").write_text("a = 1\n")
+  file = str(tmp_path / "distributed" / "hosts.py")
+  monkeypatch.setattr(hosts, "__file__", file)
+  (tmp_path / "errors.py").write_text("a = 1\n")
   before = hosts.code()
   assert before == hosts.code()
-  (tmp_path / "hosts.py").write_text("a = 2\n")
+  (tmp_path / "errors.py").write_text("a = 2\n")
   after = hosts.code()
   assert before.pop("mcjepa_jax") != after.pop("mcjepa_jax")
   assert before == after and "jax" in after

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from mcjepa_jax import sharding
+from mcjepa_jax.distributed import sharding
 from mcjepa_jax.evals import finetune, linear, probe
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.training import build

@@ -249,7 +249,7 @@ MUTANTS = (
         ),
     ),
     *_mutants(
-        "hosts.py",
+        "distributed/hosts.py",
         "hosts_test.py",
         (
             "the_first_is_absent_too",

@@ -17,7 +17,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from mcjepa_jax import errors, hosts, replay, sharding, train
+from mcjepa_jax import errors, replay, train
+from mcjepa_jax.distributed import hosts, sharding
 from mcjepa_jax.programs import Programs
 from mcjepa_jax.runtime import command_line, log_files, process_lifetimes
 from mcjepa_jax.storage import checkpoint, paths, run_folder

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score
 
-from mcjepa_jax import dense_evals, errors, metrics, sharding, suite
+from mcjepa_jax import dense_evals, errors, metrics, suite
 from mcjepa_jax.data import crops, sources
 from mcjepa_jax.data.crops import VOID
+from mcjepa_jax.distributed import sharding
 from mcjepa_jax.evals import segmentation
 from mcjepa_jax.models import convnext, mcjepa, segmentation_heads
 from mcjepa_jax.training import build

@@ -8,7 +8,8 @@ from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 
-from mcjepa_jax import errors, sharding
+from mcjepa_jax import errors
+from mcjepa_jax.distributed import sharding
 
 pytestmark = pytest.mark.skipif(
     jax.device_count() < 8, reason="needs eight devices"

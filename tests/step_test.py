@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mcjepa_jax import sharding, step as steps
+from mcjepa_jax import step as steps
 from mcjepa_jax.data import synthetic
+from mcjepa_jax.distributed import sharding
 from mcjepa_jax.losses import motion_objective, vicreg
 from mcjepa_jax.training import build
 from tests import tiny

@@ -10,8 +10,9 @@ import cv2
 import numpy as np
 import pytest
 
-from mcjepa_jax import errors, evaluate, inference, sharding, suite
+from mcjepa_jax import errors, evaluate, inference, suite
 from mcjepa_jax.data import flow_io, sources
+from mcjepa_jax.distributed import sharding
 from mcjepa_jax.evals import result_table
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.training import build

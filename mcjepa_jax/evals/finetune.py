@@ -11,8 +11,9 @@ import numpy as np
 import optax
 import tqdm
 
-from mcjepa_jax import errors, optimizer, sharding
+from mcjepa_jax import errors, optimizer
 from mcjepa_jax.data import transforms
+from mcjepa_jax.distributed import sharding
 from mcjepa_jax.evals import probe
 from mcjepa_jax.models import mcjepa
 

@@ -18,9 +18,10 @@ import numpy as np
 import optax
 import tqdm
 
-from mcjepa_jax import errors, metrics, optimizer, sharding
+from mcjepa_jax import errors, metrics, optimizer
 from mcjepa_jax.data import crops
 from mcjepa_jax.data.crops import VOID
+from mcjepa_jax.distributed import sharding
 from mcjepa_jax.ops import flow_ops
 
 _PIXELS_STRIDE = 4  # of the finest stage, and so of raw pixels in its place

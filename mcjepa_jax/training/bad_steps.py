@@ -18,7 +18,8 @@ import jax
 import ml_collections
 import numpy as np
 
-from mcjepa_jax import errors, hosts, lifeline, step as steps
+from mcjepa_jax import errors, step as steps
+from mcjepa_jax.distributed import heartbeat, hosts
 from mcjepa_jax.storage import checkpoint, paths, run_folder
 
 _NAMES = ("frames", "views")
@@ -153,7 +154,7 @@ def _everywhere(
   except errors.UserError as error:
     fault = str(error)
     if jax.process_count() > 1:
-      fault = f"{lifeline.name(jax.process_index())}: {fault}"
+      fault = f"{heartbeat.name(jax.process_index())}: {fault}"
   told = hosts.exchange(f"dump {next(_numbers)}", [found, fault])
   if faults := [fault for _, fault in told if fault]:
     raise errors.UserError(*faults)

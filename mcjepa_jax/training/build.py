@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mcjepa_jax import optimizer, sharding, step
+from mcjepa_jax import optimizer, step
 from mcjepa_jax.data import catalog, pipeline, sources
+from mcjepa_jax.distributed import sharding
 from mcjepa_jax.models import mcjepa
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 
-from mcjepa_jax import hosts, sharding, step as steps
+from mcjepa_jax import step as steps
+from mcjepa_jax.distributed import hosts, sharding
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.programs import Programs
 from mcjepa_jax.runtime import log_files

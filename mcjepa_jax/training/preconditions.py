@@ -12,7 +12,8 @@ from typing import Any
 
 import jax
 
-from mcjepa_jax import errors, hosts, sharding, suite
+from mcjepa_jax import errors, suite
+from mcjepa_jax.distributed import hosts, sharding
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.runtime import command_line, log_files
 from mcjepa_jax.storage import checkpoint, run_folder

@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import tqdm
 
-from mcjepa_jax import hosts, step as steps
+from mcjepa_jax import step as steps
+from mcjepa_jax.distributed import hosts
 from mcjepa_jax.runtime import log_files
 from mcjepa_jax.training import context
 

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import tqdm
 
-from mcjepa_jax import errors, hosts, sharding, step as steps, suite
+from mcjepa_jax import errors, step as steps, suite
+from mcjepa_jax.distributed import hosts, sharding
 from mcjepa_jax.evals import result_table
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.runtime import environment, goodput, log_files

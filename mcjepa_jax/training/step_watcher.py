@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from mcjepa_jax import diagnostics, errors, hosts, step as steps
+from mcjepa_jax import diagnostics, errors, step as steps
+from mcjepa_jax.distributed import hosts
 from mcjepa_jax.runtime import command_line
 from mcjepa_jax.training import alarms, bad_steps, build, recovery
 from mcjepa_jax.training.context import Batch, Run

@@ -27,7 +27,8 @@ import jax
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from mcjepa_jax import errors, lifeline, places, sharding
+from mcjepa_jax import errors
+from mcjepa_jax.distributed import cluster, heartbeat, sharding
 from mcjepa_jax.runtime import command_line
 from mcjepa_jax.storage import run_folder
 
@@ -43,10 +44,10 @@ _LATER = 40  # seconds after which JAX itself misses a host that is silent
 
 
 def start(
-    where: places.Place | None,
+    where: cluster.Place | None,
     *,
     seconds: float = 300.0,
-    silence: float = lifeline.SILENCE,
+    silence: float = heartbeat.SILENCE,
 ) -> None:
   """Makes this process one of a run's, once all have answered the roll.
 
@@ -61,8 +62,8 @@ def start(
   # The first process of a container hears no signal that it has no handler for.
   with on_sigterm(leave):
     names, connections = roll_call(where, seconds)
-  lifeline.hold(
-      lifeline.Lifeline(where.index, names, connections, silence=silence)
+  heartbeat.hold(
+      heartbeat.Lifeline(where.index, names, connections, silence=silence)
   )
   if where.index:
     # Read where tqdm is imported: one bar is enough.
@@ -81,7 +82,7 @@ def start(
 
 
 def roll_call(
-    where: places.Place, seconds: float
+    where: cluster.Place, seconds: float
 ) -> tuple[list[str], dict[int, socket.socket]]:
   """The names of all hosts, once they have come, and this one's connections.
 
@@ -119,7 +120,7 @@ def _is_closed(connection: socket.socket) -> bool:
 
 
 def _call(
-    where: places.Place, port: int, deadline: float
+    where: cluster.Place, port: int, deadline: float
 ) -> tuple[list[str], dict[int, socket.socket]]:
   """The roll call of process 0; what is wrong is told to all that came."""
   present = {0: socket.gethostname()}
@@ -192,11 +193,11 @@ def _raise_told(answer: str) -> None:
   if word == "fault":
     raise errors.UserError(text)
   if word == "absent":
-    raise places.absent(text)
+    raise cluster.absent(text)
 
 
 def _answer(
-    where: places.Place, host: str, port: int, deadline: float
+    where: cluster.Place, host: str, port: int, deadline: float
 ) -> tuple[list[str], dict[int, socket.socket]]:
   """The roll call of another process than 0."""
   reason = "no answer"
@@ -220,7 +221,7 @@ def _answer(
     except (UnicodeDecodeError, json.JSONDecodeError):
       reason = "another service answers there"
     time.sleep(0.2)
-  raise places.absent(
+  raise cluster.absent(
       f"{where.name(0)} at {where.address} did not call the roll: {reason}"
   )
 
@@ -255,8 +256,8 @@ def exchange(name: str, value: Any, *, seconds: float = 600.0) -> list[Any]:
     else:
       values.append(json.loads(text))
   if absent:
-    names = ", ".join(map(lifeline.name, absent))
-    raise places.absent(
+    names = ", ".join(map(heartbeat.name, absent))
+    raise cluster.absent(
         f"{name}: waited {seconds:.0f} s for all hosts; these did not come:"
         f" {names}"
     )
@@ -277,7 +278,7 @@ def agree(
     return
   flat = _flat({**facts, "code": code()})
   ours = {
-      "name": lifeline.name(jax.process_index()),
+      "name": heartbeat.name(jax.process_index()),
       "faults": list(faults),
       "facts": {k: v for k, v in flat.items() if k not in _OWN},
   }
@@ -341,7 +342,7 @@ def check_shared(folder: run_folder.Folder) -> None:
   except OSError:
     seen = ""
   same = exchange("shared", seen == token)
-  apart = [lifeline.name(i) for i, fits in enumerate(same) if not fits]
+  apart = [heartbeat.name(i) for i, fits in enumerate(same) if not fits]
   if apart:
     raise errors.UserError(
         f"workdir: expected one folder that all hosts share, got another"
@@ -357,13 +358,13 @@ def check_alike(name: str, value: Any) -> None:
   """
   seen = exchange(name, value)
   if any(x != seen[0] for x in seen):
-    each = ", ".join(f"{lifeline.name(i)} {x}" for i, x in enumerate(seen))
-    raise places.absent(f"{name}: expected one for all hosts, got {each}")
+    each = ", ".join(f"{heartbeat.name(i)} {x}" for i, x in enumerate(seen))
+    raise cluster.absent(f"{name}: expected one for all hosts, got {each}")
 
 
 def code() -> dict[str, str]:
   """A digest of this package's source, and versions of what it runs on."""
-  root = pathlib.Path(__file__).resolve().parent
+  root = pathlib.Path(__file__).resolve().parent.parent
   digest = hashlib.sha256()
   for path in sorted(root.rglob("*.py")):
     digest.update(f"{path.relative_to(root)}\0".encode())
