@@ -16,15 +16,17 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import fuzz_mutations as mutations
-from mcjepa_jax.data import (
+from mcjepa_jax.data.readers import (
     array_records,
-    flow_datasets,
-    flow_io,
-    image_datasets,
-    image_io,
-    mask_datasets,
-    segmentation_datasets,
-    video,
+    flow_files,
+    image_files,
+    video_files,
+)
+from mcjepa_jax.data.sets import (
+    flow_sets,
+    image_sets,
+    mask_sets,
+    segmentation_sets,
 )
 
 Files = dict[str, bytes]  # by their names in one folder
@@ -90,9 +92,9 @@ def _check_image(image: np.ndarray) -> None:
 
 def _read_image(folder: pathlib.Path) -> None:
   path = _only_file(folder)
-  _check_image(image_io.read_image(path))
+  _check_image(image_files.read_image(path))
   # A smaller decode is another path through the decoders.
-  _check_image(image_io.read_image(path, min_side=8))
+  _check_image(image_files.read_image(path, min_side=8))
 
 
 def _flow() -> tuple[np.ndarray, np.ndarray]:
@@ -126,7 +128,7 @@ def _check_flow(flow: np.ndarray, valid: np.ndarray) -> None:
 
 
 def _read_flow(folder: pathlib.Path) -> None:
-  _check_flow(*flow_io.read_flow(_only_file(folder)))
+  _check_flow(*flow_files.read_flow(_only_file(folder)))
 
 
 def _flo5(
@@ -282,7 +284,7 @@ def _read_prepared(folder: pathlib.Path) -> None:
 
 def _chairs() -> list[Files]:
   with tempfile.TemporaryDirectory() as folder:
-    flow_io.write_flo(path := pathlib.Path(folder, "a.flo"), *_flow())
+    flow_files.write_flo(path := pathlib.Path(folder, "a.flo"), *_flow())
     flow = path.read_bytes()
   files = {"FlyingChairs_train_val.txt": b"1\n2\n1\n"}
   for i in range(1, 4):
@@ -304,7 +306,7 @@ def _damage_chairs(data: bytes, rng: np.random.Generator) -> bytes:
 def _read_chairs(folder: pathlib.Path) -> None:
   count = 0
   for split in ("training", "validation"):
-    pairs = flow_datasets.flying_chairs(folder, split)
+    pairs = flow_sets.flying_chairs(folder, split)
     count += len(pairs)
     for i in range(len(pairs)):
       example = pairs[i]
@@ -333,7 +335,7 @@ def _video(code: str) -> Callable[[pathlib.Path], None]:
 def _read_video(folder: pathlib.Path) -> None:
   path = _only_file(folder)
   cache = folder / "cache"
-  frames = video.VideoFrames(path, cache_dir=cache, progress=False)
+  frames = video_files.VideoFrames(path, cache_dir=cache, progress=False)
   assert len(frames) > 0 and frames.thumbnails().shape == (
       *(len(frames), 32, 32, 3),
   )
@@ -342,7 +344,7 @@ def _read_video(folder: pathlib.Path) -> None:
 
 
 def _image_format(kind: str, *variants: dict, **fields) -> Format:
-  ratio = _PIXEL_BYTES * image_io._PIXELS_PER_BYTE[kind]
+  ratio = _PIXEL_BYTES * image_files._PIXELS_PER_BYTE[kind]
   return Format(_images(kind, *variants), _read_image, ratio, **fields)
 
 
@@ -363,12 +365,12 @@ def _flow_format(suffix: str, ratio: int, *writers, **fields) -> Format:
 
 # A float and its copies; deflated, of 2 bytes and more.
 _FLOAT = 8
-_DEFLATED_FLOAT = _FLOAT * image_io.DEFLATE_RATIO
+_DEFLATED_FLOAT = _FLOAT * image_files.DEFLATE_RATIO
 # A set of images holds images of any format.
-_ANY_IMAGE = _PIXEL_BYTES * max(image_io._PIXELS_PER_BYTE.values())
+_ANY_IMAGE = _PIXEL_BYTES * max(image_files._PIXELS_PER_BYTE.values())
 # FFmpeg makes a decoder's tables, a byte a pixel, for what MPEG-4's own header
 # claims (8191x8191 at most), before the size that it read can be checked.
-_VIDEO = _PIXEL_BYTES * video._PIXELS_PER_BYTE
+_VIDEO = _PIXEL_BYTES * video_files._PIXELS_PER_BYTE
 # FFmpeg allocates what an element claims, up to 256 MB (libavformat/
 # matroskadec.c, max_lengths in ebml_parse_elem), before it looks for it.
 _MATROSKA = 2**28 + 24 * 2**20
@@ -404,19 +406,19 @@ FORMATS = {
     "flo": _flow_format(
         ".flo",
         _FLOAT,
-        lambda path: flow_io.write_flo(path, *_flow()),
+        lambda path: flow_files.write_flo(path, *_flow()),
         suffixes=(".flo",),
     ),
     "pfm": _flow_format(
         ".pfm",
         _FLOAT,
-        lambda path: flow_io.write_pfm(path, *_flow()),
+        lambda path: flow_files.write_pfm(path, *_flow()),
         suffixes=(".pfm",),
     ),
     "kitti_png": _flow_format(
         ".png",
         _DEFLATED_FLOAT,
-        lambda path: flow_io.write_kitti_flow(path, *_flow()),
+        lambda path: flow_files.write_kitti_flow(path, *_flow()),
         damage=mutations.png,
     ),
     "flo5": _flow_format(
@@ -442,7 +444,7 @@ FORMATS = {
     ),
     "npz_images": Format(
         _written("a.npz", _npz_images),
-        lambda folder: _check_set(image_datasets.NpzImages(_only_file(folder))),
+        lambda folder: _check_set(image_sets.NpzImages(_only_file(folder))),
         _ANY_IMAGE,
         damage=mutations.npz,
     ),
@@ -450,9 +452,7 @@ FORMATS = {
         _binary(
             32, {"test_batch.bin": b"", "batches.meta.txt": b"cat\ndog\n\n"}
         ),
-        lambda folder: _check_set(
-            image_datasets.cifar10_binary(folder, "test")
-        ),
+        lambda folder: _check_set(image_sets.cifar10_binary(folder, "test")),
         _FLOAT,
     ),
     "stl": Format(
@@ -464,12 +464,12 @@ FORMATS = {
                 "class_names.txt": b"cat\ndog\n",
             },
         ),
-        lambda folder: _check_set(image_datasets.stl10_binary(folder, "test")),
+        lambda folder: _check_set(image_sets.stl10_binary(folder, "test")),
         _FLOAT,
     ),
-    "mask": _label_format(mask_datasets.read_labels, "P", "1"),
+    "mask": _label_format(mask_sets.read_labels, "P", "1"),
     "label_map": _label_format(
-        lambda path: segmentation_datasets.read_label_map(path, _SIZE),
+        lambda path: segmentation_sets.read_label_map(path, _SIZE),
         *("P", "L"),
     ),
     "records": Format(

@@ -31,7 +31,8 @@ import simplejpeg
 import tqdm
 
 from benchmarks import report
-from mcjepa_jax.data import feed, pipeline, sources, transforms
+from mcjepa_jax.data import sources
+from mcjepa_jax.data.pipeline import batches, geometry, stream
 
 _JSON = flags.DEFINE_string("json", None, "Where to write the rows.")
 _ONLY = flags.DEFINE_string("only", "", "Part of the name of what is measured.")
@@ -175,7 +176,7 @@ def pillow_views(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
   """What transforms.two_views returns, by Pillow, from the same draws."""
   views = []
   for _ in range(2):
-    box = transforms.random_box(image.height, image.width, rng)
+    box = geometry.random_box(image.height, image.width, rng)
     top, left, height, width = box
     view = image.crop((left, top, left + width, top + height))
     view = view.resize((_SIZE, _SIZE), Image.Resampling.BICUBIC)
@@ -189,28 +190,28 @@ def _pillow_element(index: int, image: Image.Image) -> np.ndarray:
   return pillow_views(image, np.random.default_rng(index))
 
 
-def _pillow_batch(views: list[np.ndarray]) -> feed.Part:
-  return feed.Part({"views": np.concatenate(views)}, [], [])
+def _pillow_batch(views: list[np.ndarray]) -> stream.Part:
+  return stream.Part({"views": np.concatenate(views)}, [], [])
 
 
-def pillow_stream(dataset: Any, num_workers: int) -> feed.Stream:
+def pillow_stream(dataset: Any, num_workers: int) -> stream.Stream:
   """The content stream with nothing but Pillow in it."""
-  batches = (
+  examples = (
       grain.MapDataset.source(dataset)
       .shuffle(seed=0)
       .repeat()
       .map_with_index(_pillow_element)
       .batch(_BATCH, drop_remainder=True, batch_fn=_pillow_batch)
   )
-  return feed.Stream(
-      batches, {"stream": "Pillow content"}, num_workers=num_workers
+  return stream.Stream(
+      examples, {"stream": "Pillow content"}, num_workers=num_workers
   )
 
 
-def content_stream(dataset: Any, num_workers: int) -> feed.Stream:
+def content_stream(dataset: Any, num_workers: int) -> stream.Stream:
   """Ours."""
-  source = pipeline.ContentSource("images", dataset)
-  return pipeline.content_stream(
+  source = batches.ContentSource("images", dataset)
+  return batches.content_stream(
       [source], batch_size=_BATCH, size=_SIZE, seed=0, num_workers=num_workers
   )
 
@@ -221,17 +222,19 @@ def _children_seconds() -> float:
   return sum(times.user + times.system for times in used)
 
 
-def _rate(stream: feed.Stream, rows: int, batches: int) -> tuple[float, float]:
+def _rate(
+    source: stream.Stream, rows: int, num_batches: int
+) -> tuple[float, float]:
   """(rows a second, minus the CPU seconds a row), with the queues used up.
 
   Both are better when larger. The second is hardly touched by a busy machine.
   """
   for _ in range(8):
-    next(stream)
+    next(source)
   start, used = time.perf_counter(), _children_seconds()
-  for _ in range(batches):
-    next(stream)
-  count = batches * rows
+  for _ in range(num_batches):
+    next(source)
+  count = num_batches * rows
   rate = count / (time.perf_counter() - start)
   return rate, (used - _children_seconds()) / count
 
@@ -292,7 +295,7 @@ def content_parts(folder: Any, repeats: int) -> dict[str, tuple[float, float]]:
   programs = {
       "decode": (lambda i: folder[i], lambda i: files[i]),
       "resize": (
-          lambda i: transforms.two_views(
+          lambda i: geometry.two_views(
               arrays[i], np.random.default_rng(i), size=_SIZE
           ),
           lambda i: pillow_views(pictures[i], np.random.default_rng(i)),
@@ -317,7 +320,7 @@ def content_differences(folder: Any, count: int) -> np.ndarray:
     ours, theirs = (
         np.stack(views).astype(np.int16)
         for views in (
-            transforms.two_views(
+            geometry.two_views(
                 folder[record]["image"], np.random.default_rng(i), size=_SIZE
             ),
             pillow_views(files[record], np.random.default_rng(i)),
@@ -339,7 +342,7 @@ def content_rows(root: str, repeats: int) -> Iterable[dict[str, Any]]:
   turns = []
   with ours, pillow:
     for _ in range(repeats):
-      turns.append([_rate(stream, _BATCH, 20) for stream in (ours, pillow)])
+      turns.append([_rate(source, _BATCH, 20) for source in (ours, pillow)])
   (rate, used), (pillow_rate, pillow_used) = np.max(turns, axis=0).tolist()
   yield _row("content", shape, rate, pillow_rate, "Pillow", "images/s", 1.4)
   yield _row(
@@ -371,8 +374,8 @@ def content_rows(root: str, repeats: int) -> Iterable[dict[str, Any]]:
   )
   _pin(set(cores))
   for workers in (1, 2):
-    with content_stream(Pinned(folder, set(cores)), workers) as stream:
-      rate, _ = max(_rate(stream, _BATCH, 20) for _ in range(repeats))
+    with content_stream(Pinned(folder, set(cores)), workers) as source:
+      rate, _ = max(_rate(source, _BATCH, 20) for _ in range(repeats))
     one = rate if workers == 1 else one
   yield _row("content_2_workers", shape, rate, one, "1 worker", "images/s")
 
@@ -381,22 +384,22 @@ def memory_row(root: str, records: int) -> dict[str, Any]:
   """A worker's own memory, against that after a tenth of the records."""
   folder = sources.images("imagenet", root, seed=0, size=_SIZE)
   before = set(psutil.Process().children())
-  with content_stream(Pinned(folder, set(_cores())), 1) as stream:
-    batches = max(records // _BATCH, 10)
+  with content_stream(Pinned(folder, set(_cores())), 1) as source:
+    num_batches = max(records // _BATCH, 10)
     early, late = [], []
-    for k in tqdm.trange(batches, desc="memory"):
-      next(stream)
-      if k < 0.1 * batches or 0.2 * batches <= k < 0.9 * batches:
+    for k in tqdm.trange(num_batches, desc="memory"):
+      next(source)
+      if k < 0.1 * num_batches or 0.2 * num_batches <= k < 0.9 * num_batches:
         continue
       # The worker is the largest, beside multiprocessing's own.
       used = max(
           process.memory_full_info().uss
           for process in set(psutil.Process().children()) - before
       )
-      (late if k >= 0.9 * batches else early).append(used)
+      (late if k >= 0.9 * num_batches else early).append(used)
   return _row(
       "worker_memory",
-      (batches * _BATCH,),
+      (num_batches * _BATCH,),
       float(np.median(late)) / 2**20,
       float(np.median(early)) / 2**20,
       "after a tenth",
@@ -425,14 +428,14 @@ def pair_rows(name: str, root: str, repeats: int) -> Iterable[dict[str, Any]]:
   paths = sorted(pathlib.Path(root).glob(files))[:48]
   cores = _cores()
   _pin({cores[-1]})
-  source = pipeline.MotionSource(name, Pinned(pairs, {cores[0]}), size)
-  batches = 4 if name == "pairs_sintel" else 40
-  with pipeline.motion_stream(
+  source = batches.MotionSource(name, Pinned(pairs, {cores[0]}), size)
+  num_batches = 4 if name == "pairs_sintel" else 40
+  with batches.motion_stream(
       [source], batch_size=_PAIRS, seed=0, num_workers=1
-  ) as stream:
+  ) as source:
     turns, bare = [], []
     for _ in range(repeats):
-      turns.append(_rate(stream, _PAIRS, batches))
+      turns.append(_rate(source, _PAIRS, num_batches))
       bare.append(_on_core(decode_files, cores[0], paths))
   _pin(set(cores))
   rate, used = np.max(turns, axis=0).tolist()

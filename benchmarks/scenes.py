@@ -23,10 +23,10 @@ import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from mcjepa_jax.data import (  # noqa: E402
+from mcjepa_jax.data.readers import image_files  # noqa: E402
+from mcjepa_jax.data.sets import (  # noqa: E402
     cutouts,
-    image_datasets,
-    image_io,
+    image_sets,
     synthetic,
 )
 
@@ -45,14 +45,14 @@ class _Encoded:
     return len(self.files)
 
   def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-    return {"image": image_io.decode_image(self.files[i].getvalue(), str(i))}
+    return {"image": image_files.decode_image(self.files[i].getvalue(), str(i))}
 
 
 def _photographs(folder: pathlib.Path | None) -> list[dict[str, np.ndarray]]:
   if folder is None:
     images = synthetic.Images(size=(160, 216), seed=0, num_examples=40)
   else:
-    images = image_datasets.ImageFolder(folder)
+    images = image_sets.ImageFolder(folder)
   steps = np.linspace(0, len(images) - 1, min(len(images), _PHOTOGRAPHS))
   return [images[i] for i in steps.astype(int).tolist()]
 

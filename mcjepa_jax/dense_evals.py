@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from mcjepa_jax import errors
-from mcjepa_jax.data import crops, pipeline, segmentation_datasets, sources
+from mcjepa_jax.data import sources
+from mcjepa_jax.data.pipeline import batches, labelled_crops
+from mcjepa_jax.data.sets import segmentation_sets
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.evals import segmentation
 from mcjepa_jax.models import segmentation_heads
@@ -24,7 +26,7 @@ KINDS = ("segmentation", "upernet")
 class _Both:
   """Examples of the two parts in turn, so that the first few are of both."""
 
-  def __init__(self, parts: segmentation_datasets.Parts):
+  def __init__(self, parts: segmentation_sets.Parts):
     self._parts = parts
 
   def __len__(self) -> int:
@@ -97,13 +99,13 @@ def examples(kind: str, config: Any, name: str) -> _Both:
   return _Both(parts)
 
 
-def _parts(config: Any, name: str) -> segmentation_datasets.Parts:
+def _parts(config: Any, name: str) -> segmentation_sets.Parts:
   root = sources.data_root(config.data_root, config.data_cache)
   return sources.segmentation(name, root)
 
 
 def _size_faults(
-    part: segmentation_datasets.SegmentationSet,
+    part: segmentation_sets.SegmentationSet,
     short_side: int,
     max_pixels: int,
 ) -> list[str]:
@@ -113,12 +115,12 @@ def _size_faults(
   each head would cost the whole file: there the test itself finds it.
   """
   remote = isinstance(part.root, paths.Remote)
-  if remote or crops.most_pixels(short_side) <= max_pixels:
+  if remote or labelled_crops.most_pixels(short_side) <= max_pixels:
     return []
   larger = []
   for i in range(len(part)):
     try:
-      size = crops.fitted_size(part.size(i), short_side)
+      size = labelled_crops.fitted_size(part.size(i), short_side)
     except errors.UserError:
       continue  # told where images are decoded
     if math.prod(size) > max_pixels:
@@ -201,7 +203,7 @@ def _measured(label, network, parts, subject, options, name):
   """
   own = options.sets[name]
   mesh = sharding.dividing(subject.mesh, options.batch_size)
-  stream = pipeline.crop_stream(
+  stream = batches.crop_stream(
       name,
       parts.train,
       batch_size=options.batch_size,
@@ -237,7 +239,7 @@ def _measured(label, network, parts, subject, options, name):
   )
 
 
-def _crops(stream: pipeline.Stream) -> Iterator[np.ndarray]:
+def _crops(stream: batches.Stream) -> Iterator[np.ndarray]:
   """The batches; a record that was replaced ends an evaluation."""
   for part in stream:
     if part.faults:

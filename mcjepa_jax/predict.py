@@ -10,7 +10,7 @@ import sys
 import numpy as np
 
 from mcjepa_jax import errors, evaluate, inference
-from mcjepa_jax.data import flow_io, image_io
+from mcjepa_jax.data.readers import flow_files, image_files
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.runtime import command_line, log_files, visualize
 from mcjepa_jax.storage import checkpoint
@@ -26,7 +26,7 @@ def read_pair(inputs: Sequence[str]) -> list[np.ndarray]:
     raise errors.UserError(f"--inputs: expected two images, got {len(inputs)}")
   frames = []
   faults = errors.collect(
-      *(lambda p=p: frames.append(image_io.read_image(p)) for p in inputs)
+      *(lambda p=p: frames.append(image_files.read_image(p)) for p in inputs)
   )
   if faults:
     raise errors.UserError(*faults)
@@ -71,7 +71,7 @@ def predict(
           ("panel", ".png"),
       )
   }
-  flow_io.write_flo(files["flow"], flow)
+  flow_files.write_flo(files["flow"], flow)
   visualize.save_png(files["color"], visualize.flow_to_color(flow))
   visualize.save_png(files["warped"], visualize.warp(frames[1], flow))
   visualize.save_png(files["panel"], visualize.flow_panel(*frames, flow))

@@ -11,7 +11,7 @@ import jax
 import tqdm
 
 from mcjepa_jax import dense_evals, errors, inference
-from mcjepa_jax.data import flow_faults, sources
+from mcjepa_jax.data import flow_sanity, sources
 from mcjepa_jax.evals import davis, finetune, flow, linear, probe, submit
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.runtime import log_files
@@ -316,7 +316,7 @@ def _check_examples(config, kind, name):
   examples = _EVALS[kind].examples(config, name)
   few = len(examples) <= _DECODED_WHOLE
   count = len(examples) if few else min(len(examples), _JUDGED)
-  judge = flow_faults.Judge()
+  judge = flow_sanity.Judge()
 
   def look(i):
     example = examples[i]

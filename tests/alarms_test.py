@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mcjepa_jax import diagnostics, step as steps, train
-from mcjepa_jax.data import synthetic
+from mcjepa_jax.data.sets import synthetic
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.losses import flow_losses
 from mcjepa_jax.ops import flow_ops

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from mcjepa_jax.data import array_records
+from mcjepa_jax.data.readers import array_records
 from mcjepa_jax.errors import UserError
 
 

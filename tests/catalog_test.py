@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from mcjepa_jax.data import catalog
+from mcjepa_jax.data.catalog import published
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -13,11 +13,11 @@ def test_the_readme_holds_the_table():
   text = (_ROOT / "README.md").read_text()
   assert "## Data sets\n" in text
   assert (
-      f"\n\n{catalog.markdown()}\n" in text
-  ), "put mcjepa_jax.data.catalog.markdown() into README.md, under Data sets"
+      f"\n\n{published.markdown()}\n" in text
+  ), "put mcjepa_jax.data.catalog.published.markdown() into README.md, under Data sets"
 
 
-@pytest.mark.parametrize("dataset", catalog.DATASETS, ids=lambda d: d.name)
+@pytest.mark.parametrize("dataset", published.DATASETS, ids=lambda d: d.name)
 def test_every_fact_has_a_page(dataset):
   facts = [
       *dataset.counts.values(),
@@ -33,19 +33,19 @@ def test_every_fact_has_a_page(dataset):
 
 
 def test_no_name_is_read_from_two_sets():
-  uses = [use for dataset in catalog.DATASETS for use in dataset.reads]
+  uses = [use for dataset in published.DATASETS for use in dataset.reads]
   assert len(set(uses)) == len(uses)
 
 
 def test_published_counts_are_of_the_split_that_a_name_reads():
-  assert catalog.published("flow/flying_chairs").value == 640
-  assert catalog.published("motion/flying_chairs").value == 22_232
-  assert catalog.published("motion/sintel_test_final").value == 552
-  assert catalog.published("motion/spring") is None
-  assert catalog.published("flow/nowhere") is None
+  assert published.published("flow/flying_chairs").value == 640
+  assert published.published("motion/flying_chairs").value == 22_232
+  assert published.published("motion/sintel_test_final").value == 552
+  assert published.published("motion/spring") is None
+  assert published.published("flow/nowhere") is None
 
 
 def test_a_cell_of_the_table_cannot_end_its_row():
-  lines = catalog.markdown().splitlines()
-  assert len(lines) == 2 + len(catalog.DATASETS)
+  lines = published.markdown().splitlines()
+  assert len(lines) == 2 + len(published.DATASETS)
   assert len({line.count("|") for line in lines}) == 1

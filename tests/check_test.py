@@ -9,15 +9,10 @@ from PIL import Image
 import pytest
 
 from mcjepa_jax import suite
-from mcjepa_jax.data import (
-    catalog,
-    check,
-    convert,
-    facts,
-    flow_faults,
-    flow_io,
-    synthetic,
-)
+from mcjepa_jax.data import check, convert, flow_sanity
+from mcjepa_jax.data.catalog import facts, published
+from mcjepa_jax.data.readers import flow_files
+from mcjepa_jax.data.sets import synthetic
 from mcjepa_jax.errors import UserError
 from tests import layouts, tiny
 
@@ -66,7 +61,7 @@ def _write(root: pathlib.Path, fault: str = "as given") -> pathlib.Path:
       Image.fromarray(frame).save(path)
     path = root / f"MPI-Sintel/training/flow/s{i}/frame_0001.flo"
     path.parent.mkdir(parents=True)
-    flow_io.write_flo(path, np.ascontiguousarray(flow))
+    flow_files.write_flo(path, np.ascontiguousarray(flow))
   return root
 
 
@@ -106,7 +101,7 @@ def test_a_fault_of_the_flow_is_named(run, tmp_path, fault):
 
 
 def test_flow_of_other_frames_fits_by_no_reading():
-  judge, rng = flow_faults.Judge(), np.random.default_rng(0)
+  judge, rng = flow_sanity.Judge(), np.random.default_rng(0)
   for i in range(_SCENES):
     noise = rng.integers(0, 256, (96, 128, 3), np.uint8)
     judge.add({**_PAIRS[i], "frame_2": noise})
@@ -122,9 +117,9 @@ def test_what_is_hidden_or_unknown_is_not_judged():
   seen = np.ones_like(example["valid"])
   seen[:, :80] = 0
   example = {**example, "frame_1": spoilt}
-  assert flow_faults.Judge().add(example) > 0.9
+  assert flow_sanity.Judge().add(example) > 0.9
   for key in ("visible", "valid"):
-    assert flow_faults.Judge().add({**example, key: seen}) < 0.4
+    assert flow_sanity.Judge().add({**example, key: seen}) < 0.4
 
 
 def test_frames_without_motion_or_texture_are_not_judged(run, tmp_path):
@@ -145,13 +140,13 @@ def test_frames_without_motion_or_texture_are_not_judged(run, tmp_path):
     ],
 )
 def test_flow_that_cannot_be_is_a_fault(change, fault):
-  judge, example = flow_faults.Judge(), _PAIRS[0]
+  judge, example = flow_sanity.Judge(), _PAIRS[0]
   judge.add({**example, "flow": change(example["flow"])})
   assert fault in judge.faults()[0]
 
 
 def test_the_flows_length_and_share_are_reported():
-  judge, example = flow_faults.Judge(), _PAIRS[0]
+  judge, example = flow_sanity.Judge(), _PAIRS[0]
   valid = np.zeros_like(example["valid"])
   valid[::4] = 1
   flow = np.where(valid > 0, np.float32((3, -4)), 99)
@@ -202,7 +197,7 @@ def test_fewer_than_published_is_a_fault_unless_allowed(run, tmp_path):
 
 def test_more_than_published_is_a_fault(run, tmp_path, monkeypatch):
   fact = facts.Fact(_SCENES - 1, "https://page")
-  monkeypatch.setattr(catalog, "published", lambda use: fact)
+  monkeypatch.setattr(published, "published", lambda use: fact)
   code, _, err = run(
       "--dataset=flow/sintel_clean",
       f"--root={_write(tmp_path)}",
@@ -346,14 +341,14 @@ def test_an_output_that_cannot_be_written_is_a_fault(tmp_path):
     )
 
 
-_USES = [use for dataset in catalog.DATASETS for use in dataset.reads]
+_USES = [use for dataset in published.DATASETS for use in dataset.reads]
 
 
 def test_each_missing_set_is_told_with_a_path_and_its_page(tmp_path):
   report = check.check(
       _USES, check.Settings(root=str(tmp_path)), output=tmp_path / "panels"
   )
-  for dataset in catalog.DATASETS:
+  for dataset in published.DATASETS:
     for use in dataset.reads:
       (fault,) = report["sources"][use]["faults"]
       assert fault.startswith(f"{tmp_path}/")

@@ -7,7 +7,9 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from mcjepa_jax.data import catalog, convert, pipeline, sources
+from mcjepa_jax.data import convert, sources
+from mcjepa_jax.data.catalog import published
+from mcjepa_jax.data.pipeline import batches
 from mcjepa_jax.errors import UserError
 from tests import array_records_test, image_datasets_test
 
@@ -115,7 +117,7 @@ def test_labels_are_asked_of_a_set_that_has_none(tmp_path):
 
 
 def test_every_content_name_is_in_the_catalog():
-  uses = {use for dataset in catalog.DATASETS for use in dataset.reads}
+  uses = {use for dataset in published.DATASETS for use in dataset.reads}
   own = {"synthetic", "images", "records", "video", "frames"}
   for kind, make in (("content", _open), ("knn", _labelled)):
     with pytest.raises(UserError) as caught:
@@ -142,13 +144,13 @@ def test_workers_read_the_batches_of_one_process_out_of_shards(tmp_path):
   convert.convert(source=tmp_path / "in", output=tmp_path / "records", shards=3)
   images = _open("records", tmp_path)
 
-  def batches(workers):
-    source = pipeline.ContentSource("images", images)
-    with pipeline.content_stream(
+  def read(workers):
+    source = batches.ContentSource("images", images)
+    with batches.content_stream(
         [source], batch_size=8, size=8, seed=1, num_workers=workers
     ) as stream:
       return [next(stream) for _ in range(4)]
 
-  for one, two in zip(batches(0), batches(2), strict=True):
+  for one, two in zip(read(0), read(2), strict=True):
     np.testing.assert_array_equal(one.arrays["views"], two.arrays["views"])
     assert one.records == two.records and one.records[0].startswith("images/")

@@ -14,7 +14,9 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from mcjepa_jax.data import array_records, convert, image_datasets
+from mcjepa_jax.data import convert
+from mcjepa_jax.data.readers import array_records
+from mcjepa_jax.data.sets import image_sets
 from mcjepa_jax.errors import UserError
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -46,7 +48,7 @@ def _command(*flags):
 def test_a_folder_and_its_shards_hold_the_same_images(source, tmp_path):
   report = convert.convert(source=source, output=tmp_path / "out", shards=3)
   assert report["images"] == 10 and report["shards"] == 3
-  folder = image_datasets.ImageFolder(source)
+  folder = image_sets.ImageFolder(source)
   shards = array_records.ConvertedImages(tmp_path / "out")
   assert shards.classes == folder.classes == ["a", "b"]
   # Shard k holds images k, k + 3, ...

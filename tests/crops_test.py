@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mcjepa_jax.data import crops, pipeline
+from mcjepa_jax.data.pipeline import batches, labelled_crops
 
 _OPTIONS = dict(size=32, short_side=48, scale=(1.0, 1.0), max_share=1.0)
 
@@ -17,7 +17,7 @@ def test_labels_stay_on_their_pixels():
   image, labels = _example()
   flipped = 0
   for seed in range(20):
-    (crop,) = crops.random_crop(
+    (crop,) = labelled_crops.random_crop(
         image, labels, np.random.default_rng(seed), **_OPTIONS
     )
     assert crop.shape == (32, 32, 4) and crop.dtype == np.uint8
@@ -34,7 +34,9 @@ def test_a_crop_is_a_function_of_its_generator():
   image, labels = _example()
   options = _OPTIONS | dict(scale=(0.5, 2.0))
   first, again, other = (
-      crops.random_crop(image, labels, np.random.default_rng(s), **options)[0]
+      labelled_crops.random_crop(
+          image, labels, np.random.default_rng(s), **options
+      )[0]
       for s in (1, 1, 2)
   )
   np.testing.assert_array_equal(first, again)
@@ -43,10 +45,10 @@ def test_a_crop_is_a_function_of_its_generator():
 
 def test_what_is_smaller_than_a_crop_is_padded_with_void():
   image, labels = _example(16, 20)
-  (crop,) = crops.random_crop(
+  (crop,) = labelled_crops.random_crop(
       image, labels, np.random.default_rng(3), **_OPTIONS | dict(short_side=0)
   )
-  void = crop[..., 3] == crops.VOID
+  void = crop[..., 3] == labelled_crops.VOID
   assert void[16:].all()
   assert void[:16].sum() == 16 * 12
   assert (crop[void][:, :3] == (124, 116, 104)).all()
@@ -60,7 +62,7 @@ def test_a_crop_of_one_class_is_avoided():
 
   def both(max_share):
     return sum(
-        len(np.unique(crops.random_crop(
+        len(np.unique(labelled_crops.random_crop(
             image, labels, np.random.default_rng(seed),
             **options | dict(max_share=max_share))[0][..., 3])) == 2
         for seed in range(30)
@@ -80,7 +82,7 @@ def test_a_crop_of_one_class_is_avoided():
 )
 def test_images_are_fitted_into_a_box(size, short_side, wanted):
   image = np.zeros((*size, 3), np.uint8)
-  assert crops.fitted(image, short_side).shape[:2] == wanted
+  assert labelled_crops.fitted(image, short_side).shape[:2] == wanted
 
 
 class _Set:
@@ -98,7 +100,7 @@ class _Set:
 
 
 def test_the_stream_holds_each_record_once_a_pass_with_new_crops():
-  stream = pipeline.crop_stream("set", _Set(), batch_size=2, seed=0, **_OPTIONS)
+  stream = batches.crop_stream("set", _Set(), batch_size=2, seed=0, **_OPTIONS)
   first, second = stream[0], stream[1]
   for part in (first, second):
     assert part.arrays["crops"].shape == (2, 32, 32, 4)

@@ -11,13 +11,9 @@ from PIL import Image
 import pytest
 
 from mcjepa_jax import errors
-from mcjepa_jax.data import (
-    cutouts,
-    image_datasets,
-    pipeline,
-    sources,
-    synthetic,
-)
+from mcjepa_jax.data import sources
+from mcjepa_jax.data.pipeline import batches
+from mcjepa_jax.data.sets import cutouts, image_sets, synthetic
 from tests import scene_checks
 
 
@@ -42,7 +38,7 @@ def smooth() -> list[dict[str, np.ndarray]]:
 
 @pytest.fixture(scope="module")
 def photographs(shared_data) -> list[dict[str, np.ndarray]]:
-  folder = image_datasets.ImageFolder(shared_data / "imagenet" / "train")
+  folder = image_sets.ImageFolder(shared_data / "imagenet" / "train")
   return [folder[i] for i in range(0, 1000, 5)]
 
 
@@ -60,9 +56,9 @@ def pairs(smooth) -> dict[str, np.ndarray]:
 
 _SCRIPT = """
 import sys
-from mcjepa_jax.data import cutouts, image_datasets
+from mcjepa_jax.data.sets import cutouts, image_sets
 from tests import scene_checks
-images = image_datasets.ImageFolder(sys.argv[1])
+images = image_sets.ImageFolder(sys.argv[1])
 record = cutouts.Pairs(images, seed=3, num_examples=9)[7]
 sys.stdout.buffer.write(scene_checks.flat(record))
 """
@@ -71,7 +67,7 @@ sys.stdout.buffer.write(scene_checks.flat(record))
 def test_a_record_depends_on_images_seed_and_index_alone(smooth, tmp_path):
   for i, image in enumerate(smooth):
     Image.fromarray(image["image"]).save(tmp_path / f"{i:02d}.png")
-  images = image_datasets.ImageFolder(tmp_path)
+  images = image_sets.ImageFolder(tmp_path)
   dataset = cutouts.Pairs(images, seed=3, num_examples=30)
   forward = [scene_checks.flat(dataset[i]) for i in range(8)]
   copy = pickle.loads(pickle.dumps(dataset))
@@ -380,8 +376,8 @@ def test_sources_make_pairs_of_a_folder_of_any_photographs(tmp_path, folder):
       count=3,
   )
   assert len(motion) > 100_000 and len(held_out) == 3
-  batch = pipeline.motion_stream(
-      [pipeline.MotionSource("cutouts", motion, (32, 64))], batch_size=2, seed=0
+  batch = batches.motion_stream(
+      [batches.MotionSource("cutouts", motion, (32, 64))], batch_size=2, seed=0
   )[0].arrays
   assert batch.keys() == {"frames"}
   assert batch["frames"].shape == (4, 32, 64, 3)
@@ -405,8 +401,8 @@ def test_a_photograph_that_cannot_be_read_is_replaced_and_named(tmp_path):
 
   def parts():
     pairs = sources.motion("cutouts", str(tmp_path), seed=1, size=(32, 32))
-    source = pipeline.MotionSource("cutouts", pairs, (32, 32))
-    stream = pipeline.motion_stream([source], batch_size=8, seed=0)
+    source = batches.MotionSource("cutouts", pairs, (32, 32))
+    stream = batches.motion_stream([source], batch_size=8, seed=0)
     return [stream[k] for k in range(2)]
 
   whole = parts()

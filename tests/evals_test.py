@@ -4,7 +4,7 @@ import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
 from mcjepa_jax import inference, suite
-from mcjepa_jax.data import synthetic
+from mcjepa_jax.data.sets import synthetic
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.evals import flow, probe
 from mcjepa_jax.models import mcjepa

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mcjepa_jax import errors, evaluate, main, suite, train
-from mcjepa_jax.data import flow_io
+from mcjepa_jax.data.readers import flow_files
 from mcjepa_jax.training import preconditions
 from tests import layouts, tiny
 
@@ -144,7 +144,7 @@ def test_truth_that_is_cut_short_is_told_before_a_checkpoint_is_loaded(
     tiny.save_image(data / "other-data" / "Toy" / name)
   truth = data / "other-gt-flow" / "Toy" / "flow10.flo"
   truth.parent.mkdir(parents=True)
-  flow_io.write_flo(truth, np.zeros((40, 48, 2), np.float32))
+  flow_files.write_flo(truth, np.zeros((40, 48, 2), np.float32))
   truth.write_bytes(truth.read_bytes()[:-100])
   (line,) = _faults(
       capsys, _QUICKSTART, f"--workdir={tmp_path / 'w'}",

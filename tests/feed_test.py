@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
-from mcjepa_jax.data import handover, pipeline
+from mcjepa_jax.data.pipeline import batches, shared_memory
 from mcjepa_jax.errors import UserError
 
 
@@ -32,8 +32,8 @@ class Slow:
 
 
 def content(*, seconds: float = 0.0, size: int = 16, num_workers: int = 0):
-  source = pipeline.ContentSource("images", Slow(seconds))
-  return pipeline.content_stream(
+  source = batches.ContentSource("images", Slow(seconds))
+  return batches.content_stream(
       [source], size=size, batch_size=2, seed=0, num_workers=num_workers
   )
 
@@ -53,7 +53,7 @@ def test_a_worker_starts_no_threads_of_opencv():
   with content(num_workers=1) as stream:
     arrays = next(stream).arrays
     assert (arrays["views"] == 1).all()
-    assert len(stream._borrower._opened) == handover.can_lend()
+    assert len(stream._borrower._opened) == shared_memory.can_lend()
     assert stream.rate() > 0
 
 

@@ -4,7 +4,8 @@ import h5py
 import numpy as np
 import pytest
 
-from mcjepa_jax.data import flow_datasets, flow_io
+from mcjepa_jax.data.readers import flow_files
+from mcjepa_jax.data.sets import flow_sets
 from mcjepa_jax.errors import UserError
 from tests import layouts
 from tests.layouts import SIZE
@@ -19,7 +20,7 @@ def _row(values):
 
 
 def _chairs(root, **options):
-  return flow_datasets.flying_chairs(root, "validation", **options)
+  return flow_sets.flying_chairs(root, "validation", **options)
 
 
 @pytest.mark.parametrize("place", ["FlyingChairs_release/data", "data", ""])
@@ -38,7 +39,7 @@ def test_chairs_are_split_by_their_file(tmp_path, place, end):
       ("training", ["00001", "00010"]),
       ("validation", ["00002"]),
   ):
-    assert _ids(flow_datasets.flying_chairs(tmp_path, split)) == ids
+    assert _ids(flow_sets.flying_chairs(tmp_path, split)) == ids
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def test_chairs_train_without_flow_files_and_are_not_evaluated(tmp_path):
   layouts.flying_chairs(tmp_path)
   for path in tmp_path.glob("*.flo"):
     path.unlink()
-  pairs = flow_datasets.flying_chairs(tmp_path, "training", labels=False)
+  pairs = flow_sets.flying_chairs(tmp_path, "training", labels=False)
   assert set(pairs[2]) == {"frame_1", "frame_2"}
   with pytest.raises(UserError) as caught:
     _chairs(tmp_path)
@@ -66,9 +67,9 @@ def test_chairs_train_without_flow_files_and_are_not_evaluated(tmp_path):
 def test_occlusion_masks_are_white_where_a_pixel_is_hidden(tmp_path):
   layouts.flying_chairs_2(tmp_path)
   layouts.flying_things_subset(tmp_path)
-  (pair,) = flow_datasets.flying_chairs_2(tmp_path, "train")
+  (pair,) = flow_sets.flying_chairs_2(tmp_path, "train")
   assert _row(pair["visible"]) == [0, 1, 1, 1, 1, 1]
-  pair = flow_datasets.flying_things_subset(tmp_path, "val")[1]
+  pair = flow_sets.flying_things_subset(tmp_path, "val")[1]
   assert _row(pair["visible"]) == [1, 1, 0, 1, 1, 1]
   assert pair["valid"].all()
 
@@ -78,7 +79,7 @@ def test_sintel_masks_are_white_where_a_pixel_does_not_count(tmp_path):
   for column, kind in enumerate(("occlusions", "invalid")):
     name = f"training/{kind}/alley_1/frame_0002.png"
     layouts.mask(tmp_path / name, column)
-  first, second = flow_datasets.sintel(tmp_path, "clean")
+  first, second = flow_sets.sintel(tmp_path, "clean")
   assert "visible" not in first and first["valid"].all()
   assert _row(second["visible"]) == [0, 1, 1, 1, 1, 1]
   assert _row(second["valid"]) == [1, 0, 1, 1, 1, 1]
@@ -88,12 +89,12 @@ def test_a_sintel_flow_without_a_number_is_named(tmp_path):
   layouts.sintel(tmp_path)
   layouts.flow(tmp_path / "training/flow/alley_1/frame_a.flo")
   with pytest.raises(UserError, match="frame_a.flo: expected a frame's number"):
-    flow_datasets.sintel(tmp_path, "clean")
+    flow_sets.sintel(tmp_path, "clean")
 
 
 def test_middlebury_does_not_count_unknown_flow(tmp_path):
   layouts.middlebury(tmp_path)
-  (pair,) = flow_datasets.middlebury(tmp_path)
+  (pair,) = flow_sets.middlebury(tmp_path)
   assert np.argwhere(pair["valid"][..., 0] == 0).tolist() == [[1, 2]]
 
 
@@ -103,23 +104,23 @@ def test_middlebury_does_not_count_unknown_flow(tmp_path):
 )
 def test_kitti_is_visible_where_the_noc_flow_is_valid(tmp_path, year, images):
   layouts.kitti(tmp_path, images)
-  pair = flow_datasets.kitti(tmp_path, year)[0]
+  pair = flow_sets.kitti(tmp_path, year)[0]
   assert _row(pair["valid"]) == [1, 1, 1, 0, 0, 0]
   assert _row(pair["visible"]) == [1, 1, 0, 0, 0, 0]
-  pair = flow_datasets.kitti(tmp_path, year, truth="flow_noc")[0]
+  pair = flow_sets.kitti(tmp_path, year, truth="flow_noc")[0]
   assert _row(pair["valid"]) == [1, 1, 0, 0, 0, 0]
 
 
 def test_kitti_2012_is_read_in_colour_where_colour_is_there(tmp_path):
   layouts.kitti(tmp_path, "image_0")
   layouts.kitti(tmp_path, "colored_0")
-  folder, _ = flow_datasets.kitti_frames(tmp_path, "2012", "training")
+  folder, _ = flow_sets.kitti_frames(tmp_path, "2012", "training")
   assert folder.name == "colored_0"
 
 
 def test_hd1k_pairs_do_not_leave_their_sequence(tmp_path):
   layouts.hd1k(tmp_path)
-  assert _ids(flow_datasets.hd1k(tmp_path)) == ["000000_0010"]
+  assert _ids(flow_sets.hd1k(tmp_path)) == ["000000_0010"]
 
 
 def test_spring_has_four_vectors_a_pixel_and_does_not_scale(tmp_path):
@@ -129,7 +130,7 @@ def test_spring_has_four_vectors_a_pixel_and_does_not_scale(tmp_path):
   kind = "train/0001/flow_FW_left/flow_FW_left_0001.flo5"
   with h5py.File(tmp_path / kind, "w") as store:
     store["flow"] = values
-  pair = flow_datasets.spring(tmp_path)[0]
+  pair = flow_sets.spring(tmp_path)[0]
   np.testing.assert_array_equal(
       pair["flow"], np.nan_to_num(values[[0, 2, 4, 6]][:, [0, 2, 4, 6, 8, 10]])
   )
@@ -140,7 +141,7 @@ def test_spring_has_four_vectors_a_pixel_and_does_not_scale(tmp_path):
 
 def test_spring_is_not_visible_where_the_match_map_has_a_colour(tmp_path):
   layouts.spring(tmp_path)
-  pair = flow_datasets.spring(tmp_path, direction="past")[0]
+  pair = flow_sets.spring(tmp_path, direction="past")[0]
   assert _row(pair["visible"]) == [1, 1, 0, 1, 1, 1]
 
 
@@ -150,7 +151,7 @@ def test_spring_flow_of_the_frames_size_is_refused(tmp_path):
   layouts.flow(tmp_path / kind, size=SIZE)
   fault = "0001.flo5: expected 12x8, twice the size of .*0001.png, came 6x4"
   with pytest.raises(UserError, match=fault):
-    flow_datasets.spring(tmp_path)[0]
+    flow_sets.spring(tmp_path)[0]
 
 
 @pytest.mark.parametrize("place", ["office/Easy", "office/office/Easy"])
@@ -158,10 +159,10 @@ def test_tartanair_counts_where_the_mask_is_0(tmp_path, place):
   layouts.tartanair(tmp_path / "made")
   (tmp_path / "TartanAir" / place).parent.mkdir(parents=True)
   (tmp_path / "made/office/Easy").rename(tmp_path / "TartanAir" / place)
-  pairs = flow_datasets.tartanair(tmp_path)
+  pairs = flow_sets.tartanair(tmp_path)
   assert _row(pairs[1]["valid"]) == [0, 0, 0, 1, 1, 1]
   assert "visible" not in pairs[1]
-  folder, trajectories = flow_datasets.tartanair_frames(tmp_path)
+  folder, trajectories = flow_sets.tartanair_frames(tmp_path)
   assert [p.name for p in trajectories] == ["image_left", "image_right"]
 
 
@@ -173,33 +174,33 @@ def test_a_tartanair_mask_of_another_kind_is_refused(tmp_path, array):
   path = tmp_path / "office/Easy/P000/flow/000000_000001_mask.npy"
   np.save(path, array)
   with pytest.raises(UserError, match="000000_000001_mask.npy: expected"):
-    flow_datasets.tartanair(tmp_path)[0]
+    flow_sets.tartanair(tmp_path)[0]
 
 
 def test_viper_leaves_out_empty_files_and_reads_png_where_it_is(tmp_path):
   layouts.viper(tmp_path)
-  assert _ids(flow_datasets.viper(tmp_path, "train")) == ["002_00010"]
+  assert _ids(flow_sets.viper(tmp_path, "train")) == ["002_00010"]
   for number in (10, 11):
     layouts.image(tmp_path / f"train/img/002/002_{number:05d}.png", number)
-  pair = flow_datasets.viper(tmp_path, "train").pairs[0]
+  pair = flow_sets.viper(tmp_path, "train").pairs[0]
   assert pair.frame_2.endswith("002_00011.png")
 
 
 def test_flying_things_leave_out_a_flow_past_the_last_frame(tmp_path):
   layouts.flying_things(tmp_path)
-  things = flow_datasets.flying_things(tmp_path, "TRAIN")
+  things = flow_sets.flying_things(tmp_path, "TRAIN")
   assert _ids(things) == ["B_0003_0006", "B_0003_0007"]
-  things = flow_datasets.flying_things(tmp_path, "TRAIN", direction="past")
+  things = flow_sets.flying_things(tmp_path, "TRAIN", direction="past")
   assert _ids(things) == ["B_0003_0007", "B_0003_0008"]
 
 
 def test_flying_things_are_read_as_webp_too(tmp_path):
   layouts.flying_things(tmp_path, "_webp", "webp")
-  things = flow_datasets.flying_things(tmp_path, "TEST", camera="right")
+  things = flow_sets.flying_things(tmp_path, "TEST", camera="right")
   assert _ids(things) == ["B_0003_0006", "B_0003_0007"]
   assert things.pairs[0].frame_2.endswith("_webp/TEST/B/0003/right/0007.webp")
   np.testing.assert_allclose(things[0]["frame_2"][0, 0], [7, 6, 255], atol=9)
-  folder, scenes = flow_datasets.flying_things_frames(tmp_path, "clean")
+  folder, scenes = flow_sets.flying_things_frames(tmp_path, "clean")
   assert folder.parent.name == "frames_cleanpass_webp" and len(scenes) == 2
 
 
@@ -207,16 +208,16 @@ def test_a_render_of_flying_things_that_is_not_there_is_named(tmp_path):
   layouts.flying_things(tmp_path)
   (tmp_path / "frames_finalpass").rename(tmp_path / "elsewhere")
   with pytest.raises(UserError, match="frames_finalpass: not found; expected"):
-    flow_datasets.flying_things(tmp_path, "TEST", render="final")
+    flow_sets.flying_things(tmp_path, "TEST", render="final")
 
 
 def test_an_empty_set_is_refused(tmp_path):
   (tmp_path / "middlebury" / "other-gt-flow").mkdir(parents=True)
   (tmp_path / "middlebury" / "other-data").mkdir(parents=True)
   with pytest.raises(UserError, match="other-gt-flow: expected flow files"):
-    flow_datasets.middlebury(tmp_path)
+    flow_sets.middlebury(tmp_path)
   with pytest.raises(UserError, match="other-data: expected folders"):
-    flow_datasets.middlebury_frames(tmp_path)
+    flow_sets.middlebury_frames(tmp_path)
 
 
 def test_a_set_is_opened_without_a_look_into_its_files(tmp_path):
@@ -259,10 +260,10 @@ def test_files_of_another_size_than_frame_1_are_named(tmp_path, wrong):
 )
 def test_real_samples_warp_frame_2_onto_frame_1(shared_data, name, first):
   flow_set = {
-      "sintel_clean": lambda: flow_datasets.sintel(shared_data, "clean"),
-      "sintel_final": lambda: flow_datasets.sintel(shared_data, "final"),
+      "sintel_clean": lambda: flow_sets.sintel(shared_data, "clean"),
+      "sintel_final": lambda: flow_sets.sintel(shared_data, "final"),
       "flying_chairs": lambda: _chairs(shared_data),
-      "middlebury": lambda: flow_datasets.middlebury(shared_data),
+      "middlebury": lambda: flow_sets.middlebury(shared_data),
   }[name]()
   assert len(flow_set) == 4
   assert flow_set.record_id(0) == first
@@ -291,7 +292,7 @@ def test_a_kitti_sample_comes_through_the_set(shared_data, tmp_path):
   for frame in (10, 11):
     name = f"training/image_2/000000_{frame}.png"
     layouts.image(tmp_path / name, size=(375, 1242))
-  (pair,) = flow_datasets.kitti(tmp_path, "2015")
-  flow, valid = flow_io.read_kitti_flow(truth)
+  (pair,) = flow_sets.kitti(tmp_path, "2015")
+  flow, valid = flow_files.read_kitti_flow(truth)
   np.testing.assert_array_equal(pair["flow"], flow)
   np.testing.assert_array_equal(pair["visible"], valid)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mcjepa_jax import errors
-from mcjepa_jax.data import flow_pairs
+from mcjepa_jax.data.sets import flow_pairs
 from mcjepa_jax.evals import flow, tiling
 from tests import layouts
 

@@ -14,13 +14,13 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from mcjepa_jax.data import flow_io, image_io
+from mcjepa_jax.data.readers import flow_files, image_files
 from mcjepa_jax.errors import UserError
 
 FORMATS = {
-    ".flo": (flow_io.write_flo, flow_io.read_flo, 0.0),
-    ".pfm": (flow_io.write_pfm, flow_io.read_pfm, 0.0),
-    ".png": (flow_io.write_kitti_flow, flow_io.read_kitti_flow, 1 / 128),
+    ".flo": (flow_files.write_flo, flow_files.read_flo, 0.0),
+    ".pfm": (flow_files.write_pfm, flow_files.read_pfm, 0.0),
+    ".png": (flow_files.write_kitti_flow, flow_files.read_kitti_flow, 1 / 128),
 }
 
 
@@ -52,7 +52,7 @@ def test_flow_comes_back_and_is_zero_where_unknown(tmp_path, suffix):
   write, _, tolerance = FORMATS[suffix]
   flow, valid = _flow()
   write(tmp_path / f"a{suffix}", flow, valid)
-  read, read_valid = flow_io.read_flow(tmp_path / f"a{suffix}")
+  read, read_valid = flow_files.read_flow(tmp_path / f"a{suffix}")
   np.testing.assert_array_equal(read_valid, valid)
   np.testing.assert_allclose(read, flow * valid, rtol=0, atol=tolerance)
 
@@ -88,14 +88,16 @@ def test_writers_refuse_nan_where_valid(tmp_path, suffix):
 def test_flo_bytes_are_rows_of_u_then_v(tmp_path):
   path = tmp_path / "a.flo"
   path.write_bytes(_flo(2, 1, struct.pack("<4f", 1, 2, 3, 4)))
-  np.testing.assert_array_equal(flow_io.read_flo(path)[0], [[[1, 2], [3, 4]]])
+  np.testing.assert_array_equal(
+      flow_files.read_flo(path)[0], [[[1, 2], [3, 4]]]
+  )
 
 
 @pytest.mark.parametrize("value", [1.1e9, -1e10, np.nan, np.inf, -np.inf])
 def test_flo_unknown_in_one_component_is_unknown(tmp_path, value):
   path = tmp_path / "a.flo"
   path.write_bytes(_flo(2, 1, struct.pack("<4f", value, 2, 3, 4)))
-  flow, valid = flow_io.read_flo(path)
+  flow, valid = flow_files.read_flo(path)
   np.testing.assert_array_equal(flow, [[[0, 0], [3, 4]]])
   np.testing.assert_array_equal(valid, [[[0], [1]]])
 
@@ -107,7 +109,7 @@ def test_flo_with_a_lying_size_is_refused(tmp_path, size):
   path = tmp_path / "a.flo"
   path.write_bytes(_flo(*size, bytes(16)))
   with pytest.raises(UserError, match=f"{size[0]}x{size[1]}.* came 28"):
-    flow_io.read_flo(path)
+    flow_files.read_flo(path)
 
 
 @pytest.mark.parametrize("endian, scale", [("<", b"-1.0"), (">", b"1.000000")])
@@ -117,7 +119,7 @@ def test_pfm_rows_run_upwards_and_the_third_channel_is_ignored(
   path = tmp_path / "a.pfm"
   rows = struct.pack(f"{endian}6f", 1, 2, np.nan, 3, 4, np.inf)
   path.write_bytes(b"PF\n1 2\n" + scale + b"\n" + rows)
-  flow, valid = flow_io.read_pfm(path)
+  flow, valid = flow_files.read_pfm(path)
   np.testing.assert_array_equal(flow, [[[3, 4]], [[1, 2]]])
   assert valid.all()
 
@@ -137,23 +139,23 @@ def test_pfm_with_another_header_is_refused(tmp_path, header):
   path = tmp_path / "a.pfm"
   path.write_bytes(header + bytes(12))
   with pytest.raises(UserError, match="a.pfm"):
-    flow_io.read_pfm(path)
+    flow_files.read_pfm(path)
 
 
 def test_kitti_code_is_r_for_u_and_b_for_valid(tmp_path):
   path = tmp_path / "a.png"
   pixels = b"\0" + struct.pack(">6H", 2**15 + 64, 2**15 - 32, 1, 7, 7, 0)
   path.write_bytes(_png(2, 1, pixels))
-  flow, valid = flow_io.read_kitti_flow(path)
+  flow, valid = flow_files.read_kitti_flow(path)
   np.testing.assert_array_equal(flow, [[[1, -0.5], [0, 0]]])
   np.testing.assert_array_equal(valid, [[[1], [0]]])
 
 
 def test_kitti_flow_is_clipped_to_what_16_bits_hold(tmp_path):
-  flow_io.write_kitti_flow(
+  flow_files.write_kitti_flow(
       tmp_path / "a.png", np.float32([[[-600, 600], [-512, 0]]])
   )
-  flow, _ = flow_io.read_kitti_flow(tmp_path / "a.png")
+  flow, _ = flow_files.read_kitti_flow(tmp_path / "a.png")
   np.testing.assert_array_equal(flow, [[[-512, 512 - 1 / 64], [-512, 0]]])
 
 
@@ -178,7 +180,7 @@ def test_kitti_png_with_another_header_or_length_is_refused(
   path = tmp_path / "a.png"
   path.write_bytes(data)
   with pytest.raises(UserError, match=f"a.png.*{fault}"):
-    flow_io.read_kitti_flow(path)
+    flow_files.read_kitti_flow(path)
 
 
 def _npy(path, array, **header):
@@ -225,7 +227,7 @@ PACKED = {
 def test_packed_flow_is_zero_and_not_valid_where_unknown(tmp_path, suffix):
   flow, known, valid = _unknown()
   path = PACKED[suffix](tmp_path / f"a{suffix}", flow)
-  read, read_valid = flow_io.read_flow(path)
+  read, read_valid = flow_files.read_flow(path)
   np.testing.assert_array_equal(read, known)
   np.testing.assert_array_equal(read_valid, valid)
   assert read.dtype == np.float32
@@ -238,7 +240,7 @@ def test_every_cut_packed_file_is_refused(tmp_path, suffix):
   for n in range(0, len(whole), 1 + len(whole) // 99):
     path.write_bytes(whole[:n])
     with pytest.raises(UserError, match=path.name):
-      flow_io.read_flow(path)
+      flow_files.read_flow(path)
 
 
 @pytest.mark.parametrize("suffix", PACKED)
@@ -249,7 +251,7 @@ def test_a_damaged_byte_raises_nothing_but_a_user_error(tmp_path, suffix):
   for at in range(0, len(whole), 1 + len(whole) // 299):
     path.write_bytes(whole[:at] + b"\xff" + whole[at + 1 :])
     try:
-      flow_io.read_flow(path)
+      flow_files.read_flow(path)
     except UserError:
       refused += 1
   assert refused
@@ -274,7 +276,7 @@ def test_npy_of_another_kind_or_a_lying_header_is_refused(
     tmp_path, array, header
 ):
   with pytest.raises(UserError, match="a.npy"):
-    flow_io.read_flow(_npy(tmp_path / "a.npy", array, **header))
+    flow_files.read_flow(_npy(tmp_path / "a.npy", array, **header))
 
 
 class _Opened:
@@ -290,14 +292,14 @@ def test_pickled_objects_are_refused_and_not_run(tmp_path):
   np.savez(tmp_path / "a.npz", u=objects, v=objects)
   for name in ("a.npy", "a.npz"):
     with pytest.raises(UserError, match=f"{name}: expected numbers"):
-      flow_io.read_flow(tmp_path / name)
+      flow_files.read_flow(tmp_path / name)
 
 
 def test_an_npy_header_of_version_2_is_refused_before_it_is_read(tmp_path):
   path = tmp_path / "a.npy"
   path.write_bytes(b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**32 - 1))
   with pytest.raises(UserError, match="version 1.0"):
-    flow_io.read_npy(path, np.uint8, 2)
+    flow_files.read_npy(path, np.uint8, 2)
 
 
 @pytest.mark.parametrize("dtype", ["<f2", "<f4", ">f4", "<f8"])
@@ -307,7 +309,7 @@ def test_an_npy_header_of_version_2_is_refused_before_it_is_read(tmp_path):
 def test_npz_u_points_right_in_every_float(tmp_path, dtype, compression):
   u = np.arange(6, dtype=dtype).reshape(2, 3)
   path = _npz(tmp_path / "a.npz", compression, u=u, v=-u)
-  flow, _ = flow_io.read_flow(path)
+  flow, _ = flow_files.read_flow(path)
   np.testing.assert_array_equal(flow[..., 0], u)
   np.testing.assert_array_equal(flow[..., 1], -u)
 
@@ -327,13 +329,13 @@ _U = np.ones((2, 3), np.float16)
 )
 def test_npz_without_u_and_v_of_one_size_is_refused(tmp_path, arrays, fault):
   with pytest.raises(UserError, match=f"a.npz.*{fault}"):
-    flow_io.read_flow(_npz(tmp_path / "a.npz", **arrays))
+    flow_files.read_flow(_npz(tmp_path / "a.npz", **arrays))
 
 
 def test_npz_packed_by_other_means_is_refused(tmp_path):
   path = _npz(tmp_path / "a.npz", zipfile.ZIP_BZIP2, u=_U, v=_U)
   with pytest.raises(UserError, match="stored or deflated"):
-    flow_io.read_flow(path)
+    flow_files.read_flow(path)
 
 
 @pytest.mark.parametrize(
@@ -350,7 +352,7 @@ def test_npz_members_hold_what_their_header_says(tmp_path, shape, fault):
     for name in "uv":
       archive.writestr(f"{name}.npy", member)
   with pytest.raises(UserError, match=f"a.npz.*{fault}"):
-    flow_io.read_flow(tmp_path / "a.npz")
+    flow_files.read_flow(tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize(
@@ -369,7 +371,7 @@ def test_flo5_reads_as_hdf5_itself_does(tmp_path, options, dtype):
   path = _flo5(tmp_path / "a.flo5", flow, **options)
   with h5py.File(path) as store:
     wanted = store["flow"][()].astype(np.float32)
-  np.testing.assert_array_equal(flow_io.read_flow(path)[0], wanted)
+  np.testing.assert_array_equal(flow_files.read_flow(path)[0], wanted)
 
 
 @pytest.mark.parametrize(
@@ -385,7 +387,7 @@ def test_flo5_reads_as_hdf5_itself_does(tmp_path, options, dtype):
 )
 def test_flo5_of_another_kind_is_refused(tmp_path, array, options, fault):
   with pytest.raises(UserError, match=f"a.flo5.*{fault}"):
-    flow_io.read_flow(_flo5(tmp_path / "a.flo5", array, **options))
+    flow_files.read_flow(_flo5(tmp_path / "a.flo5", array, **options))
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".flo5"])
@@ -393,9 +395,9 @@ def test_packed_flow_over_the_pixel_limit_is_refused(
     tmp_path, monkeypatch, suffix
 ):
   path = PACKED[suffix](tmp_path / f"a{suffix}", np.zeros((2, 3, 2)))
-  monkeypatch.setattr(image_io, "MAX_PIXELS", 5)
+  monkeypatch.setattr(image_files, "MAX_PIXELS", 5)
   with pytest.raises(UserError, match="more than 5 pixels"):
-    flow_io.read_flow(path)
+    flow_files.read_flow(path)
 
 
 def test_flo5_without_its_values_is_refused(tmp_path):
@@ -406,7 +408,7 @@ def test_flo5_without_its_values_is_refused(tmp_path):
           "flow", shape, np.float32, chunks=chunks, compression="gzip"
       )
     with pytest.raises(UserError, match="a.flo5.*can hold"):
-      flow_io.read_flow(path)
+      flow_files.read_flow(path)
 
 
 def test_flo5_follows_nothing_out_of_its_file(tmp_path):
@@ -430,7 +432,7 @@ def test_flo5_follows_nothing_out_of_its_file(tmp_path):
     with pytest.raises(
         UserError, match="a.flo5: expected (a data set )?'flow'"
     ):
-      flow_io.read_flow(tmp_path / "a.flo5")
+      flow_files.read_flow(tmp_path / "a.flo5")
 
 
 def _bomb_npz(path):
@@ -459,7 +461,7 @@ def test_what_unpacks_to_more_than_it_says_takes_no_memory(
   make(tmp_path / name)
   tracemalloc.start()
   with pytest.raises(UserError, match=f"{name}.*came more"):
-    flow_io.read_flow(tmp_path / name)
+    flow_files.read_flow(tmp_path / name)
   _, peak = tracemalloc.get_traced_memory()
   tracemalloc.stop()
   assert peak < 2**22
@@ -469,7 +471,7 @@ def test_missing_files_folders_and_suffixes_are_named(tmp_path):
   (tmp_path / "folder.flo").mkdir()
   for name in ("none.flo", "folder.flo", "flow.txt"):
     with pytest.raises(UserError, match=name):
-      flow_io.read_flow(tmp_path / name)
+      flow_files.read_flow(tmp_path / name)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
@@ -477,7 +479,7 @@ def test_every_image_mode_becomes_rgb(tmp_path, mode):
   picture = Image.new("RGB", (6, 4), (255, 255, 255)).convert(mode)
   path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
   picture.save(path)
-  image = image_io.read_image(path)
+  image = image_files.read_image(path)
   assert image.shape == (4, 6, 3)
   assert (image >= 254).all()
 
@@ -488,14 +490,14 @@ def test_image_channels_are_rgb_in_every_format(tmp_path, suffix):
   pixels[:, 1] = (10, 120, 250)
   Image.fromarray(pixels).save(tmp_path / f"a.{suffix}", lossless=True)
   np.testing.assert_array_equal(
-      image_io.read_image(tmp_path / f"a.{suffix}"), pixels
+      image_files.read_image(tmp_path / f"a.{suffix}"), pixels
   )
 
 
 def test_min_side_decodes_a_large_jpeg_smaller_but_not_too_small():
   file = io.BytesIO()
   Image.new("RGB", (640, 480)).save(file, "JPEG")
-  decode = image_io.decode_image
+  decode = image_files.decode_image
   assert decode(file.getvalue(), "a").shape == (480, 640, 3)
   assert decode(file.getvalue(), "a", min_side=241).shape == (480, 640, 3)
   assert decode(file.getvalue(), "a", min_side=240).shape == (240, 320, 3)
@@ -515,7 +517,7 @@ def test_images_that_lie_about_their_size_or_kind_are_refused(tmp_path, data):
   path = tmp_path / "a.png"
   path.write_bytes(data)
   with pytest.raises(UserError, match="a.png"):
-    image_io.read_image(path)
+    image_files.read_image(path)
 
 
 def test_an_image_chunk_that_lies_about_its_size_takes_no_memory(tmp_path):
@@ -527,7 +529,7 @@ def test_an_image_chunk_that_lies_about_its_size_takes_no_memory(tmp_path):
   path.write_bytes(data)
   tracemalloc.start()
   with contextlib.suppress(UserError):
-    image_io.read_image(path)
+    image_files.read_image(path)
   _, peak = tracemalloc.get_traced_memory()
   tracemalloc.stop()
   assert peak < 2**24
@@ -536,21 +538,21 @@ def test_an_image_chunk_that_lies_about_its_size_takes_no_memory(tmp_path):
 def test_images_over_the_pixel_limit_are_refused(tmp_path):
   Image.new("L", (100, 10)).save(tmp_path / "a.png")
   with pytest.raises(UserError, match="999 pixels.* came 100x10"):
-    image_io.read_image(tmp_path / "a.png", max_pixels=999)
+    image_files.read_image(tmp_path / "a.png", max_pixels=999)
 
 
 @pytest.mark.parametrize("kind", ["gif", "tiff"])
 def test_formats_that_no_set_uses_are_not_even_tried(tmp_path, kind):
   Image.new("RGB", (4, 4)).save(tmp_path / f"a.{kind}")
   with pytest.raises(UserError, match=f"a.{kind}: expected an image"):
-    image_io.read_image(tmp_path / f"a.{kind}")
+    image_files.read_image(tmp_path / f"a.{kind}")
 
 
 @pytest.mark.parametrize("shape", [(2, 2), (2, 2, 3)])
 def test_16_bit_pngs_are_refused_rather_than_clipped(tmp_path, shape):
   cv2.imwrite(str(tmp_path / "a.png"), np.full(shape, 300, np.uint16))
   with pytest.raises(UserError, match="8 bits"):
-    image_io.read_image(tmp_path / "a.png")
+    image_files.read_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("suffix", ["ppm", "png", "jpg", "webp"])
@@ -560,13 +562,13 @@ def test_cut_images_are_refused(tmp_path, suffix):
   Image.fromarray(noise).save(path)
   path.write_bytes(path.read_bytes()[:-1000])
   with pytest.raises(UserError, match=path.name):
-    image_io.read_image(path)
+    image_files.read_image(path)
 
 
 def test_kitti_sample_reads_as_another_decoder_of_16_bits_does(shared_data):
   path = shared_data / "kitti" / "devkit2015" / "flow_gt.png"
   raw = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)[..., ::-1].astype(float)
-  flow, valid = flow_io.read_kitti_flow(path)
+  flow, valid = flow_files.read_kitti_flow(path)
   assert flow.shape == (375, 1242, 2)
   np.testing.assert_array_equal(valid[..., 0], raw[..., 2])
   np.testing.assert_allclose(flow, valid * (raw[..., :2] - 32768) / 64)

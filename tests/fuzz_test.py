@@ -17,7 +17,12 @@ import numpy as np
 import pytest
 
 from benchmarks import fuzz, fuzz_formats
-from mcjepa_jax.data import array_records, flow_io, image_io, video
+from mcjepa_jax.data.readers import (
+    array_records,
+    flow_files,
+    image_files,
+    video_files,
+)
 from mcjepa_jax.errors import UserError
 
 _FORMATS = pytest.mark.parametrize("name", list(fuzz_formats.FORMATS))
@@ -128,7 +133,7 @@ def test_a_member_of_an_archive_has_no_path(name, tmp_path):
   arrays = {name.removesuffix(".npy"): np.ones((2, 3), np.float32)}
   np.savez(tmp_path / "a.npz", v=np.ones((2, 3), np.float32), **arrays)
   with pytest.raises(UserError, match="a.npz: expected an array 'u'"):
-    flow_io.read_flow(tmp_path / "a.npz")
+    flow_files.read_flow(tmp_path / "a.npz")
 
 
 def test_the_path_in_a_record_is_a_name_and_opens_nothing(tmp_path):
@@ -164,7 +169,7 @@ def test_a_nan_that_signals_is_unknown_flow_without_a_warning(dtypes, tmp_path):
   np.savez(tmp_path / "a.npz", u=u, v=v)
   with warnings.catch_warnings():
     warnings.simplefilter("error")
-    flow, valid = flow_io.read_flow(tmp_path / "a.npz")
+    flow, valid = flow_files.read_flow(tmp_path / "a.npz")
   assert not flow.any() and not valid.any()
 
 
@@ -176,12 +181,12 @@ def test_a_video_has_no_larger_frames_than_its_bytes_hold(
   path = tmp_path / "a.mkv"
   path.write_bytes(files["a.mkv"])
   held = 64 * 48 / len(files["a.mkv"])
-  monkeypatch.setattr(video, "_PIXELS_PER_BYTE", factor * held)
+  monkeypatch.setattr(video_files, "_PIXELS_PER_BYTE", factor * held)
   expected = contextlib.nullcontext()
   if fault:
     expected = pytest.raises(UserError, match=f"a.mkv: .* came {fault}")
   with expected:
-    assert len(video.VideoFrames(path, cache_dir=tmp_path / "cache")) == 5
+    assert len(video_files.VideoFrames(path, cache_dir=tmp_path / "cache")) == 5
 
 
 def _scans(count):
@@ -192,24 +197,24 @@ def _scans(count):
 
 
 def test_a_jpeg_with_scans_without_number_is_refused():
-  whole = image_io.decode_image(_scans(10), "a")
-  assert image_io.decode_image(_scans(32), "a").shape == whole.shape
+  whole = image_files.decode_image(_scans(10), "a")
+  assert image_files.decode_image(_scans(32), "a").shape == whole.shape
   for count in (33, 10_000):
     with pytest.raises(UserError, match="^a: expected at most 32 scans"):
-      image_io.decode_image(_scans(count), "a")
+      image_files.decode_image(_scans(count), "a")
   # Other files within it, or behind it, are not its own.
   within = b"\xff\xe1\x80\x00" + b"\xff\xda" * 16383
   data = _scans(10)[:2] + within + _scans(10)[2:] + _scans(40)
-  np.testing.assert_array_equal(image_io.decode_image(data, "a"), whole)
+  np.testing.assert_array_equal(image_files.decode_image(data, "a"), whole)
 
 
 def test_a_video_in_parts_without_number_is_refused(tmp_path, monkeypatch):
   path = tmp_path / "a.mp4"
   for count, fault in ((9, "does not open"), (10, "at most 9 parts")):
-    monkeypatch.setattr(video, "_MAX_PARTS", 9)
+    monkeypatch.setattr(video_files, "_MAX_PARTS", 9)
     path.write_bytes(b"\0\0\0\x08free" * count)
     with pytest.raises(UserError, match=f"a.mp4: expected a video.*{fault}"):
-      video.VideoFrames(path, cache_dir=tmp_path)
+      video_files.VideoFrames(path, cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize(

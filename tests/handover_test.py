@@ -3,16 +3,16 @@ import os
 import numpy as np
 import pytest
 
-from mcjepa_jax.data import handover
+from mcjepa_jax.data.pipeline import shared_memory
 
 
 @pytest.fixture
 def lending(monkeypatch):
   """This process as its own worker and parent."""
-  monkeypatch.setattr(handover, "_lender", None)
-  monkeypatch.setattr(handover, "parent_process", lambda: _This)
-  handover.start_lending()
-  borrower = handover.Borrower()
+  monkeypatch.setattr(shared_memory, "_lender", None)
+  monkeypatch.setattr(shared_memory, "parent_process", lambda: _This)
+  shared_memory.start_lending()
+  borrower = shared_memory.Borrower()
   yield borrower
   borrower.close()
 
@@ -22,9 +22,9 @@ class _This:
 
 
 def _filled(shape, value):
-  array = handover.empty(shape)
+  array = shared_memory.empty(shape)
   array[...] = value
-  return handover.lend(array)
+  return shared_memory.lend(array)
 
 
 def test_an_array_is_taken_as_it_was_lent(lending):
@@ -50,20 +50,20 @@ def test_memory_is_used_again_once_it_was_taken_and_not_before(lending):
 
 def test_an_array_of_other_memory_is_sent_itself(lending):
   array = np.ones((2, 2), np.uint8)
-  assert handover.lend(array) is array
+  assert shared_memory.lend(array) is array
   assert lending.take(array) is not array
 
 
 def test_a_worker_that_is_gone_is_an_error(lending):
-  lent = handover.Lent(process=2**22 + 1, file=3, capacity=4, shape=(4,))
-  with pytest.raises(handover.Gone):
+  lent = shared_memory.Lent(process=2**22 + 1, file=3, capacity=4, shape=(4,))
+  with pytest.raises(shared_memory.Gone):
     lending.take(lent)
 
 
 @pytest.mark.parametrize("lack", ["memfd", "proc"])
 def test_where_nothing_can_be_lent_arrays_are_ordinary(monkeypatch, lack):
-  monkeypatch.setattr(handover, "_lender", None)
-  monkeypatch.setattr(handover, "parent_process", lambda: _This)
+  monkeypatch.setattr(shared_memory, "_lender", None)
+  monkeypatch.setattr(shared_memory, "parent_process", lambda: _This)
   if lack == "memfd":
     monkeypatch.delattr(os, "memfd_create")
   else:
@@ -72,6 +72,6 @@ def test_where_nothing_can_be_lent_arrays_are_ordinary(monkeypatch, lack):
       raise PermissionError(path)
 
     monkeypatch.setattr(os, "listdir", refuse)
-  handover.start_lending()
-  array = handover.empty((3, 2))
-  assert array.shape == (3, 2) and handover.lend(array) is array
+  shared_memory.start_lending()
+  array = shared_memory.empty((3, 2))
+  assert array.shape == (3, 2) and shared_memory.lend(array) is array

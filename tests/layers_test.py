@@ -13,13 +13,13 @@ _PACKAGE = "mcjepa_jax"
 
 # A module imports lower layers only. `errors` is open to all.
 _LAYERS = (
-    """data.facts evals.result_table runtime.environment storage.paths""",
-    """data.catalog_flow data.catalog_images data.handover data.image_io""",
-    """runtime.command_line data.catalog data.crops data.flow_faults data.flow_io data.synthetic data.transforms evals.masks evals.tiling flops runtime.goodput hlo losses.vicreg metrics models.convnext models.vit ops.flow_ops photometry runtime.visualize""",
-    """data.flow_pairs distributed.heartbeat distributed.cluster""",
-    """data.array_records data.cutouts data.feed data.flow_datasets data.image_datasets data.mask_datasets data.segmentation_datasets data.video runtime.log_files losses.flow_losses models.flow_decoder models.segmentation_heads optimizer distributed.sharding storage.checkpoint storage.run_folder""",
-    """data.frame_folders runtime.process_lifetimes""",
-    """accumulation data.convert data.pipeline data.sources distributed.hosts losses.motion_objective models.mcjepa""",
+    """data.catalog.facts evals.result_table runtime.environment storage.paths""",
+    """data.catalog.flow_facts data.catalog.image_facts data.pipeline.shared_memory data.readers.image_files""",
+    """runtime.command_line data.catalog.published data.pipeline.labelled_crops data.flow_sanity data.readers.flow_files data.sets.synthetic data.pipeline.geometry evals.masks evals.tiling flops runtime.goodput hlo losses.vicreg metrics models.convnext models.vit ops.flow_ops photometry runtime.visualize""",
+    """data.sets.flow_pairs distributed.heartbeat distributed.cluster""",
+    """data.readers.array_records data.sets.cutouts data.pipeline.stream data.sets.flow_sets data.sets.image_sets data.sets.mask_sets data.sets.segmentation_sets data.readers.video_files runtime.log_files losses.flow_losses models.flow_decoder models.segmentation_heads optimizer distributed.sharding storage.checkpoint storage.run_folder""",
+    """data.sets.frame_folders runtime.process_lifetimes""",
+    """accumulation data.convert data.pipeline.batches data.sources distributed.hosts losses.motion_objective models.mcjepa""",
     """evals.davis evals.flow evals.probe evals.segmentation step""",
     """diagnostics evals.finetune evals.linear evals.submit inference programs training.alarms training.bad_steps training.build""",
     """training.context""",

@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 from PIL import Image
 
-from mcjepa_jax.data import flow_io
+from mcjepa_jax.data.readers import flow_files
 
 SIZE = (4, 6)
 FINAL, RIGHT, TEST = 1, 2, 4
@@ -42,9 +42,9 @@ def flow(path, u=1.0, *, size=SIZE, valid=None):
       store.create_dataset("flow", data=values, compression="gzip")
   else:
     write = {
-        ".flo": flow_io.write_flo,
-        ".pfm": flow_io.write_pfm,
-        ".png": flow_io.write_kitti_flow,
+        ".flo": flow_files.write_flo,
+        ".pfm": flow_files.write_pfm,
+        ".png": flow_files.write_kitti_flow,
     }[path.suffix]
     write(path, values, valid)
 

@@ -8,7 +8,8 @@ from PIL import Image
 import pytest
 
 from mcjepa_jax import suite
-from mcjepa_jax.data import check, mask_datasets, sources
+from mcjepa_jax.data import check, sources
+from mcjepa_jax.data.sets import mask_sets
 from mcjepa_jax.errors import UserError
 from tests import mask_clips, tiny
 
@@ -24,8 +25,8 @@ def _faults(tmp_path, name="davis/2017"):
 
 def test_2017_has_objects_and_2016_one_foreground(tmp_path):
   root = _davis(tmp_path)
-  many = mask_datasets.davis(tmp_path, "2017").sequence(0)
-  one = mask_datasets.davis(root, "2016").sequence(0)
+  many = mask_sets.davis(tmp_path, "2017").sequence(0)
+  one = mask_sets.davis(root, "2016").sequence(0)
   assert many.name == one.name == "walk"
   assert many.objects == (1, 2)
   assert one.objects == (1,)
@@ -65,7 +66,7 @@ def test_the_list_of_a_split_names_the_sequences(tmp_path, lists, names):
     (root / "ImageSets" / folder).mkdir(parents=True)
     (root / "ImageSets" / folder / "val.txt").write_text(text)
   year = "2016" if "480p" in lists else "2017"
-  found = mask_datasets.davis(tmp_path, year)
+  found = mask_sets.davis(tmp_path, year)
   assert [found.record_id(i) for i in range(len(found))] == names
 
 
@@ -100,10 +101,10 @@ def test_a_label_beside_the_first_masks_is_kept_by_davis(tmp_path):
   frames, labels = mask_clips.clip(objects=2)
   labels[0][labels[0] == 2] = 0
   mask_clips.save(root, "run", frames, labels)
-  sequence = mask_datasets.davis(root, "2017").sequence(0)
+  sequence = mask_sets.davis(root, "2017").sequence(0)
   assert sequence.objects == (1,)
   assert np.unique(sequence.labels(1)).tolist() == [0, 1, 2]
-  one = mask_datasets.davis(root, "2016").sequence(0)
+  one = mask_sets.davis(root, "2016").sequence(0)
   assert np.unique(one.labels(1)).tolist() == [0, 1]
 
 
@@ -112,7 +113,7 @@ def test_a_label_of_a_later_mask_that_the_meta_does_not_name_is_told(tmp_path):
   mask_clips.youtube_vos(train)
   meta = {"videos": {"0043f083b5": {"objects": {"1": {}}}}}
   (train / "meta.json").write_text(json.dumps(meta))
-  sequence = mask_datasets.youtube_vos(tmp_path).sequence(0)
+  sequence = mask_sets.youtube_vos(tmp_path).sequence(0)
   sequence.labels(1)
   with pytest.raises(UserError, match="00010.png: .*0043f083b5, 1, came 3"):
     sequence.labels(2)
@@ -121,7 +122,7 @@ def test_a_label_of_a_later_mask_that_the_meta_does_not_name_is_told(tmp_path):
 def test_lengths_are_known_before_a_frame_is_read(tmp_path):
   root = _davis(tmp_path, length=4)
   (root / _FRAME).write_text("no image")
-  assert mask_datasets.davis(root, "2017").length(0) == 4
+  assert mask_sets.davis(root, "2017").length(0) == 4
 
 
 def test_255_is_no_object(tmp_path):
@@ -130,7 +131,7 @@ def test_255_is_no_object(tmp_path):
   labels[:, :3] = 255
   mask_clips.save(root, "run", frames, labels)
   for year in ("2016", "2017"):
-    sequence = mask_datasets.davis(root, year).sequence(0)
+    sequence = mask_sets.davis(root, year).sequence(0)
     assert sequence.objects == (1,)
     np.testing.assert_array_equal(
         sequence.labels(1), np.where(labels[1] == 255, 0, labels[1])
@@ -141,12 +142,12 @@ def test_black_and_white_is_one_object_and_other_greys_are_refused(tmp_path):
   path = tmp_path / "a.png"
   square = mask_clips.clip()[1][0]
   mask_clips.save_labels(path, 255 * square, palette=False)
-  np.testing.assert_array_equal(mask_datasets.read_labels(path), square)
+  np.testing.assert_array_equal(mask_sets.read_labels(path), square)
   Image.fromarray(square > 0).save(path)
-  np.testing.assert_array_equal(mask_datasets.read_labels(path), square)
+  np.testing.assert_array_equal(mask_sets.read_labels(path), square)
   mask_clips.save_labels(path, 38 * square, palette=False)
   with pytest.raises(UserError, match="a.png: expected a palette.*0, 38"):
-    mask_datasets.read_labels(path)
+    mask_sets.read_labels(path)
 
 
 def _without_palette(path):

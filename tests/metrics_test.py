@@ -9,7 +9,7 @@ import pytest
 from scipy import optimize
 
 from mcjepa_jax import metrics
-from mcjepa_jax.data import flow_io
+from mcjepa_jax.data.readers import flow_files
 
 
 def _flow(*vectors) -> np.ndarray:
@@ -102,8 +102,8 @@ def test_a_pair_without_valid_pixels_counts_nowhere():
 
 def test_epe_and_fl_all_of_the_kitti_sample(shared_data):
   folder = shared_data / "kitti" / "devkit2015"
-  truth, valid = flow_io.read_kitti_flow(folder / "flow_gt.png")
-  flow, _ = flow_io.read_kitti_flow(folder / "flow_est.png")
+  truth, valid = flow_files.read_kitti_flow(folder / "flow_gt.png")
+  flow, _ = flow_files.read_kitti_flow(folder / "flow_est.png")
   totals = metrics.flow_totals(flow, truth, valid)
   # From a pixel by pixel loop in the form of the kit's C++ (err > 3 and
   # err / length > 0.05), the files read by OpenCV.

@@ -560,7 +560,7 @@ MUTANTS = (
         ("votes_not_weighted", "1) / temperature)", "1) * 0)"),
     ),
     *_mutants(
-        "data/flow_io.py",
+        "data/readers/flow_files.py",
         "flow_io_test.py",
         (
             "kitti_scale_wrong",
@@ -569,7 +569,7 @@ MUTANTS = (
         ),
     ),
     *_mutants(
-        "data/flow_pairs.py",
+        "data/sets/flow_pairs.py",
         "flow_datasets_test.py",
         (
             "spring_flow_scaled",
@@ -578,7 +578,7 @@ MUTANTS = (
         ),
     ),
     *_mutants(
-        "data/flow_datasets.py",
+        "data/sets/flow_sets.py",
         "flow_datasets_test.py",
         (
             "chairs_split_swapped",
@@ -587,7 +587,7 @@ MUTANTS = (
         ),
     ),
     *_mutants(
-        "data/transforms.py",
+        "data/pipeline/geometry.py",
         "transforms_test.py",
         (
             "frames_mirrored_upside_down",
@@ -606,7 +606,7 @@ MUTANTS = (
         ),
     ),
     *_mutants(
-        "data/pipeline.py",
+        "data/pipeline/batches.py",
         "pipeline_test.py",
         (
             "one_order_for_all_epochs",

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from mcjepa_jax.data import pipeline, transforms
+from mcjepa_jax.data.pipeline import batches, geometry
 from mcjepa_jax.errors import UserError
 
 
@@ -56,17 +56,17 @@ class Broken(Records):
 
 
 def motion(length: int = 10, *, seed: int = 0, batch_size: int = 4, **options):
-  source = pipeline.MotionSource(
+  source = batches.MotionSource(
       "made", Records(length), (16, 16), geometry={"swap": False}
   )
-  return pipeline.motion_stream(
+  return batches.motion_stream(
       [source], batch_size=batch_size, seed=seed, **options
   )
 
 
 def content(length: int = 10, *, seed: int = 0, batch_size: int = 4, **options):
-  return pipeline.content_stream(
-      [pipeline.ContentSource("images", Records(length))],
+  return batches.content_stream(
+      [batches.ContentSource("images", Records(length))],
       size=8,
       batch_size=batch_size,
       seed=seed,
@@ -77,10 +77,10 @@ def content(length: int = 10, *, seed: int = 0, batch_size: int = 4, **options):
 def mixed(**options):
   """Two sources of other lengths, sizes and weights, whole batches of each."""
   sources = [
-      pipeline.MotionSource("much", Records(7), (8, 12), weight=2.0),
-      pipeline.MotionSource("little", Records(5), (12, 8), weight=1.0),
+      batches.MotionSource("much", Records(7), (8, 12), weight=2.0),
+      batches.MotionSource("little", Records(5), (12, 8), weight=1.0),
   ]
-  return pipeline.motion_stream(sources, **dict(batch_size=4, seed=0) | options)
+  return batches.motion_stream(sources, **dict(batch_size=4, seed=0) | options)
 
 
 def assert_same(batch, other):
@@ -142,13 +142,13 @@ def test_streams_and_sources_share_no_randomness(monkeypatch, lengths):
     draws.append(int(arguments[-1].integers(2**62)))
     return 2 * [np.zeros((1, 1, 3), np.uint8)]
 
-  monkeypatch.setattr(transforms, "pair_frames", draw)
-  monkeypatch.setattr(transforms, "two_views", draw)
+  monkeypatch.setattr(geometry, "pair_frames", draw)
+  monkeypatch.setattr(geometry, "two_views", draw)
   sources = [
-      pipeline.MotionSource(name, Records(length), (16, 16))
+      batches.MotionSource(name, Records(length), (16, 16))
       for name, length in zip("ab", lengths, strict=False)
   ]
-  pairs = pipeline.motion_stream(sources, batch_size=40, seed=5)
+  pairs = batches.motion_stream(sources, batch_size=40, seed=5)
   images = content(lengths[2], batch_size=40, seed=5)
   parts = [stream[k] for stream in (pairs, images) for k in range(6)]
   orders = [[record[-3:] for record in part.records] for part in parts]
@@ -196,9 +196,9 @@ def test_hosts_that_share_a_pair_read_it_both_and_keep_a_part(
 
 
 def test_both_readers_of_an_unreadable_record_replace_it_alike():
-  source = pipeline.MotionSource("holed", Holed(10, (3, 4)), (16, 16))
+  source = batches.MotionSource("holed", Holed(10, (3, 4)), (16, 16))
   one, *two = (
-      pipeline.motion_stream([source], batch_size=1, seed=0, **host)
+      batches.motion_stream([source], batch_size=1, seed=0, **host)
       for host in (
           {},
           dict(host_index=0, host_count=2),
@@ -263,8 +263,8 @@ class Holed(Records):
 
 
 def holed(*holes: int, **options):
-  source = pipeline.ContentSource("images", Holed(10, holes))
-  return pipeline.content_stream(
+  source = batches.ContentSource("images", Holed(10, holes))
+  return batches.content_stream(
       [source], size=8, batch_size=5, seed=0, **options
   )
 
@@ -312,10 +312,10 @@ def test_where_nothing_can_be_read_the_faults_are_the_error():
 
 def test_sources_take_turns_by_weight_with_a_size_of_their_own():
   sources = [
-      pipeline.MotionSource("much", Records(5), (8, 12), weight=0.3),
-      pipeline.MotionSource("little", Records(7), (12, 8), weight=0.1),
+      batches.MotionSource("much", Records(5), (8, 12), weight=0.3),
+      batches.MotionSource("little", Records(7), (12, 8), weight=0.1),
   ]
-  stream = pipeline.motion_stream(sources, batch_size=3, seed=0)
+  stream = batches.motion_stream(sources, batch_size=3, seed=0)
   names = []
   for k in range(40):
     arrays, records, _ = stream[k]
@@ -330,20 +330,20 @@ def test_no_label_enters_a_batch():
   for key, make in (
       (
           "frames",
-          lambda data: pipeline.motion_stream(
-              [pipeline.MotionSource("a", data, (16, 16))], batch_size=4, seed=0
+          lambda data: batches.motion_stream(
+              [batches.MotionSource("a", data, (16, 16))], batch_size=4, seed=0
           ),
       ),
       (
           "views",
-          lambda data: pipeline.content_stream(
-              [pipeline.ContentSource("a", data)], size=8, batch_size=4, seed=0
+          lambda data: batches.content_stream(
+              [batches.ContentSource("a", data)], size=8, batch_size=4, seed=0
           ),
       ),
   ):
-    batches = [make(Records(10, noise=noise))[1] for noise in (0, 1)]
-    assert set(batches[0][0]) == {key}
-    assert_same(*batches)
+    made = [make(Records(10, noise=noise))[1] for noise in (0, 1)]
+    assert set(made[0][0]) == {key}
+    assert_same(*made)
 
 
 def test_workers_continue_anywhere_in_the_order_of_one_process():
@@ -383,8 +383,8 @@ class Renamed(Records):
 
 def test_sets_that_differ_in_their_middle_have_another_fingerprint():
   def stream(records):
-    return pipeline.content_stream(
-        [pipeline.ContentSource("images", records)],
+    return batches.content_stream(
+        [batches.ContentSource("images", records)],
         size=8, batch_size=4, seed=0,
     )  # fmt: skip
 
@@ -411,8 +411,8 @@ def test_a_checkpoint_without_a_digest_is_restored():
 
 
 def test_a_worker_passes_on_a_fault_and_starts_no_backend():
-  source = pipeline.ContentSource("images", Broken(1))
-  stream = pipeline.content_stream(
+  source = batches.ContentSource("images", Broken(1))
+  stream = batches.content_stream(
       [source], size=8, batch_size=2, seed=0, num_workers=1
   )
   with stream, pytest.raises(UserError, match="images/000: a.png: ") as caught:
@@ -429,19 +429,19 @@ def test_a_pair_that_cannot_be_cut_is_named():
       element = super().__getitem__(index)
       return element | {"frame_2": element["frame_2"][1:]}
 
-  source = pipeline.MotionSource("cats", Uneven(1), (8, 8))
-  stream = pipeline.motion_stream([source], batch_size=1, seed=0)
+  source = batches.MotionSource("cats", Uneven(1), (8, 8))
+  stream = batches.motion_stream([source], batch_size=1, seed=0)
   with pytest.raises(UserError, match="cats/000: .*19x20"):
     next(stream)
 
 
 def test_what_no_stream_can_have_is_refused_at_once():
   sources = [
-      pipeline.MotionSource("a", Records(0), (8, 8)),
-      pipeline.MotionSource("a", Records(1), (8, 8), weight=0.0),
+      batches.MotionSource("a", Records(0), (8, 8)),
+      batches.MotionSource("a", Records(1), (8, 8), weight=0.0),
   ]
   with pytest.raises(UserError) as caught:
-    pipeline.motion_stream(sources, batch_size=3, seed=0, host_count=4)
+    batches.motion_stream(sources, batch_size=3, seed=0, host_count=4)
   assert [m.split('"a" ')[-1] for m in caught.value.messages] == [
       "is named twice",
       "is empty",
@@ -450,7 +450,7 @@ def test_what_no_stream_can_have_is_refused_at_once():
       "multiple of the number of hosts, 4, got 3",
   ]
   with pytest.raises(UserError, match="at least one source"):
-    pipeline.motion_stream([], batch_size=2, seed=0)
+    batches.motion_stream([], batch_size=2, seed=0)
 
 
 _KILLED = """

@@ -3,7 +3,7 @@ from PIL import Image
 import pytest
 
 from mcjepa_jax import errors, predict
-from mcjepa_jax.data import flow_io
+from mcjepa_jax.data.readers import flow_files
 from mcjepa_jax.storage import checkpoint
 from tests import tiny
 
@@ -17,7 +17,7 @@ def test_two_images_of_any_size_give_flow_and_pictures(untrained, tmp_path):
       f"--checkpoint={untrained}", "--inputs", *map(str, inputs), f"--output={output}"
   ])  # fmt: skip
   assert code == 0
-  flow, valid = flow_io.read_flo(output / "0_flow.flo")
+  flow, valid = flow_files.read_flo(output / "0_flow.flo")
   assert flow.shape == (37, 50, 2)
   assert np.isfinite(flow).all() and valid.all()
   for kind in ("color", "warped"):

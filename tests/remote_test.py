@@ -17,15 +17,9 @@ import numpy as np
 import pytest
 
 from mcjepa_jax import errors, suite
-from mcjepa_jax.data import (
-    array_records,
-    check,
-    convert,
-    image_datasets,
-    image_io,
-    sources,
-    video,
-)
+from mcjepa_jax.data import check, convert, sources
+from mcjepa_jax.data.readers import array_records, image_files, video_files
+from mcjepa_jax.data.sets import image_sets
 from mcjepa_jax.errors import UserError
 from mcjepa_jax.evals import submit
 from mcjepa_jax.storage import paths
@@ -228,14 +222,14 @@ def images(tmp_path, gs, request):
 def test_the_cache_serves_what_was_read_before(gs, images, tmp_path):
   folder, address = images
   remote = paths.path(address, str(tmp_path / "cache"))
-  before = image_datasets.ImageFolder(remote)
-  _same(image_datasets.ImageFolder(folder), before)
+  before = image_sets.ImageFolder(remote)
+  _same(image_sets.ImageFolder(folder), before)
   gs.store.rm(address, recursive=True)
   gs.requests.clear()
-  _same(image_datasets.ImageFolder(folder), before)
+  _same(image_sets.ImageFolder(folder), before)
   # As a worker has it: it lists nothing.
   _forget()
-  _same(image_datasets.ImageFolder(folder), pickle.loads(pickle.dumps(before)))
+  _same(image_sets.ImageFolder(folder), pickle.loads(pickle.dumps(before)))
   assert not gs.requests
   kept = [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
   assert len(kept) == 6 and not any(p.suffix == ".part" for p in kept)
@@ -304,8 +298,8 @@ def test_a_store_that_does_not_answer_is_asked_once_by_a_check():
 def test_without_a_cache_no_image_is_kept(images):
   folder, address = images
   remote = paths.path(address)
-  read = image_datasets.ImageFolder(remote)
-  _same(image_datasets.ImageFolder(folder), read)
+  read = image_sets.ImageFolder(remote)
+  _same(image_sets.ImageFolder(folder), read)
   assert not any(
       (read.root / read.record_id(i)).copy.exists() for i in range(6)
   )
@@ -316,7 +310,7 @@ def test_an_image_that_changed_is_not_served_from_the_cache(
 ):
   _, address = images
   cache = str(tmp_path / "cache")
-  read = image_datasets.ImageFolder(paths.path(address, cache))
+  read = image_sets.ImageFolder(paths.path(address, cache))
   path = read.root / "a" / "0.png"
   kept = read.root / "a" / "2.png"
   for i in range(3):
@@ -332,14 +326,14 @@ def test_an_image_that_changed_is_not_served_from_the_cache(
   earlier = path.copy.stat().st_mtime - 120
   os.utime(path.copy, (earlier, earlier))
   _forget()
-  again = image_datasets.ImageFolder(paths.path(address, cache))
+  again = image_sets.ImageFolder(paths.path(address, cache))
   assert again[0]["image"][0, 0, 0] == 99
   assert kept.copy.exists()
   # And another size, whatever the clocks say.
   gs.store.pipe_file(str(kept), new + b"more")
   os.utime(kept.copy, (later + 600, later + 600))
   _forget()
-  image_datasets.ImageFolder(paths.path(address, cache))
+  image_sets.ImageFolder(paths.path(address, cache))
   assert not kept.copy.exists()
 
 
@@ -427,17 +421,17 @@ def test_a_video_is_read_from_a_bucket(gs, tmp_path, monkeypatch):
   for name in ("a.avi", "b/c.avi"):
     video_test._write_video(folder / name, video_test._moving(5))
   place = gs.put(folder, "some/video")
-  local = video.SequencePairs(video.videos(folder))
-  _same(local, video.SequencePairs(video.videos(place)))
+  local = video_files.SequencePairs(video_files.videos(folder))
+  _same(local, video_files.SequencePairs(video_files.videos(place)))
   gs.requests.clear()
   shutil.rmtree(paths.path(place).folder)
   # Once decoded, the video itself is not asked for.
-  _same(local, video.SequencePairs(video.videos(place)))
+  _same(local, video_files.SequencePairs(video_files.videos(place)))
   assert not gs.requests
   gs.store.pipe_file(f"{place}/cut.avi", (folder / "a.avi").read_bytes()[:-99])
   _forget()
   with pytest.raises(UserError, match=r"gs://b/some/video/cut.avi: .* cut one"):
-    video.videos(place)
+    video_files.videos(place)
 
 
 def test_images_of_a_bucket_are_converted(images, tmp_path):
@@ -559,12 +553,12 @@ def test_a_set_or_a_file_that_is_not_there_is_named(gs, data):
     with pytest.raises(
         UserError, match=f"^{name}: expected an image, came: no"
     ):
-      image_io.read_image(name)
+      image_files.read_image(name)
 
 
 def test_a_file_deleted_after_the_listing_is_a_bad_record(gs, images):
   _, address = images
-  read = image_datasets.ImageFolder(address)
+  read = image_sets.ImageFolder(address)
   gs.store.rm(f"{address}/a/0.png")
   with pytest.raises(
       UserError, match="a/0.png: expected an image, came"
@@ -595,7 +589,7 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch):
 
 def test_a_cache_that_takes_no_copy_is_named(images, tmp_path):
   cache = tmp_path / "cache"
-  read = image_datasets.ImageFolder(paths.path(images[1], str(cache)))
+  read = image_sets.ImageFolder(paths.path(images[1], str(cache)))
   cache.touch()
   with pytest.raises(paths.Unreachable, match=f"cannot be copied into {cache}"):
     read[0]
@@ -624,7 +618,7 @@ def test_a_failure_that_passes_is_tried_again(
     else:
       handle(handler)
 
-  read = image_datasets.ImageFolder(images[1])
+  read = image_sets.ImageFolder(images[1])
   monkeypatch.setattr(emulator.RequestHandler, "do_GET", failing)
   if not fails:
     assert read[0]["image"].shape == (4, 6, 3)
@@ -634,12 +628,12 @@ def test_a_failure_that_passes_is_tried_again(
 
 
 def test_a_store_that_is_out_of_reach_ends_the_stream(gs, images, monkeypatch):
-  from mcjepa_jax.data import pipeline
+  from mcjepa_jax.data.pipeline import batches
 
   _no_waiting(monkeypatch)
-  read = image_datasets.ImageFolder(images[1])
-  source = pipeline.ContentSource("images", read)
-  stream = pipeline.content_stream([source], batch_size=2, size=8, seed=0)
+  read = image_sets.ImageFolder(images[1])
+  source = batches.ContentSource("images", read)
+  stream = batches.content_stream([source], batch_size=2, size=8, seed=0)
   monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://localhost:1")
   with pytest.raises(paths.Unreachable, match="cannot be read"):
     stream[0]
@@ -647,7 +641,7 @@ def test_a_store_that_is_out_of_reach_ends_the_stream(gs, images, monkeypatch):
 
 @pytest.mark.slow
 def test_workers_read_a_bucket_without_a_cache(gs, images, tmp_path):
-  from mcjepa_jax.data import pipeline
+  from mcjepa_jax.data.pipeline import batches
 
   folder, address = images
   shards = tmp_path / "shards"
@@ -659,10 +653,10 @@ def test_workers_read_a_bucket_without_a_cache(gs, images, tmp_path):
       (address, packed, 1),
   ):
     mixed = [
-        pipeline.ContentSource("a", image_datasets.ImageFolder(images_root)),
-        pipeline.ContentSource("b", array_records.ConvertedImages(shards_root)),
+        batches.ContentSource("a", image_sets.ImageFolder(images_root)),
+        batches.ContentSource("b", array_records.ConvertedImages(shards_root)),
     ]
-    with pipeline.content_stream(
+    with batches.content_stream(
         mixed, batch_size=3, size=8, seed=0, num_workers=workers
     ) as stream:
       read.append([next(stream) for _ in range(4)])
@@ -766,7 +760,7 @@ def test_s3_is_listed_and_read(s3, tmp_path):
   with pytest.raises(
       UserError, match="s3://bucket/a.png: expected an image, came:"
   ):
-    image_io.read_image("s3://bucket/a.png")
+    image_files.read_image("s3://bucket/a.png")
 
 
 _STEPS = 20

@@ -6,8 +6,9 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from mcjepa_jax.data import segmentation_datasets as sets, sources
-from mcjepa_jax.data.crops import VOID
+from mcjepa_jax.data import sources
+from mcjepa_jax.data.pipeline.labelled_crops import VOID
+from mcjepa_jax.data.sets import segmentation_sets as sets
 from mcjepa_jax.errors import UserError
 from tests import tiny
 

@@ -10,8 +10,9 @@ import pytest
 from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score
 
 from mcjepa_jax import dense_evals, errors, metrics, suite
-from mcjepa_jax.data import crops, sources
-from mcjepa_jax.data.crops import VOID
+from mcjepa_jax.data import sources
+from mcjepa_jax.data.pipeline import labelled_crops
+from mcjepa_jax.data.pipeline.labelled_crops import VOID
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.evals import segmentation
 from mcjepa_jax.models import convnext, mcjepa, segmentation_heads
@@ -499,7 +500,7 @@ def _ade20k_sample(shared_data, short_side, *, rare=0.0):
   """
   sample = sources.segmentation("ade20k_sample", str(shared_data)).train
   pairs = [(x["image"], x["labels"]) for x in map(sample.__getitem__, range(3))]
-  images = [crops.fitted(image, short_side) for image, _ in pairs]
+  images = [labelled_crops.fitted(image, short_side) for image, _ in pairs]
   small = [
       cv2.resize(labels, image.shape[1::-1], interpolation=cv2.INTER_NEAREST_EXACT)
       for image, (_, labels) in zip(images, pairs, strict=True)
@@ -514,7 +515,7 @@ def _ade20k_sample(shared_data, short_side, *, rare=0.0):
   batch = np.zeros((3, side, side, 4), np.uint8)
   batch[..., 3] = VOID
   for row, image, labels in zip(batch, images, small, strict=True):
-    row[..., :3] = crops.padded(image, side)
+    row[..., :3] = labelled_crops.padded(image, side)
     row[: image.shape[0], : image.shape[1], 3] = table[labels]
   names = tuple(sample.classes[i] for i in kept)
   return _Set([(image, table[x]) for image, x in pairs], names), batch

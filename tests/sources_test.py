@@ -6,7 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from mcjepa_jax.data import catalog, sources
+from mcjepa_jax.data import sources
+from mcjepa_jax.data.catalog import published
 from mcjepa_jax.errors import UserError
 from tests import layouts
 from tests.layouts import FINAL, RIGHT, TEST
@@ -124,7 +125,7 @@ def _frames(example):
 
 
 def test_every_name_is_in_these_tables_and_in_the_catalog():
-  uses = [use for d in catalog.DATASETS for use in d.reads]
+  uses = [use for d in published.DATASETS for use in d.reads]
   for kind, make, table in (
       ("motion", _motion, TRAINED_ON),
       ("flow", _flow_pairs, EVALUATED),

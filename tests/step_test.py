@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mcjepa_jax import step as steps
-from mcjepa_jax.data import synthetic
+from mcjepa_jax.data.sets import synthetic
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.losses import motion_objective, vicreg
 from mcjepa_jax.training import build

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from mcjepa_jax import errors, evaluate, suite
-from mcjepa_jax.data import flow_io, sources
+from mcjepa_jax.data import sources
+from mcjepa_jax.data.readers import flow_files
 from mcjepa_jax.evals import submit
 from tests import layouts, tiny
 
@@ -77,7 +78,7 @@ def test_sintels_bundler_finds_a_folder_a_pass_and_a_folder_a_scene(tmp_path):
   # The flow of a member is that of its own frames.
   index = frames.members.index("final/tiger/frame0002.flo")
   pair = frames[index]
-  flow, valid = flow_io.read_flo(folder / "final/tiger/frame0002.flo")
+  flow, valid = flow_files.read_flo(folder / "final/tiger/frame0002.flo")
   wanted = _predict(np.stack([pair["frame_1"], pair["frame_2"]]))[0]
   np.testing.assert_array_equal(flow, wanted)
   assert flow.shape == (*_SIZE, 2) and valid.all()
@@ -100,7 +101,7 @@ def test_kitti_takes_16_bit_pngs(tmp_path, year, archive, images, place):
     }
     zipped.extractall(tmp_path / "unpacked")
   path = tmp_path / "unpacked" / f"{place}000007_10.png"
-  flow, valid = flow_io.read_kitti_flow(path)
+  flow, valid = flow_files.read_kitti_flow(path)
   pair = frames[1]
   wanted = _predict(np.stack([pair["frame_1"], pair["frame_2"]]))[0]
   np.testing.assert_allclose(flow, wanted, atol=1 / 128)
@@ -115,7 +116,7 @@ def test_flow_beyond_the_format_is_cut_and_counted(tmp_path):
   )  # fmt: skip
   assert result["submit/kitti/largest_change"] == 600 - 511
   path = tmp_path / "out/kitti/flow/000007_10.png"
-  assert (flow_io.read_kitti_flow(path)[0] == 511).all()
+  assert (flow_files.read_kitti_flow(path)[0] == 511).all()
 
 
 @pytest.mark.parametrize("fault", ["changed", "holes"])
@@ -123,14 +124,14 @@ def test_a_file_that_does_not_hold_what_was_written_is_named(
     tmp_path, monkeypatch, fault
 ):
   layouts.kitti(tmp_path / "kitti/data_scene_flow")
-  plain = flow_io.write_kitti_flow
+  plain = flow_files.write_kitti_flow
 
   def damaged(path, field):
     if fault == "changed":
       return plain(path, field + 0.1)
     return plain(path, field, np.zeros((*field.shape[:2], 1), np.float32))
 
-  monkeypatch.setattr(flow_io, "write_kitti_flow", damaged)
+  monkeypatch.setattr(flow_files, "write_kitti_flow", damaged)
   with pytest.raises(errors.UserError, match="0_10.png: expected the flow"):
     _run("kitti", _kitti(tmp_path), tmp_path / "out")
   assert not (tmp_path / "out/kitti.zip").exists()
@@ -211,7 +212,7 @@ def _zip(path, members):
 
 
 def _flo(tmp_path, size):
-  flow_io.write_flo(tmp_path / "one.flo", np.ones((*size, 2), np.float32))
+  flow_files.write_flo(tmp_path / "one.flo", np.ones((*size, 2), np.float32))
   return (tmp_path / "one.flo").read_bytes()
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from mcjepa_jax import errors, evaluate, inference, suite
-from mcjepa_jax.data import flow_io, sources
+from mcjepa_jax.data import sources
+from mcjepa_jax.data.readers import flow_files
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.evals import result_table
 from mcjepa_jax.models import mcjepa
@@ -202,7 +203,7 @@ def _pairs(root):
   layouts.image(folder / "a_img1.png", 0)
   layouts.image(folder / "a_img2.png", 1)
   height, width = cv2.imread(str(folder / "a_img1.png")).shape[:2]
-  flow_io.write_flo(
+  flow_files.write_flo(
       folder / "a_flow.flo", np.ones((height, width, 2), np.float32)
   )
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mcjepa_jax import errors
-from mcjepa_jax.data import synthetic
+from mcjepa_jax.data.sets import synthetic
 from tests import scene_checks
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from mcjepa_jax.data import transforms
+from mcjepa_jax.data.pipeline import geometry
 from mcjepa_jax.errors import UserError
 
 
@@ -55,9 +55,7 @@ def _noise(height, width, seed=0):
 
 def test_random_box_has_torchvisions_area_and_aspect():
   rng = np.random.default_rng(0)
-  boxes = np.array(
-      [transforms.random_box(1000, 1000, rng) for _ in range(4000)]
-  )
+  boxes = np.array([geometry.random_box(1000, 1000, rng) for _ in range(4000)])
   top, left, height, width = boxes.T
   assert (top >= 0).all() and (top + height <= 1000).all()
   assert (left >= 0).all() and (left + width <= 1000).all()
@@ -80,7 +78,7 @@ def test_random_box_has_torchvisions_area_and_aspect():
 def test_every_place_is_equally_likely():
   rng = np.random.default_rng(0)
   recipe = dict(scale=(0.25, 0.25), ratio=(1.0, 1.0))
-  boxes = [transforms.random_box(4, 4, rng, **recipe) for _ in range(3000)]
+  boxes = [geometry.random_box(4, 4, rng, **recipe) for _ in range(3000)]
   places, counts = np.unique(boxes, axis=0, return_counts=True)
   np.testing.assert_array_equal(
       places, [(y, x, 2, 2) for y in range(3) for x in range(3)]
@@ -98,7 +96,7 @@ def test_every_place_is_equally_likely():
 )
 def test_box_that_never_fits_becomes_the_central_one(height, width, box):
   rng = np.random.default_rng(0)
-  assert transforms.random_box(height, width, rng, scale=(4.0, 5.0)) == box
+  assert geometry.random_box(height, width, rng, scale=(4.0, 5.0)) == box
 
 
 class _TorchDraws(np.random.Generator):
@@ -123,7 +121,7 @@ def test_boxes_are_torchvisions_for_the_same_draws():
     # Every seventh never fits.
     height, width = (60, 400) if seed % 7 == 0 else (375, 500)
     scale = (0.9, 1.0) if seed % 7 == 0 else (0.08, 1.0)
-    ours = transforms.random_box(
+    ours = geometry.random_box(
         height, width, _TorchDraws(seed), scale=scale, ratio=(3 / 4, 4 / 3)
     )
     torch.manual_seed(seed)
@@ -141,10 +139,10 @@ def test_boxes_are_torchvisions_for_the_same_draws():
 def test_resampling_is_pillows_antialiased_bicubic_within_two_grey_levels(size):
   image = _photograph(300, 400)
   box = (11, 23, 270, 331)
-  ours = transforms.resample(image, box, size)
+  ours = geometry.resample(image, box, size)
   expected = _pillow(image, box, size)
   assert np.abs(ours.astype(int) - expected).mean() < 2
-  mirrored = transforms.resample(image, box, size, flip=True)
+  mirrored = geometry.resample(image, box, size, flip=True)
   np.testing.assert_array_equal(mirrored, ours[:, ::-1])
 
 
@@ -154,10 +152,10 @@ def test_resampling_does_not_alias_nor_shift():
   board = np.indices((240, 240)).sum(axis=0) % 2 * 255
   board = np.repeat(board[..., None], 3, axis=2).astype(np.uint8)
   for side in (100, 70, 30):
-    view = transforms.resample(board, (0, 0, 240, 240), (side, side))
+    view = geometry.resample(board, (0, 0, 240, 240), (side, side))
     assert np.ptp(view[3:-3, 3:-3]) < 25 and abs(view.mean() - 127.5) < 1
   ramp = _coordinates(240, 240)
-  view = transforms.resample(ramp, (0, 0, 240, 240), (80, 80)).astype(int)
+  view = geometry.resample(ramp, (0, 0, 240, 240), (80, 80)).astype(int)
   centres = 3 * np.arange(80) + 1
   np.testing.assert_allclose(view[40, 3:-3, 0], centres[3:-3], atol=1)
   np.testing.assert_allclose(view[3:-3, 40, 1], centres[3:-3], atol=1)
@@ -165,7 +163,7 @@ def test_resampling_does_not_alias_nor_shift():
 
 def test_a_hostile_reduction_takes_little_memory():
   image = np.full((2, 2**20, 3), 50, np.uint8)
-  view = transforms.resample(image, (0, 0, 2, 2**20), (8, 8))
+  view = geometry.resample(image, (0, 0, 2, 2**20), (8, 8))
   assert (view == 50).all()
 
 
@@ -173,17 +171,17 @@ def test_no_pixel_beside_the_box_is_read():
   image = np.zeros((50, 60, 3), np.uint8)
   image[10:30, 20:50] = 200
   for size in ((8, 8), (40, 40), (10, 90)):
-    view = transforms.resample(image, (10, 20, 20, 30), size)
+    view = geometry.resample(image, (10, 20, 20, 30), size)
     assert (view == 200).all()
 
 
 def test_views_are_the_boxes_and_flips_of_their_draws():
   image = _photograph(90, 120)
   for seed in range(20):
-    views = transforms.two_views(image, np.random.default_rng(seed), size=32)
+    views = geometry.two_views(image, np.random.default_rng(seed), size=32)
     rng = np.random.default_rng(seed)
     for view in views:
-      expected = _pillow(image, transforms.random_box(90, 120, rng), (32, 32))
+      expected = _pillow(image, geometry.random_box(90, 120, rng), (32, 32))
       if rng.random() < 0.5:
         expected = expected[:, ::-1]
       assert np.abs(view.astype(int) - expected).mean() < 3
@@ -193,7 +191,7 @@ def test_views_are_two_crops_half_of_them_mirrored():
   image = _coordinates(64, 64)
   mirrored, rng = [], np.random.default_rng(0)
   for _ in range(600):
-    views = np.stack(transforms.two_views(image, rng, size=8, scale=(0.3, 1.0)))
+    views = np.stack(geometry.two_views(image, rng, size=8, scale=(0.3, 1.0)))
     assert views.shape == (2, 8, 8, 3) and views.dtype == np.uint8
     mirrored.append(views[:, 0, 0, 0] > views[:, 0, -1, 0])
     assert (views[:, 0, 0, 1] < views[:, -1, 0, 1]).all()
@@ -201,7 +199,7 @@ def test_views_are_two_crops_half_of_them_mirrored():
   mirrored = np.array(mirrored)
   np.testing.assert_allclose(mirrored.mean(axis=0), 0.5, atol=0.1)
   assert abs(np.corrcoef(mirrored.T)[0, 1]) < 0.2
-  views = np.stack(transforms.two_views(image, rng, size=8, flip=False))
+  views = np.stack(geometry.two_views(image, rng, size=8, flip=False))
   assert (views[:, 0, 0, 0] < views[:, 0, -1, 0]).all()
 
 
@@ -210,9 +208,7 @@ def test_pair_keeps_one_geometry_and_all_four_orientations():
   frame_2 = frame_1 + np.array([0, 0, 9], np.uint8)
   rng, seen, corners = np.random.default_rng(0), [], []
   for _ in range(400):
-    pair = np.stack(
-        transforms.pair_frames(frame_1, frame_2, rng, size=(24, 32))
-    )
+    pair = np.stack(geometry.pair_frames(frame_1, frame_2, rng, size=(24, 32)))
     assert pair.shape == (2, 24, 32, 3)
     np.testing.assert_array_equal(pair[0, ..., :2], pair[1, ..., :2])
     # Untouched pixels: neighbours are neighbours of the frame.
@@ -233,7 +229,7 @@ def test_pair_keeps_one_geometry_and_all_four_orientations():
 def test_flip_and_swap_can_be_switched_off():
   frame_1, frame_2 = _noise(24, 32, 1), _noise(24, 32, 2)
   for seed in range(8):
-    pair = transforms.pair_frames(
+    pair = geometry.pair_frames(
         frame_1,
         frame_2,
         np.random.default_rng(seed),
@@ -248,12 +244,12 @@ def test_small_frame_is_enlarged_just_enough():
   # 20x60 for 32x48: the height asks for 1.6, so 30 of the 60 columns remain.
   rng = np.random.default_rng(0)
   boxes = [
-      transforms.pair_box(20, 60, rng, size=(32, 48), scale=(0.5, 1.0))
+      geometry.pair_box(20, 60, rng, size=(32, 48), scale=(0.5, 1.0))
       for _ in range(100)
   ]
   assert {(box[0], *box[2:]) for box in boxes} == {(0, 20, 30)}
   assert {box[1] for box in boxes} >= {0, 30}
-  pair = transforms.pair_frames(
+  pair = geometry.pair_frames(
       _noise(20, 60), _noise(20, 60), rng, size=(32, 48)
   )
   assert [frame.shape for frame in pair] == 2 * [(32, 48, 3)]
@@ -263,7 +259,7 @@ def test_scale_is_drawn_log_uniformly():
   rng = np.random.default_rng(0)
   boxes = np.array(
       [
-          transforms.pair_box(
+          geometry.pair_box(
               1000, 2000, rng, size=(100, 200), scale=(1 / 8, 1 / 2)
           )
           for _ in range(2000)
@@ -276,7 +272,7 @@ def test_scale_is_drawn_log_uniformly():
 
 def test_scaled_pair_is_resampled_once_from_its_box():
   frame = _photograph(60, 80)
-  pair = transforms.pair_frames(
+  pair = geometry.pair_frames(
       frame,
       frame,
       np.random.default_rng(0),
@@ -284,13 +280,13 @@ def test_scaled_pair_is_resampled_once_from_its_box():
       scale=(0.5, 0.5),
       flip=False,
   )
-  expected = transforms.resample(frame, (0, 0, 60, 80), (30, 40))
+  expected = geometry.resample(frame, (0, 0, 60, 80), (30, 40))
   np.testing.assert_array_equal(pair, [expected, expected])
 
 
 def test_resize_mode_keeps_the_whole_frame():
   frame = _photograph(30, 100)
-  pair = transforms.pair_frames(
+  pair = geometry.pair_frames(
       frame,
       frame,
       np.random.default_rng(0),
@@ -298,7 +294,7 @@ def test_resize_mode_keeps_the_whole_frame():
       mode="resize",
       flip=False,
   )
-  expected = transforms.resample(frame, (0, 0, 30, 100), (16, 48))
+  expected = geometry.resample(frame, (0, 0, 30, 100), (16, 48))
   np.testing.assert_array_equal(pair, [expected, expected])
 
 
@@ -310,13 +306,13 @@ _TURN = dict(
 )
 
 
-def _corners(geometry):
+def _corners(crop):
   """The corners of both cuts' outermost pixels, in their frames."""
-  rows, columns = geometry.size
+  rows, columns = crop.size
   corners = np.array(
       [[x, y, 1] for x in (-0.5, columns - 0.5) for y in (-0.5, rows - 0.5)]
   )
-  return np.concatenate([corners @ m.T for m in geometry.maps])
+  return np.concatenate([corners @ m.T for m in crop.maps])
 
 
 @pytest.mark.parametrize("mode", ["crop", "resize"])
@@ -324,10 +320,10 @@ def _corners(geometry):
 def test_a_turned_cut_lies_inside_and_anywhere(mode, size):
   rng, low, high = np.random.default_rng(0), [], []
   for _ in range(400):
-    geometry = transforms.pair_geometry(
+    crop = geometry.pair_geometry(
         60, 100, rng, size=size, mode=mode, scale=(0.5, 1.0), **_TURN
     )
-    corners = _corners(geometry)
+    corners = _corners(crop)
     low.append(corners.min(axis=0))
     high.append(corners.max(axis=0))
   assert (np.array(low) >= -0.5 - 1e-6).all()
@@ -340,7 +336,7 @@ def test_a_turned_cut_lies_inside_and_anywhere(mode, size):
 def test_turns_are_drawn_uniformly_from_their_ranges():
   rng, angles, zooms, shifts, turns = np.random.default_rng(0), [], [], [], []
   draw = functools.partial(
-      transforms.pair_geometry, 400, 400, rng, size=(40, 60), flip=False
+      geometry.pair_geometry, 400, 400, rng, size=(40, 60), flip=False
   )
   for _ in range(2000):
     first, second = np.concatenate(
@@ -367,7 +363,7 @@ def test_turns_are_drawn_uniformly_from_their_ranges():
 def test_a_turn_is_torchvisions():
   functional = pytest.importorskip("torchvision.transforms.functional")
   for angle in (-30.0, 7.0, 90.0):
-    geometry = transforms.pair_geometry(
+    crop = geometry.pair_geometry(
         300,
         300,
         np.random.default_rng(0),
@@ -381,19 +377,17 @@ def test_a_turn_is_torchvisions():
         [0.0, 0.0], -angle, [0.0, 0.0], 0.5, [0.0, 0.0]
     )
     expected = np.reshape(expected, (2, 3))
-    np.testing.assert_allclose(
-        geometry.maps[0][:, :2], expected[:, :2], atol=1e-6
-    )
+    np.testing.assert_allclose(crop.maps[0][:, :2], expected[:, :2], atol=1e-6)
 
 
 def test_no_turn_leaves_the_draws_of_a_plain_pair():
   frame_1, frame_2 = _noise(60, 80, 1), _noise(60, 80, 2)
   for seed in range(10):
     rng = np.random.default_rng(seed)
-    pair = transforms.pair_frames(frame_1, frame_2, rng, size=(24, 32))
+    pair = geometry.pair_frames(frame_1, frame_2, rng, size=(24, 32))
     ours = rng.random()
     rng = np.random.default_rng(seed)
-    top, left, *_ = transforms.pair_box(60, 80, rng, size=(24, 32))
+    top, left, *_ = geometry.pair_box(60, 80, rng, size=(24, 32))
     mirrored, swapped = rng.random(2) < 0.5
     frames = (frame_2, frame_1) if swapped else (frame_1, frame_2)
     for frame, cut in zip(frames, pair, strict=True):
@@ -410,13 +404,13 @@ def test_a_turned_cut_shows_what_its_map_says(scale):
   frame = _coordinates(200, 250)
   rng = np.random.default_rng(0)
   for _ in range(10):
-    geometry = transforms.pair_geometry(
+    crop = geometry.pair_geometry(
         200, 250, rng, size=(50, 60), scale=(scale, scale), **_TURN
     )
     y, x = np.mgrid[3:47, 3:57]
     pixels = np.stack([x, y, np.ones_like(x)], axis=-1)
     for cut, matrix in zip(
-        transforms.cut_pair(geometry, frame, frame), geometry.maps, strict=True
+        geometry.cut_pair(crop, frame, frame), crop.maps, strict=True
     ):
       np.testing.assert_allclose(
           cut[3:47, 3:57, :2], pixels @ matrix.T, atol=1.1
@@ -446,20 +440,18 @@ def test_flow_of_a_cut_leads_to_the_same_point_of_frame_2(kind, turn, mode):
   valid = np.ones((150, 200, 1), np.float32)
   rng = np.random.default_rng(0)
   for _ in range(8):
-    geometry = transforms.pair_geometry(
+    crop = geometry.pair_geometry(
         150, 200, rng, size=(64, 96), mode=mode, scale=(0.7, 1.4), **turn
     )
-    cut, known = transforms.cut_flow(geometry, flow, valid)
+    cut, known = geometry.cut_flow(crop, flow, valid)
     assert cut.shape == (64, 96, 2) and (known == 1).all()
     y, x = np.mgrid[:64, :96]
     pixels = np.stack([x, y], axis=-1).astype(np.float64)
-    first, second = (
-        lambda p, m=m: p @ m[:, :2].T + m[:, 2] for m in geometry.maps
-    )
+    first, second = (lambda p, m=m: p @ m[:, :2].T + m[:, 2] for m in crop.maps)
     source = first(pixels)
     reached = second(pixels + cut)
     # In pixels of the cut: the frame's may be larger.
-    scale = np.linalg.norm(geometry.maps[0][:, :2], 2)
+    scale = np.linalg.norm(crop.maps[0][:, :2], 2)
     error = np.abs(reached - (source + function(source))) / scale
     assert error[2:-2, 2:-2].max() < 1e-3
 
@@ -473,11 +465,11 @@ def test_flow_of_a_cut_warps_its_second_frame_onto_its_first():
   valid = np.ones((140, 180, 1), np.float32)
   rng = np.random.default_rng(1)
   for _ in range(8):
-    geometry = transforms.pair_geometry(
+    crop = geometry.pair_geometry(
         140, 180, rng, size=(60, 70), swap=False, **_TURN
     )
-    ours, other = transforms.cut_pair(geometry, frame_1, frame_2)
-    cut, _ = transforms.cut_flow(geometry, flow, valid)
+    ours, other = geometry.cut_pair(crop, frame_1, frame_2)
+    cut, _ = geometry.cut_flow(crop, flow, valid)
     y, x = np.mgrid[:60, :70].astype(np.float32)
     warped = cv2.remap(other, x + cut[..., 0], y + cut[..., 1], cv2.INTER_CUBIC)
     error = np.abs(warped.astype(int) - ours)[12:-12, 12:-12]
@@ -489,11 +481,11 @@ def test_a_swapped_cut_is_that_of_the_swapped_frames():
   frame_1, frame_2 = _smooth(60, 80, 1), _smooth(60, 80, 2)
   rng, swaps = np.random.default_rng(0), 0
   for turn in 20 * [{}] + 20 * [_TURN]:
-    geometry = transforms.pair_geometry(60, 80, rng, size=(30, 40), **turn)
-    swaps += geometry.swap
-    cuts = transforms.cut_pair(geometry, frame_1, frame_2)
-    frames = (frame_2, frame_1) if geometry.swap else (frame_1, frame_2)
-    plain = transforms.cut_pair(geometry._replace(swap=False), *frames)
+    crop = geometry.pair_geometry(60, 80, rng, size=(30, 40), **turn)
+    swaps += crop.swap
+    cuts = geometry.cut_pair(crop, frame_1, frame_2)
+    frames = (frame_2, frame_1) if crop.swap else (frame_1, frame_2)
+    plain = geometry.cut_pair(crop._replace(swap=False), *frames)
     np.testing.assert_array_equal(cuts, plain)
   assert 8 <= swaps <= 32
 
@@ -508,13 +500,13 @@ def test_flow_is_known_where_all_it_is_read_from_is():
   for turn in ({}, _TURN):
     unknown = 0
     for _ in range(8):
-      geometry = transforms.pair_geometry(60, 80, rng, size=(40, 50), **turn)
-      cut, known = transforms.cut_flow(geometry, flow, valid)
+      crop = geometry.pair_geometry(60, 80, rng, size=(40, 50), **turn)
+      cut, known = geometry.cut_flow(crop, flow, valid)
       assert (cut[known[..., 0] == 0] == 0).all()
       unknown += (known == 0).sum()
       y, x = np.mgrid[:40, :50]
       pixels = np.stack([x, y], axis=-1).astype(np.float64)
-      first, second = geometry.maps
+      first, second = crop.maps
       source = pixels @ first[:, :2].T + first[:, 2]
       there = (pixels + cut) @ second[:, :2].T + second[:, 2]
       error = np.abs(there - source - function(source)) * known
@@ -525,9 +517,9 @@ def test_flow_is_known_where_all_it_is_read_from_is():
 def test_faults_of_a_pair_are_the_users():
   rng = np.random.default_rng(0)
   with pytest.raises(UserError, match="10x20 and 10x21"):
-    transforms.pair_frames(_noise(10, 20), _noise(10, 21), rng, size=(8, 8))
+    geometry.pair_frames(_noise(10, 20), _noise(10, 21), rng, size=(8, 8))
   with pytest.raises(UserError, match='"crop" or "resize", got "pad"'):
-    transforms.pair_frames(
+    geometry.pair_frames(
         _noise(10, 20), _noise(10, 20), rng, size=(8, 8), mode="pad"
     )
 
@@ -535,10 +527,10 @@ def test_faults_of_a_pair_are_the_users():
 def test_center_resize_takes_the_central_square():
   image = np.zeros((20, 60, 3), np.uint8)
   image[:, 20:40] = 255
-  assert (transforms.center_resize(image, 8) == 255).all()
-  assert (transforms.center_resize(np.swapaxes(image, 0, 1), 8) == 255).all()
+  assert (geometry.center_resize(image, 8) == 255).all()
+  assert (geometry.center_resize(np.swapaxes(image, 0, 1), 8) == 255).all()
   np.testing.assert_array_equal(
-      transforms.center_resize(image, 20), image[:, 20:40]
+      geometry.center_resize(image, 20), image[:, 20:40]
   )
 
 
@@ -548,10 +540,10 @@ def test_everything_follows_from_the_generator(mode):
 
   def draw(seed):
     rng = np.random.default_rng(seed)
-    pair = transforms.pair_frames(
+    pair = geometry.pair_frames(
         image, image[::-1], rng, size=(16, 16), mode=mode, scale=(0.4, 1.0)
     )
-    return np.stack(pair + transforms.two_views(image, rng, size=16))
+    return np.stack(pair + geometry.two_views(image, rng, size=16))
 
   np.testing.assert_array_equal(draw(1), draw(1))
   assert (draw(1) != draw(2)).any()

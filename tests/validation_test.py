@@ -4,7 +4,8 @@ import pytest
 
 from configs import mcjepa_convnext_tiny, quickstart
 from mcjepa_jax import errors
-from mcjepa_jax.data import pipeline, synthetic
+from mcjepa_jax.data.pipeline import batches
+from mcjepa_jax.data.sets import synthetic
 from mcjepa_jax.training import validation
 from tests import tiny
 
@@ -109,11 +110,11 @@ def test_a_batch_that_the_devices_divide_feeds_as_many_hosts(pairs, hosts):
   faults = validation.faults(
       tiny.config(motion__batch_size=pairs, mode="motion"), devices=hosts
   )
-  source = pipeline.MotionSource(
+  source = batches.MotionSource(
       "made", synthetic.Pairs(seed=0, num_examples=2), (32, 32)
   )
   refused = errors.collect(
-      lambda: pipeline.motion_stream(
+      lambda: batches.motion_stream(
           [source], batch_size=pairs, seed=0, host_count=hosts
       )
   )

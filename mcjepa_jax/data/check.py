@@ -47,15 +47,10 @@ import numpy as np
 import tqdm
 
 from mcjepa_jax import errors
-from mcjepa_jax.data import (
-    array_records,
-    catalog,
-    crops,
-    flow_faults,
-    image_io,
-    sources,
-    transforms,
-)
+from mcjepa_jax.data import flow_sanity, sources
+from mcjepa_jax.data.catalog import published
+from mcjepa_jax.data.pipeline import geometry, labelled_crops
+from mcjepa_jax.data.readers import array_records, image_files
 from mcjepa_jax.runtime import command_line, visualize
 from mcjepa_jax.storage import paths
 
@@ -103,7 +98,7 @@ _OPEN: dict[str, Callable[[str, Settings], Any]] = {
 }
 # Of label maps in a panel; void is black.
 _COLOURS = np.random.default_rng(0).integers(0, 256, (256, 3), np.uint8)
-_COLOURS[crops.VOID] = 0
+_COLOURS[labelled_crops.VOID] = 0
 
 
 def _held_out(settings: Settings) -> int:
@@ -118,7 +113,7 @@ class _Source:
     self.kind, _, self.name = use.partition("/")
     self.faults: list[str] = []
     self.warnings: list[str] = []
-    self.judge = flow_faults.Judge()
+    self.judge = flow_sanity.Judge()
     self.decoded = 0
     self._unreachable = False
     self._settings = settings
@@ -134,10 +129,10 @@ class _Source:
 
   def count(self, allow_partial: bool) -> None:
     """Holds the number of examples against what is published."""
-    message = catalog.miscount(self.use, len(self.dataset))
+    message = published.miscount(self.use, len(self.dataset))
     if message is None:
       return
-    fewer = len(self.dataset) < catalog.published(self.use).value
+    fewer = len(self.dataset) < published.published(self.use).value
     (self.warnings if fewer and allow_partial else self.faults).append(message)
 
   def sample(self, samples: int) -> list[int]:
@@ -175,21 +170,21 @@ class _Source:
   ) -> list[tuple[str, np.ndarray]]:
     """Returns labels and pictures of an image: the square's, and its views."""
     image, views = example["image"], self._settings.views
-    square = transforms.center_resize(image, views["size"])
+    square = geometry.center_resize(image, views["size"])
     if "labels" in example:
       labels = _COLOURS[example["labels"]]
-      labels = transforms.center_resize(labels, views["size"])
+      labels = geometry.center_resize(labels, views["size"])
       return [("image", square), ("classes", labels)]
     if self.kind == "davis":
       mask = np.where(example["mask"][..., None] > 0, image, image // 4)
-      masked = transforms.center_resize(mask, views["size"])
+      masked = geometry.center_resize(mask, views["size"])
       return [("first frame", square), ("its objects", masked)]
     if self.kind == "knn":
       label = int(example["label"])
       classes = getattr(self.dataset, "classes", None)
       return [(f"{label} {classes[label]}" if classes else f"{label}", square)]
     rng = np.random.default_rng((zlib.crc32(self.use.encode()), index))
-    first, second = transforms.two_views(image, rng, **views)
+    first, second = geometry.two_views(image, rng, **views)
     return [("image", square), ("view 1", first), ("view 2", second)]
 
   def _panel(self) -> np.ndarray | None:
@@ -213,7 +208,7 @@ class _Source:
     with tqdm.tqdm(desc=label, total=total, unit="B", unit_scale=True) as bar:
       for shard in shards:
         path, digest = folder / shard["name"], hashlib.sha256()
-        with image_io.opened(path, "a shard", again=True) as (file, _):
+        with image_files.opened(path, "a shard", again=True) as (file, _):
           while chunk := file.read(_CHUNK):
             digest.update(chunk)
             bar.update(len(chunk))
@@ -233,7 +228,7 @@ class _Source:
     if panel is not None:
       path = output / f"{self.kind}_{self.name}.png"
       _write(path, panel)
-    published = catalog.published(self.use)
+    fact = published.published(self.use)
     has_flow = self.kind == "flow" and self.decoded > 0
     faults = list(dict.fromkeys(self.faults))
     more = len(faults) - _MAX_FAULTS
@@ -241,7 +236,7 @@ class _Source:
       faults[_MAX_FAULTS:] = [f"and {more} more"]
     return {
         "count": None if self.dataset is None else len(self.dataset),
-        "published": published and published.value,
+        "published": fact and fact.value,
         "decoded": self.decoded,
         "faults": faults,
         "warnings": self.warnings,
@@ -254,7 +249,7 @@ class _Source:
 
 def _origin(name: str) -> str:
   """Returns where a set is found and how it lies, if that is known."""
-  for dataset in catalog.DATASETS:
+  for dataset in published.DATASETS:
     if name in (use.partition("/")[2] for use in dataset.reads):
       return (
           f"; {dataset.title} is downloaded from {dataset.download} and lies as"
@@ -329,7 +324,7 @@ def check(
     settings: Settings,
     *,
     samples: int = _SAMPLES,
-    output: image_io.Path = _OUTPUT,
+    output: image_files.Path = _OUTPUT,
     allow_partial: bool = False,
 ) -> dict[str, Any]:
   """Returns what is found about sources, each KIND/NAME; panels are written.

@@ -43,7 +43,8 @@ from array_record.python import array_record_module
 import tqdm
 
 from mcjepa_jax import errors
-from mcjepa_jax.data import array_records, image_datasets, image_io
+from mcjepa_jax.data.readers import array_records, image_files
+from mcjepa_jax.data.sets import image_sets
 from mcjepa_jax.runtime import command_line
 from mcjepa_jax.storage import paths
 
@@ -96,7 +97,7 @@ def _count() -> None:
 def _read(shard: _Shard, name: str) -> bytes | Fault:
   path = shard.root / name
   try:
-    return image_io.read_encoded(path)
+    return image_files.read_encoded(path)
   except paths.Unreachable:
     raise  # no fault of the image
   except errors.UserError as error:
@@ -106,7 +107,7 @@ def _read(shard: _Shard, name: str) -> bytes | Fault:
 def _undecodable(name: str, data: bytes) -> Fault | None:
   try:
     # Smaller takes a third of the time, and still reads a JPEG to its end.
-    image_io.decode_image(data, name, min_side=1)
+    image_files.decode_image(data, name, min_side=1)
   except errors.UserError as error:
     return name, str(error).removeprefix(f"{name}: ")
   return None
@@ -160,7 +161,7 @@ def _verify(shard: _Shard) -> tuple[dict[str, Any], list[Fault]] | None:
 
 
 def _compared(
-    shard: _Shard, place: image_io.Path
+    shard: _Shard, place: image_files.Path
 ) -> tuple[dict[str, Any], list[Fault]] | None:
   faults = []
   try:
@@ -241,8 +242,8 @@ class _Pool:
 
 def convert(
     *,
-    source: image_io.Path,
-    output: image_io.Path,
+    source: image_files.Path,
+    output: image_files.Path,
     shards: int = _SHARDS,
     workers: int = 1,
     skip_bad: bool = False,
@@ -255,7 +256,7 @@ def convert(
   """
   root = paths.require(paths.path(source), "--input")
   folder = paths.path(output)
-  listing = image_datasets.find_images(root)
+  listing = image_sets.find_images(root)
   _check_links(root, listing.links)
   names = list(listing.names)
   labels = [-1] * len(names)

@@ -13,16 +13,15 @@ from jaxtyping import Integer
 import numpy as np
 
 from mcjepa_jax import errors
-from mcjepa_jax.data import (
-    array_records,
+from mcjepa_jax.data.readers import array_records, video_files
+from mcjepa_jax.data.sets import (
     cutouts,
-    flow_datasets,
+    flow_sets,
     frame_folders,
-    image_datasets,
-    mask_datasets,
-    segmentation_datasets,
+    image_sets,
+    mask_sets,
+    segmentation_sets,
     synthetic,
-    video,
 )
 from mcjepa_jax.storage import paths
 
@@ -111,12 +110,12 @@ def _motion_table(
     def make(root):
       found = find(root, *args, **options)
       folders = frame_folders.frame_folders(*found, leave_out=leave_out)
-      return video.SequencePairs(folders, gaps=gaps)
+      return video_files.SequencePairs(folders, gaps=gaps)
 
     return make
 
   def filmed(found):
-    return video.SequencePairs(
+    return video_files.SequencePairs(
         found, gaps=gaps, skip_cuts=True, min_change=_STILL
     )
 
@@ -126,7 +125,7 @@ def _motion_table(
 
   def kitti(year):
     name = f"kitti_{year}"
-    frames = functools.partial(sequences, flow_datasets.kitti_frames, year)
+    frames = functools.partial(sequences, flow_sets.kitti_frames, year)
     return {
         name: frames("training", leave_out=_KITTI_NO_PAIR),
         f"{name}_test": frames("testing", leave_out=_KITTI_NO_PAIR),
@@ -136,14 +135,14 @@ def _motion_table(
         f"{name}_multiview_test": frames("testing", multiview=True),
     }
 
-  flows = flow_datasets
+  flows = flow_sets
   both = ("left", "right")
   return {
       "synthetic": lambda root: train_pairs(seed, size, _TRAIN_PAIRS),
       "cutouts": lambda root: _cutouts(
           root, _train_seed(seed), size, _TRAIN_PAIRS
       ),
-      "video": lambda root: filmed(video.videos(root / "video")),
+      "video": lambda root: filmed(video_files.videos(root / "video")),
       "frames": lambda root: filmed(
           frame_folders.frame_folders(root / "frames")
       ),
@@ -185,7 +184,7 @@ def images(
   """
 
   def frames(pairs):
-    return lambda root: image_datasets.SequenceFrames(pairs(root).sequences)
+    return lambda root: image_sets.SequenceFrames(pairs(root).sequences)
 
   table = {
       motion_name: frames(make)
@@ -193,29 +192,29 @@ def images(
       if motion_name not in _WITHOUT_SEQUENCES
   } | {
       "synthetic": lambda root: train_images(seed, size, _TRAIN_IMAGES),
-      "imagenet": lambda root: image_datasets.ImageFolder(
+      "imagenet": lambda root: image_sets.ImageFolder(
           root / "imagenet" / "train"
       ),
       "imagenet_tfds": lambda root: _tfds(root / "imagenet2012", "train"),
       "imagenet_records": lambda root: array_records.ConvertedImages(
           root / "imagenet_records" / "train"
       ),
-      "images": lambda root: image_datasets.ImageFolder(root / "images"),
+      "images": lambda root: image_sets.ImageFolder(root / "images"),
       "records": lambda root: array_records.ConvertedImages(root / "records"),
-      "cifar10": lambda root: image_datasets.NpzImages(
+      "cifar10": lambda root: image_sets.NpzImages(
           root / "cifar10" / "train.npz"
       ),
-      "cifar10_bin": lambda root: image_datasets.cifar10_binary(
+      "cifar10_bin": lambda root: image_sets.cifar10_binary(
           root / "cifar-10-batches-bin", "train"
       ),
-      "stl10": lambda root: image_datasets.stl10_binary(
+      "stl10": lambda root: image_sets.stl10_binary(
           root / "stl10_binary", "unlabeled"
       ),
       # Where nothing moves too, of which there are no pairs.
-      "video": lambda root: image_datasets.SequenceFrames(
-          video.videos(root / "video")
+      "video": lambda root: image_sets.SequenceFrames(
+          video_files.videos(root / "video")
       ),
-      "frames": lambda root: image_datasets.SequenceFrames(
+      "frames": lambda root: image_sets.SequenceFrames(
           frame_folders.frame_folders(root / "frames")
       ),
   }
@@ -250,7 +249,7 @@ def flow_pairs(
   into the future. `seed`, `size` and `count` are of the procedural set and the
   cut-outs alone.
   """
-  flows, only = flow_datasets, functools.partial
+  flows, only = flow_sets, functools.partial
   things = only(flows.flying_things, split="TEST")
   subset = only(flows.flying_things_subset, split="val")
   final = dict(render="final")
@@ -319,17 +318,17 @@ def labelled(
       "synthetic": lambda root: synthetic.Images(
           size=(size, size), seed=seed, num_examples=count
       ),
-      "cifar10": lambda root: image_datasets.NpzImages(
+      "cifar10": lambda root: image_sets.NpzImages(
           root / "cifar10" / "train.npz"
       ),
-      "imagenet_train": lambda root: image_datasets.ImageFolder(
+      "imagenet_train": lambda root: image_sets.ImageFolder(
           root / "imagenet" / "train"
       ),
       "imagenet_train_tfds": lambda root: _tfds(root / "imagenet2012", "train"),
       "imagenet_train_records": lambda root: array_records.ConvertedImages(
           root / "imagenet_records" / "train"
       ),
-      "imagenet_val": lambda root: image_datasets.ImageFolder(
+      "imagenet_val": lambda root: image_sets.ImageFolder(
           root / "imagenet" / "val"
       ),
       "imagenet_val_tfds": lambda root: _tfds(
@@ -338,16 +337,16 @@ def labelled(
       "imagenet_val_records": lambda root: array_records.ConvertedImages(
           root / "imagenet_records" / "val"
       ),
-      "cifar10_bin_train": lambda root: image_datasets.cifar10_binary(
+      "cifar10_bin_train": lambda root: image_sets.cifar10_binary(
           root / "cifar-10-batches-bin", "train"
       ),
-      "cifar10_bin_test": lambda root: image_datasets.cifar10_binary(
+      "cifar10_bin_test": lambda root: image_sets.cifar10_binary(
           root / "cifar-10-batches-bin", "test"
       ),
-      "stl10_train": lambda root: image_datasets.stl10_binary(
+      "stl10_train": lambda root: image_sets.stl10_binary(
           root / "stl10_binary", "train"
       ),
-      "stl10_test": lambda root: image_datasets.stl10_binary(
+      "stl10_test": lambda root: image_sets.stl10_binary(
           root / "stl10_binary", "test"
       ),
   }
@@ -363,9 +362,9 @@ def labelled(
 
 def segmentation(
     name: str, root: str | paths.Location
-) -> segmentation_datasets.Parts:
+) -> segmentation_sets.Parts:
   """The parts of a set with label maps: {image, labels}, to train and to test."""
-  sets, only = segmentation_datasets, functools.partial
+  sets, only = segmentation_sets, functools.partial
   table = {
       "ade20k": sets.ade20k,
       "ade20k_sample": sets.ade20k_sample,
@@ -381,13 +380,13 @@ def segmentation(
 
 def mask_sequences(
     name: str, root: str | paths.Location
-) -> mask_datasets.MaskSequences:
+) -> mask_sets.MaskSequences:
   """A set of sequences with masks of their objects."""
-  davis = mask_datasets.davis
+  davis = mask_sets.davis
   table = {
       "2016": functools.partial(davis, year="2016"),
       "2017": functools.partial(davis, year="2017"),
-      "youtube_vos": mask_datasets.youtube_vos,
+      "youtube_vos": mask_sets.youtube_vos,
   }
   make = choice(table, name, "evals: davis")
   return make(_root(root, name))
@@ -489,9 +488,7 @@ def _cutouts(
     root: paths.Location, seed: int, size: tuple[int, int], count: int
 ) -> cutouts.Pairs:
   """Scenes out of root/images: other seeds share photographs, but no motion."""
-  photographs = image_datasets.ImageFolder(
-      root / "images", min_side=2 * max(size)
-  )
+  photographs = image_sets.ImageFolder(root / "images", min_side=2 * max(size))
   return cutouts.Pairs(photographs, size=size, seed=seed, num_examples=count)
 
 

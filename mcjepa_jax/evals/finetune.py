@@ -12,7 +12,7 @@ import optax
 import tqdm
 
 from mcjepa_jax import errors, optimizer
-from mcjepa_jax.data import transforms
+from mcjepa_jax.data.pipeline import geometry
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.evals import probe
 from mcjepa_jax.models import mcjepa
@@ -27,8 +27,8 @@ def view(
     image: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator, size: int
 ) -> UInt8[np.ndarray, "s s 3"]:
   """A random box of the image at `size`, mirrored or not (torchvision's rule)."""
-  box = transforms.random_box(*image.shape[:2], rng)
-  return transforms.resample(
+  box = geometry.random_box(*image.shape[:2], rng)
+  return geometry.resample(
       image, box, (size, size), flip=bool(rng.random() < 0.5)
   )
 
@@ -128,7 +128,7 @@ def run(
     for first in bar(range(0, len(test), batch_size)):
       part = [test[i] for i in range(first, min(first + batch_size, len(test)))]
       images = np.stack(
-          [transforms.center_resize(x["image"], size) for x in part]
+          [geometry.center_resize(x["image"], size) for x in part]
       )
       labels = np.array([x["label"] for x in part])
       # Padded with repeats to one shape; the rest is dropped.

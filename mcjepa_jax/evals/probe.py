@@ -15,7 +15,7 @@ import numpy as np
 import tqdm
 
 from mcjepa_jax import metrics
-from mcjepa_jax.data import transforms
+from mcjepa_jax.data.pipeline import geometry
 
 # images u8 [n, h, w, 3] -> features [n, d]
 Embedder = Callable[[np.ndarray], np.ndarray]
@@ -87,7 +87,7 @@ def extract(
 def _sized(image, size):
   if image.shape[:2] == (size, size):
     return image
-  return transforms.center_resize(image, size)
+  return geometry.center_resize(image, size)
 
 
 def _put(found, key, count, rows, values):

@@ -19,8 +19,8 @@ import optax
 import tqdm
 
 from mcjepa_jax import errors, metrics, optimizer
-from mcjepa_jax.data import crops
-from mcjepa_jax.data.crops import VOID
+from mcjepa_jax.data.pipeline import labelled_crops
+from mcjepa_jax.data.pipeline.labelled_crops import VOID
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.ops import flow_ops
 
@@ -359,7 +359,7 @@ def slide(
 
   for image in images:
     size = image.shape[:2]
-    image = crops.padded(image, window)
+    image = labelled_crops.padded(image, window)
     places = [
         (top, left)
         for top in starts(size[0], window, stride)
@@ -424,7 +424,7 @@ def confusion_matrices(
             f"{name}: {dataset.record_id(i)} has no labelled pixel and counts"
             " in nothing"
         )
-      image = crops.fitted(example["image"], short_side)
+      image = labelled_crops.fitted(example["image"], short_side)
       height, width = image.shape[:2]
       if height * width > max_pixels:
         raise errors.UserError(

@@ -21,7 +21,7 @@ import numpy as np
 import tqdm
 
 from mcjepa_jax import errors
-from mcjepa_jax.data import flow_io, image_io
+from mcjepa_jax.data.readers import flow_files, image_files
 from mcjepa_jax.evals import flow, tiling
 
 _NAMED = 5  # members in an error
@@ -172,10 +172,10 @@ def _write(path: pathlib.Path, field: Float[np.ndarray, "h w 2"]) -> float:
         np.clip(field, -_KITTI_RANGE, _KITTI_RANGE),
         _KITTI_STEP,
     )
-    flow_io.write_kitti_flow(path, written)
+    flow_files.write_kitti_flow(path, written)
   else:
-    flow_io.write_flo(path, written)
-  read, valid = flow_io.read_flow(path)
+    flow_files.write_flo(path, written)
+  read, valid = flow_files.read_flow(path)
   change = float(np.abs(read - written).max()) if valid.all() else np.inf
   if change > tolerance:
     raise errors.UserError(
@@ -206,7 +206,7 @@ def check(archive: pathlib.Path, sizes: Mapping[str, tuple[int, int]]) -> None:
 
   `sizes` are the (h, w) of each member's flow.
   """
-  with image_io.opened(archive, "a zip archive") as (file, _):
+  with image_files.opened(archive, "a zip archive") as (file, _):
     try:
       with zipfile.ZipFile(file) as packed:
         _check_members(archive, packed, sizes)

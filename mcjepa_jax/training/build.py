@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from mcjepa_jax import optimizer, step
-from mcjepa_jax.data import catalog, pipeline, sources
+from mcjepa_jax.data import sources
+from mcjepa_jax.data.catalog import published
+from mcjepa_jax.data.pipeline import batches
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.models import mcjepa
 
@@ -126,7 +128,7 @@ def _weight(mixing: str, number: float, dataset: Any) -> float:
   return number * len(dataset) if mixing == "repetitions" else number
 
 
-def streams(config: Any) -> dict[str, pipeline.Stream]:
+def streams(config: Any) -> dict[str, batches.Stream]:
   """The streams that the mode reads, by task, each at its first batch.
 
   No worker runs yet. Of many hosts each reads its own rows.
@@ -157,8 +159,8 @@ def streams(config: Any) -> dict[str, pipeline.Stream]:
           gaps=tuple(motion.gaps),
       )
       weight = _weight(motion.mixing, number, dataset)
-      mixed.append(pipeline.MotionSource(name, dataset, size, weight, geometry))
-    result["motion"] = pipeline.motion_stream(
+      mixed.append(batches.MotionSource(name, dataset, size, weight, geometry))
+    result["motion"] = batches.motion_stream(
         mixed,
         batch_size=motion.batch_size,
         seed=config.seed,
@@ -171,8 +173,8 @@ def streams(config: Any) -> dict[str, pipeline.Stream]:
     for name, number in content.sources:
       dataset = sources.images(name, root, seed=config.seed, size=content.size)
       weight = _weight(content.mixing, number, dataset)
-      mixed.append(pipeline.ContentSource(name, dataset, weight))
-    result["content"] = pipeline.content_stream(
+      mixed.append(batches.ContentSource(name, dataset, weight))
+    result["content"] = batches.content_stream(
         mixed,
         batch_size=content.batch_size,
         size=content.size,
@@ -186,7 +188,7 @@ def streams(config: Any) -> dict[str, pipeline.Stream]:
   return result
 
 
-def miscounts(config: Any, streams: dict[str, pipeline.Stream]) -> list[str]:
+def miscounts(config: Any, streams: dict[str, batches.Stream]) -> list[str]:
   """A line for each source with more or fewer records than are published.
 
   What is published are neighbours: with gaps pairs of sequences are others.
@@ -197,6 +199,6 @@ def miscounts(config: Any, streams: dict[str, pipeline.Stream]) -> list[str]:
       continue
     for source in stream.state()["fingerprint"]["sources"]:
       use = f"{task}/{source['name']}"
-      message = catalog.miscount(use, source["length"])
+      message = published.miscount(use, source["length"])
       found += [f"{use}: {message}"] if message else []
   return found

@@ -1,6 +1,6 @@
 """Sets with optical flow; see `facts`."""
 
-from mcjepa_jax.data.facts import GITHUB, Dataset, Fact
+from mcjepa_jax.data.catalog.facts import GITHUB, Dataset, Fact
 
 _FREIBURG = "https://lmb.informatik.uni-freiburg.de/resources/datasets"
 _FLOW_LIBRARY = (

@@ -16,7 +16,7 @@ import pathlib
 
 import numpy as np
 
-from mcjepa_jax.data import flow_io, image_io
+from mcjepa_jax.data.readers import flow_files, image_files
 from mcjepa_jax.errors import UserError
 from mcjepa_jax.storage import paths
 
@@ -29,15 +29,15 @@ class FlowPair:
   """The files of one pair; what the set lacks is None."""
 
   name: str
-  frame_1: image_io.Path
-  frame_2: image_io.Path
-  flow: image_io.Path
+  frame_1: image_files.Path
+  frame_2: image_files.Path
+  flow: image_files.Path
   # Where a mask is not 0, frame 2 hides the pixel, or the flow is wrong there.
   # A .npy of bytes, or a picture with one channel or more.
-  occlusions: image_io.Path | None = None
-  invalid: image_io.Path | None = None
+  occlusions: image_files.Path | None = None
+  invalid: image_files.Path | None = None
   # Flow file valid where both frames see it.
-  flow_visible: image_io.Path | None = None
+  flow_visible: image_files.Path | None = None
   # The flow's grid is so many times the frames', its vectors are in the frames'
   # pixels.
   flow_scale: int = 1
@@ -64,8 +64,8 @@ class FramePairs:
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray | str]:
     pair = self.pairs[index]
-    frame_1 = image_io.read_image(pair.frame_1)
-    frame_2 = image_io.read_image(pair.frame_2)
+    frame_1 = image_files.read_image(pair.frame_1)
+    frame_2 = image_files.read_image(pair.frame_2)
     _expect_size(frame_2, pair.frame_2, frame_1, pair.frame_1)
     return {"frame_1": frame_1, "frame_2": frame_2}
 
@@ -77,7 +77,7 @@ class FlowSet(FramePairs):
     pair = self.pairs[index]
     example = super().__getitem__(index)
     frame_1, scale = example["frame_1"], pair.flow_scale
-    flow, valid = flow_io.read_flow(pair.flow)
+    flow, valid = flow_files.read_flow(pair.flow)
     _expect_size(flow, pair.flow, frame_1, pair.frame_1, scale=scale)
     height, width = frame_1.shape[:2]
     blocks = (height, scale, width, scale, -1)
@@ -91,16 +91,16 @@ class FlowSet(FramePairs):
       occluded = _read_mask(pair.occlusions, frame_1, pair.frame_1)
       example["visible"] = 1 - occluded
     elif pair.flow_visible is not None:
-      _, example["visible"] = flow_io.read_flow(pair.flow_visible)
+      _, example["visible"] = flow_files.read_flow(pair.flow_visible)
       _expect_size(example["visible"], pair.flow_visible, frame_1, pair.frame_1)
     return example
 
 
 def _expect_size(
     came: np.ndarray,
-    path: image_io.Path,
+    path: image_files.Path,
     frame: np.ndarray,
-    of: image_io.Path,
+    of: image_files.Path,
     *,
     scale: int = 1,
 ):
@@ -113,12 +113,12 @@ def _expect_size(
 
 
 def _read_mask(
-    path: image_io.Path, frame: np.ndarray, of: image_io.Path
+    path: image_files.Path, frame: np.ndarray, of: image_files.Path
 ) -> np.ndarray:
   if os.fspath(path).endswith(".npy"):
-    mask = flow_io.read_npy(path, np.uint8, 2)[..., None] > 0
+    mask = flow_files.read_npy(path, np.uint8, 2)[..., None] > 0
   else:
-    mask = image_io.read_image(path).any(axis=-1, keepdims=True)
+    mask = image_files.read_image(path).any(axis=-1, keepdims=True)
   _expect_size(mask, path, frame, of)
   return mask.astype(np.float32)
 
@@ -131,7 +131,7 @@ def checked(
     raise UserError(
         f"{folder}: expected flow files with their frames, came none"
     )
-  listings: dict[image_io.Path, set[str]] = {}
+  listings: dict[image_files.Path, set[str]] = {}
   faults = []
   for pair in pairs:
     for path in (pair.frame_1, pair.frame_2) + (pair.flow,) * labels:
@@ -148,7 +148,7 @@ def checked(
   return FlowSet(pairs) if labels else FramePairs(pairs)
 
 
-def listing(folder: image_io.Path) -> set[str]:
+def listing(folder: image_files.Path) -> set[str]:
   """Returns the names in a folder; none where it is not there."""
   try:
     return set(paths.names(folder))

@@ -6,9 +6,9 @@ README.md.
 
 import re
 
-from mcjepa_jax.data import facts
-from mcjepa_jax.data.catalog_flow import FLOW_SETS
-from mcjepa_jax.data.catalog_images import IMAGE_SETS
+from mcjepa_jax.data.catalog import facts
+from mcjepa_jax.data.catalog.flow_facts import FLOW_SETS
+from mcjepa_jax.data.catalog.image_facts import IMAGE_SETS
 
 DATASETS = FLOW_SETS + IMAGE_SETS
 

@@ -12,8 +12,9 @@ looked for, and what each expects below, stands in `catalog.DATASETS`.
 import pathlib
 import re
 
-from mcjepa_jax.data import flow_pairs, image_io
-from mcjepa_jax.data.flow_pairs import FlowPair, FramePairs
+from mcjepa_jax.data.readers import image_files
+from mcjepa_jax.data.sets import flow_pairs
+from mcjepa_jax.data.sets.flow_pairs import FlowPair, FramePairs
 from mcjepa_jax.errors import UserError
 from mcjepa_jax.storage import paths
 
@@ -56,7 +57,7 @@ def _subfolders(folder: paths.Location, *patterns: str) -> Frames:
 
 
 def flying_chairs(
-    root: image_io.Path, split: str, *, labels: bool = True
+    root: image_files.Path, split: str, *, labels: bool = True
 ) -> FramePairs:
   """Returns FlyingChairs: NNNNN_img1.ppm, _img2.ppm, _flow.flo.
 
@@ -91,7 +92,7 @@ def _stems(folder: paths.Location, pattern: str) -> list[str]:
 
 
 def _in_split(path: paths.Location, names: list[str], split: str) -> list[str]:
-  with image_io.opened(path, "a split file") as (file, size):
+  with image_files.opened(path, "a split file") as (file, size):
     # A digit and a line's end of two bytes; what is longer is another file.
     kinds = file.read(min(size, 3 * len(names) + 4)).split()
   if len(kinds) != len(names) or not {b"1", b"2"}.issuperset(kinds):
@@ -104,7 +105,7 @@ def _in_split(path: paths.Location, names: list[str], split: str) -> list[str]:
 
 
 def flying_chairs_2(
-    root: image_io.Path, split: str, *, labels: bool = True
+    root: image_files.Path, split: str, *, labels: bool = True
 ) -> FramePairs:
   """Returns FlyingChairs2's "train" or "val" pairs, into the future."""
   folder = (
@@ -129,7 +130,7 @@ def _things_passes(render: str, split: str) -> tuple[str, str]:
 
 
 def flying_things(
-    root: image_io.Path,
+    root: image_files.Path,
     split: str,
     *,
     render: str = "clean",
@@ -161,7 +162,7 @@ def flying_things(
   return flow_pairs.checked(pairs, folder / "optical_flow" / split)
 
 
-def flying_things_frames(root: image_io.Path, render: str) -> Frames:
+def flying_things_frames(root: image_files.Path, render: str) -> Frames:
   """Returns the folders of FlyingThings3D's training frames, both cameras."""
   passes = _things_passes(render, "TRAIN")
   folder = paths.find(paths.find(root, _THINGS, *passes), passes, "*")
@@ -169,7 +170,7 @@ def flying_things_frames(root: image_io.Path, render: str) -> Frames:
 
 
 def flying_things_subset(
-    root: image_io.Path,
+    root: image_files.Path,
     split: str,
     *,
     render: str = "clean",
@@ -204,7 +205,7 @@ def flying_things_subset(
   return flow_pairs.checked(pairs, folder / "flow", labels=labels)
 
 
-def sintel(root: image_io.Path, render: str) -> FramePairs:
+def sintel(root: image_files.Path, render: str) -> FramePairs:
   """Returns MPI-Sintel's training scenes in the "clean" or "final" pass."""
   folder = paths.find(root, ("MPI-Sintel/training", "training"), "flow")
   pairs = []
@@ -225,13 +226,13 @@ def sintel(root: image_io.Path, render: str) -> FramePairs:
   return flow_pairs.checked(pairs, folder / "flow")
 
 
-def sintel_frames(root: image_io.Path, split: str, render: str) -> Frames:
+def sintel_frames(root: image_files.Path, split: str, render: str) -> Frames:
   """Returns the scenes of MPI-Sintel's "training" or "test" in one pass."""
   folder = paths.find(root, (f"MPI-Sintel/{split}", split), f"{render}/*")
   return _subfolders(folder / render, "*")
 
 
-def middlebury(root: image_io.Path) -> FramePairs:
+def middlebury(root: image_files.Path) -> FramePairs:
   """Returns Middlebury's other-data: frame10, frame11 and flow10."""
   folder = paths.find(root, ("middlebury", ""), "other-gt-flow")
   pairs = []
@@ -248,13 +249,13 @@ def middlebury(root: image_io.Path) -> FramePairs:
   return flow_pairs.checked(pairs, folder / "other-gt-flow")
 
 
-def middlebury_frames(root: image_io.Path) -> Frames:
+def middlebury_frames(root: image_files.Path) -> Frames:
   """Returns the scenes of Middlebury's other-data, as many frames as are there."""
   folder = paths.find(root, ("middlebury", ""), "other-data")
   return _subfolders(folder / "other-data", "*")
 
 
-def pairs(root: image_io.Path) -> FramePairs:
+def pairs(root: image_files.Path) -> FramePairs:
   """Returns any pairs with flow: NAME_img1, NAME_img2 and NAME_flow below pairs.
 
   Frames end as images do, flow as one of flow_io.FLOW_READERS; NAME_occ.png, if
@@ -280,7 +281,7 @@ def pairs(root: image_io.Path) -> FramePairs:
 
 def _image(folder: paths.Location, stem: str) -> paths.Location:
   """Returns the image file of that stem; that of a .png if there is none."""
-  candidates = [folder / f"{stem}{suffix}" for suffix in image_io.SUFFIXES]
+  candidates = [folder / f"{stem}{suffix}" for suffix in image_files.SUFFIXES]
   return next((path for path in candidates if path.is_file()), candidates[0])
 
 
@@ -301,7 +302,7 @@ def _kitti_places(year: str, part: str, split: str) -> tuple[str, ...]:
 
 
 def kitti(
-    root: image_io.Path, year: str, *, truth: str = "flow_occ"
+    root: image_files.Path, year: str, *, truth: str = "flow_occ"
 ) -> FramePairs:
   """Returns KITTI "2012"'s or "2015"'s training pairs.
 
@@ -323,7 +324,7 @@ def kitti(
 
 
 def kitti_frames(
-    root: image_io.Path, year: str, split: str, *, multiview: bool = False
+    root: image_files.Path, year: str, split: str, *, multiview: bool = False
 ) -> Frames:
   """Returns the left camera's frames, "training" or "testing".
 
@@ -335,7 +336,7 @@ def kitti_frames(
   return frames, [frames]
 
 
-def hd1k(root: image_io.Path) -> FramePairs:
+def hd1k(root: image_files.Path) -> FramePairs:
   """Returns HD1K: each frame with the next one of its sequence."""
   folder = paths.find(root, _HD1K, "hd1k_flow_gt/flow_occ")
   frames = folder / "hd1k_input" / "image_2"
@@ -358,14 +359,14 @@ def hd1k(root: image_io.Path) -> FramePairs:
   return flow_pairs.checked(pairs, folder / "hd1k_flow_gt" / "flow_occ")
 
 
-def hd1k_frames(root: image_io.Path, part: str) -> Frames:
+def hd1k_frames(root: image_files.Path, part: str) -> Frames:
   """Returns the frames of "hd1k_input" (training) or "hd1k_challenge" (test)."""
   folder = paths.find(root, _HD1K, f"{part}/image_2") / part
   return _subfolders(folder, "image_2")
 
 
 def spring(
-    root: image_io.Path, *, camera: str = "left", direction: str = "future"
+    root: image_files.Path, *, camera: str = "left", direction: str = "future"
 ) -> FramePairs:
   """Returns Spring's training pairs, on the grid of the frames.
 
@@ -398,13 +399,13 @@ def spring(
   return flow_pairs.checked(pairs, folder)
 
 
-def spring_frames(root: image_io.Path, split: str) -> Frames:
+def spring_frames(root: image_files.Path, split: str) -> Frames:
   """Returns the scenes of Spring's "train" or "test", of both cameras."""
   folder = paths.find(root, _SPRING, f"{split}/*/frame_left") / split
   return _subfolders(folder, *(f"*/frame_{camera}" for camera in _CAMERAS))
 
 
-def tartanair(root: image_io.Path) -> FramePairs:
+def tartanair(root: image_files.Path) -> FramePairs:
   """Returns TartanAir's pairs of the left camera, valid where the mask is 0.
 
   The mask marks what is occluded, leaves the picture or moves by itself, whose
@@ -431,7 +432,7 @@ def tartanair(root: image_io.Path) -> FramePairs:
   return flow_pairs.checked(pairs, folder)
 
 
-def tartanair_frames(root: image_io.Path) -> Frames:
+def tartanair_frames(root: image_files.Path) -> Frames:
   """Returns TartanAir's trajectories, of both cameras."""
   folder = paths.find(
       root, _TARTAN, *(f"{t}/image_left" for t in _TRAJECTORIES)
@@ -439,7 +440,7 @@ def tartanair_frames(root: image_io.Path) -> Frames:
   return _subfolders(folder, *(f"{t}/image_*" for t in _TRAJECTORIES))
 
 
-def viper(root: image_io.Path, split: str) -> FramePairs:
+def viper(root: image_files.Path, split: str) -> FramePairs:
   """Returns VIPER's "train" or "val" pairs, each frame with the next."""
   folder = paths.find(root, _VIPER, f"{split}/flow") / split
   pairs = []
@@ -463,7 +464,7 @@ def viper(root: image_io.Path, split: str) -> FramePairs:
   return flow_pairs.checked(pairs, folder / "flow")
 
 
-def viper_frames(root: image_io.Path, split: str) -> Frames:
+def viper_frames(root: image_files.Path, split: str) -> Frames:
   """Returns the sequences of VIPER's "train", "val" or "test" frames."""
   folder = paths.find(root, _VIPER, f"{split}/img") / split
   return _subfolders(folder / "img", "*")

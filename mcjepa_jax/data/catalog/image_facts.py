@@ -1,6 +1,6 @@
 """Sets of images: with masks, classes or label maps; see `facts`."""
 
-from mcjepa_jax.data.facts import GITHUB, Dataset, Fact
+from mcjepa_jax.data.catalog.facts import GITHUB, Dataset, Fact
 
 _YOUTUBE_VOS = (
     f"{GITHUB}/ychfan/youtube-vos.org/blob/"

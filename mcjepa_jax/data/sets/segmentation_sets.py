@@ -17,8 +17,8 @@ from jaxtyping import UInt8
 import numpy as np
 from PIL import Image
 
-from mcjepa_jax.data import image_io
-from mcjepa_jax.data.crops import VOID
+from mcjepa_jax.data.pipeline.labelled_crops import VOID
+from mcjepa_jax.data.readers import image_files
 from mcjepa_jax.errors import UserError
 from mcjepa_jax.storage import paths
 
@@ -109,7 +109,7 @@ class SegmentationSet:
 
   def __init__(
       self,
-      root: image_io.Path,
+      root: image_files.Path,
       pairs: Sequence[Pair],
       classes: Sequence[str],
       coding: Coding,
@@ -135,7 +135,7 @@ class SegmentationSet:
   def size(self, index: int) -> tuple[int, int]:
     """Returns (h, w) as the image's head has it."""
     path = self.root / self._images[index]
-    with image_io.opened(path, "an image") as (file, _):
+    with image_files.opened(path, "an image") as (file, _):
       try:
         with Image.open(file, formats=("JPEG", "PNG")) as image:
           return image.size[::-1]
@@ -146,7 +146,7 @@ class SegmentationSet:
         ) from error
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-    image = image_io.read_image(self.root / self._images[index])
+    image = image_files.read_image(self.root / self._images[index])
     path = self.root / self._labels[index]
     values = read_label_map(
         path, image.shape[:2], palette=bool(self._palette[index])
@@ -179,14 +179,14 @@ def _ranges(values: Sequence[int]) -> str:
 
 
 def read_label_map(
-    path: image_io.Path, size: tuple[int, int], *, palette: bool = False
+    path: image_files.Path, size: tuple[int, int], *, palette: bool = False
 ) -> UInt8[np.ndarray, "h w"]:
   """Returns the numbers of a png of size (height, width), one a pixel.
 
   A png of a palette holds them as they are; its colours are not looked at. With
   `palette` no other is taken.
   """
-  data = image_io.read_encoded(path)
+  data = image_files.read_encoded(path)
   wanted = (
       f"a png of 8-bit {'palette' if palette else 'gray or palette'} pixels"
   )
@@ -270,7 +270,7 @@ def _folder_pairs(
 
 def _split(path: paths.Location) -> list[str]:
   """Returns the names that a split's list holds, one a line."""
-  with image_io.opened(path, "a name on each line") as (file, size):
+  with image_files.opened(path, "a name on each line") as (file, size):
     lines = file.read(_MAX_LIST).decode("utf-8", "replace").split("\n")
   names = [line.strip() for line in lines if line.strip()]
   wrong = [name for name in names if not _NAME.fullmatch(name)]
@@ -282,7 +282,7 @@ def _split(path: paths.Location) -> list[str]:
   return names
 
 
-def voc_2012(root: image_io.Path, *, augmented: bool = False) -> Parts:
+def voc_2012(root: image_files.Path, *, augmented: bool = False) -> Parts:
   """Returns train and val, or trainaug and val.
 
   trainaug adds SBD's annotations in SegmentationClassAug; VOC's own, where a
@@ -317,7 +317,7 @@ def voc_2012(root: image_io.Path, *, augmented: bool = False) -> Parts:
   )
 
 
-def cityscapes(root: image_io.Path) -> Parts:
+def cityscapes(root: image_files.Path) -> Parts:
   """Returns train and val; label ids, or train ids where only those lie."""
   root = paths.find(root, ("cityscapes", ""), "leftImg8bit")
 
@@ -344,7 +344,7 @@ def cityscapes(root: image_io.Path) -> Parts:
   return Parts(part("train"), part("val"))
 
 
-def ade20k(root: image_io.Path) -> Parts:
+def ade20k(root: image_files.Path) -> Parts:
   """Returns training and validation of the scene parsing benchmark."""
   root = paths.find(root, ("ADEChallengeData2016",), "images/validation")
   return Parts(
@@ -360,7 +360,7 @@ def ade20k(root: image_io.Path) -> Parts:
   )
 
 
-def ade20k_sample(root: image_io.Path) -> Parts:
+def ade20k_sample(root: image_files.Path) -> Parts:
   """Returns the development kit's few images, to train and to test on.
 
   How far a head fits them is known, so that an eval can be tried on them.
@@ -371,7 +371,7 @@ def ade20k_sample(root: image_io.Path) -> Parts:
   return Parts(sample, sample)
 
 
-def camvid(root: image_io.Path, *, test: str = "test") -> Parts:
+def camvid(root: image_files.Path, *, test: str = "test") -> Parts:
   """Returns train and test, or train and val, of SegNet's CamVid."""
   root = paths.find(root, ("CamVid",), "train")
   return Parts(

@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 import numpy as np
 from PIL import Image
 
-from mcjepa_jax.data import image_io
+from mcjepa_jax.data.readers import image_files
 from mcjepa_jax.errors import UserError
 from mcjepa_jax.storage import paths
 
@@ -50,7 +50,7 @@ class MaskSequence:
 
   def frame(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
     """Returns one frame."""
-    frame = image_io.read_image(self.frames[index])
+    frame = image_files.read_image(self.frames[index])
     self._expect_size(self.frames[index], frame.shape[:2])
     return frame
 
@@ -188,7 +188,7 @@ class MaskSequences:
     return {"image": sequence.frame(first), "mask": sequence.labels(first)}
 
 
-def davis(root: image_io.Path, year: str) -> MaskSequences:
+def davis(root: image_files.Path, year: str) -> MaskSequences:
   """Returns the validation part of DAVIS at 480p; all, where it has no lists.
 
   In 2016 all the objects of a frame are one foreground.
@@ -210,7 +210,7 @@ def davis(root: image_io.Path, year: str) -> MaskSequences:
   )
 
 
-def youtube_vos(root: image_io.Path) -> MaskSequences:
+def youtube_vos(root: image_files.Path) -> MaskSequences:
   """Returns the training part of YouTube-VOS, the one with published truth.
 
   Sequences and objects are those of meta.json; an object may begin later than
@@ -229,13 +229,13 @@ def youtube_vos(root: image_io.Path) -> MaskSequences:
   return MaskSequences(folder, "", objects)
 
 
-def read_labels(path: image_io.Path) -> UInt8[np.ndarray, "h w"]:
+def read_labels(path: image_files.Path) -> UInt8[np.ndarray, "h w"]:
   """Returns the labels of a png: a palette's indices, or black and white.
 
   White, in a png without a palette, is label 1; other greys could be labels or
   colours, and are refused.
   """
-  data = image_io.read_encoded(path)
+  data = image_files.read_encoded(path)
   image = _head(path, io.BytesIO(data), "PNG")
   _expect_labels(path, image, len(data))
   try:
@@ -255,7 +255,7 @@ def read_labels(path: image_io.Path) -> UInt8[np.ndarray, "h w"]:
 
 
 def _head(
-    path: image_io.Path, file: io.BufferedIOBase, *formats: str
+    path: image_files.Path, file: io.BufferedIOBase, *formats: str
 ) -> Image.Image:
   """Returns an image of which no more than the head is read."""
   try:
@@ -267,9 +267,11 @@ def _head(
     ) from error
 
 
-def _expect_labels(path: image_io.Path, image: Image.Image, size: int) -> None:
+def _expect_labels(
+    path: image_files.Path, image: Image.Image, size: int
+) -> None:
   """Raises UserError for a png that can hold no labels."""
-  most = min(image_io.MAX_PIXELS, 8 * image_io.DEFLATE_RATIO * size)
+  most = min(image_files.MAX_PIXELS, 8 * image_files.DEFLATE_RATIO * size)
   if image.width * image.height > most:
     raise UserError(
         f"{path}: expected at most {most} pixels, came"
@@ -285,13 +287,13 @@ def _expect_labels(path: image_io.Path, image: Image.Image, size: int) -> None:
 
 def _frame_size(path: paths.Location) -> tuple[int, int]:
   """Returns (h, w) as a frame's head has it."""
-  with image_io.opened(path, "a frame") as (file, _):
+  with image_files.opened(path, "a frame") as (file, _):
     return _head(path, file, "JPEG").size[::-1]
 
 
 def _mask_size(path: paths.Location) -> tuple[int, int]:
   """Returns (h, w) as a mask's head has it."""
-  with image_io.opened(path, "a mask") as (file, size):
+  with image_files.opened(path, "a mask") as (file, size):
     image = _head(path, file, "PNG")
     _expect_labels(path, image, size)
     return image.size[::-1]
@@ -335,7 +337,7 @@ def _expect_name(path: paths.Location, name: str) -> str:
 def _listed(path: paths.Location) -> list[str]:
   """Returns the sequences of a split's list, each once."""
   wanted = "a list of sequences"
-  with image_io.opened(path, wanted) as (file, size):
+  with image_files.opened(path, wanted) as (file, size):
     if size > _MAX_LIST:
       raise UserError(
           f"{path}: expected at most {_MAX_LIST} bytes, came {size}"
@@ -352,7 +354,7 @@ def _listed(path: paths.Location) -> list[str]:
 
 def _meta(path: paths.Location) -> dict[str, tuple[int, ...]]:
   """Returns the labels of each sequence of YouTube-VOS's meta.json."""
-  with image_io.opened(path, "YouTube-VOS's meta.json") as (file, size):
+  with image_files.opened(path, "YouTube-VOS's meta.json") as (file, size):
     if size > _MAX_META:
       raise UserError(
           f"{path}: expected at most {_MAX_META} bytes, came {size}"

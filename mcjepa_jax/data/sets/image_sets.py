@@ -15,7 +15,7 @@ import zipfile
 from jaxtyping import Int32
 import numpy as np
 
-from mcjepa_jax.data import image_io
+from mcjepa_jax.data.readers import image_files
 from mcjepa_jax.errors import UserError
 from mcjepa_jax.storage import paths
 
@@ -57,7 +57,7 @@ class Listing:
   links: list[str]  # symbolic links that were followed
 
 
-def find_images(root: image_io.Path) -> Listing:
+def find_images(root: image_files.Path) -> Listing:
   """Returns all images below a folder, a folder's own first, sorted by name.
 
   Files are images by their suffix, see SUFFIXES.
@@ -134,7 +134,7 @@ class ImageFolder:
   With `min_side` large JPEGs are decoded smaller, see image_io.decode_image.
   """
 
-  def __init__(self, root: image_io.Path, *, min_side: int | None = None):
+  def __init__(self, root: image_files.Path, *, min_side: int | None = None):
     self.root = paths.path(root)
     self.min_side = min_side
     listing = find_images(self.root)
@@ -150,7 +150,7 @@ class ImageFolder:
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray | np.int32]:
     path = self.root / self.record_id(index)
-    example = {"image": image_io.read_image(path, min_side=self.min_side)}
+    example = {"image": image_files.read_image(path, min_side=self.min_side)}
     if self._labels is not None:
       example["label"] = self._labels[index]
     return example
@@ -194,7 +194,7 @@ class BinaryImages:
 
   def __init__(
       self,
-      image_paths: Sequence[image_io.Path],
+      image_paths: Sequence[image_files.Path],
       *,
       side: int,
       by_column: bool = False,
@@ -210,7 +210,7 @@ class BinaryImages:
     self._row = self._head + 3 * side * side
     counts = []
     for path in self.files:
-      size = image_io.file_size(path, "images")
+      size = image_files.file_size(path, "images")
       counts.append(size // self._row)
       if not size or size % self._row:
         raise UserError(
@@ -235,7 +235,7 @@ class BinaryImages:
   def __getitem__(self, index: int) -> dict[str, np.ndarray | np.int32]:
     file, number = _place(self._ends, index)
     path = self.files[file]
-    with image_io.opened(path, "images", again=True) as (opened, _):
+    with image_files.opened(path, "images", again=True) as (opened, _):
       opened.seek(number * self._row)
       row = opened.read(self._row)
     if len(row) != self._row:
@@ -255,7 +255,7 @@ class BinaryImages:
     return example
 
 
-def cifar10_binary(folder: image_io.Path, split: str) -> BinaryImages:
+def cifar10_binary(folder: image_files.Path, split: str) -> BinaryImages:
   """Returns the `train` or `test` images of cifar-10-batches-bin.
 
   The labels are not sorted (cs.toronto.edu/~kriz/cifar.html, binary version).
@@ -272,7 +272,7 @@ def cifar10_binary(folder: image_io.Path, split: str) -> BinaryImages:
   )
 
 
-def stl10_binary(folder: image_io.Path, split: str) -> BinaryImages:
+def stl10_binary(folder: image_files.Path, split: str) -> BinaryImages:
   """Returns the `train`, `test` or `unlabeled` images of stl10_binary.
 
   Columns come first, labels run from 1 (cs.stanford.edu/~acoates/stl10).
@@ -282,7 +282,7 @@ def stl10_binary(folder: image_io.Path, split: str) -> BinaryImages:
   if split != "unlabeled":
     classes = _class_names(folder / "class_names.txt")
     path = folder / f"{split}_y.bin"
-    with image_io.opened(path, "labels") as (file, size):
+    with image_files.opened(path, "labels") as (file, size):
       # As many labels as images, each of which is larger.
       labels = np.frombuffer(file.read(size), np.uint8).astype(np.int32) - 1
     if not size or labels.min() < 0 or labels.max() >= len(classes):
@@ -301,7 +301,10 @@ def stl10_binary(folder: image_io.Path, split: str) -> BinaryImages:
 
 def _class_names(path: paths.Location) -> list[str]:
   """Returns the lines of a text file that are not empty."""
-  with image_io.opened(path, "a name of a class on each line") as (file, size):
+  with image_files.opened(path, "a name of a class on each line") as (
+      file,
+      size,
+  ):
     text = file.read(_MAX_META).decode("utf-8", "replace")
   names = [line.strip() for line in text.splitlines() if line.strip()]
   if size > _MAX_META or not 0 < len(names) <= 256:
@@ -319,7 +322,7 @@ class NpzImages:
   classes: str [k]. An image is read from the file when it is asked for.
   """
 
-  def __init__(self, path: image_io.Path):
+  def __init__(self, path: image_files.Path):
     self.path = paths.path(path)
     members = _npz_members(self.path, ("data", "offsets", "labels", "classes"))
     self._data, data_size = _npy_place(self.path, members["data"])
@@ -363,7 +366,7 @@ class NpzImages:
       file.seek(self._data + start)
       encoded = file.read(end - start)
     return {
-        "image": image_io.decode_image(encoded, name),
+        "image": image_files.decode_image(encoded, name),
         "label": self._labels[index],
     }
 
@@ -375,7 +378,7 @@ def _summary(values: np.ndarray) -> str:
 
 
 def _opened_npz(path: paths.Location):
-  return image_io.opened(path, "an .npz file", again=True)
+  return image_files.opened(path, "an .npz file", again=True)
 
 
 def _npz_members(

@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 import numpy as np
 import tqdm
 
-from mcjepa_jax.data import image_io, video
+from mcjepa_jax.data.readers import image_files, video_files
 from mcjepa_jax.errors import UserError
 from mcjepa_jax.storage import paths
 
@@ -22,7 +22,7 @@ _UNKNOWN = np.uint8(4)
 class FolderFrames:
   """A sequence of image files in one folder, in order."""
 
-  def __init__(self, folder: image_io.Path, names: Sequence[str], name: str):
+  def __init__(self, folder: image_files.Path, names: Sequence[str], name: str):
     self.folder = paths.path(folder)
     self.name = name
     self._names = tuple(names)
@@ -32,14 +32,14 @@ class FolderFrames:
 
   def frame(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
     """Returns one frame."""
-    return image_io.read_image(self.folder / self._names[index])
+    return image_files.read_image(self.folder / self._names[index])
 
   def frame_id(self, index: int) -> str:
     """Returns the frame's path under the data set's root, without suffix."""
     stem = pathlib.Path(self._names[index]).stem
     return f"{self.name}/{stem}" if self.name else stem
 
-  def thumbnails(self) -> video.Thumbnails:
+  def thumbnails(self) -> video_files.Thumbnails:
     """Returns a small picture of every frame; all are decoded once a disk.
 
     One that cannot be decoded is a little different from the one before: its
@@ -54,13 +54,15 @@ class FolderFrames:
         self._names, f"looking at {self.name}", delay=2, leave=False
     )
     found = [self._thumbnail(name) for name in bar]
-    blank = np.zeros((video.THUMBNAIL, video.THUMBNAIL, 3), np.uint8)
+    blank = np.zeros(
+        (video_files.THUMBNAIL, video_files.THUMBNAIL, 3), np.uint8
+    )
     last = next((small for small in found if small is not None), blank)
     for i, small in enumerate(found):
       last = found[i] = last ^ _UNKNOWN if small is None else small
     with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
       place.parent.mkdir(parents=True, exist_ok=True)
-      part, path = video.temporary(stack, place.parent)
+      part, path = video_files.temporary(stack, place.parent)
       np.save(part, np.stack(found), allow_pickle=False)
       part.close()
       os.replace(path, place)
@@ -69,8 +71,8 @@ class FolderFrames:
   def _thumbnail(self, name: str) -> UInt8[np.ndarray, "s s 3"] | None:
     try:
       path = self.folder / name
-      return video.thumbnail(
-          image_io.read_image(path, min_side=video.THUMBNAIL)
+      return video_files.thumbnail(
+          image_files.read_image(path, min_side=video_files.THUMBNAIL)
       )
     except paths.Unreachable:
       raise
@@ -87,12 +89,12 @@ class FolderFrames:
         key.append(f"{name}|{stamp.st_size}|{stamp.st_mtime_ns}")
     digest = hashlib.sha256("\n".join(key).encode("utf-8", "surrogateescape"))
     name = f"{self.folder.name}-{digest.hexdigest()[:16]}.thumbnails.npy"
-    return video.default_cache_dir() / name
+    return video_files.default_cache_dir() / name
 
 
 def frame_folders(
-    root: image_io.Path,
-    folders: Iterable[image_io.Path] | None = None,
+    root: image_files.Path,
+    folders: Iterable[image_files.Path] | None = None,
     *,
     leave_out: str = "",
 ) -> list[FolderFrames]:
@@ -109,14 +111,16 @@ def frame_folders(
   sequences = []
   for top in (paths.listed(root),) if folders is None else folders:
     for folder, below, names in paths.walk(top, _cannot_list):
-      below[:] = sorted((f for f in below if f[0] != "."), key=video.natural)
+      below[:] = sorted(
+          (f for f in below if f[0] != "."), key=video_files.natural
+      )
       place = folder.relative_to(root).as_posix()
       for run in _runs(names, leave_out):
         name = "" if place == "." else place
         sequences.append(FolderFrames(folder, run, name))
   if not sequences:
     raise UserError(
-        f"{root}: expected numbered images ({', '.join(image_io.SUFFIXES)}), at "
+        f"{root}: expected numbered images ({', '.join(image_files.SUFFIXES)}), at "
         "least two of a sequence, came none"
     )
   return sequences
@@ -136,12 +140,12 @@ def _runs(names: Iterable[str], leave_out: str) -> list[list[str]]:
     if leave_out and re.fullmatch(leave_out, stem):
       continue
     found = re.fullmatch(r"(.*?)([0-9]+)(\D*)", stem)
-    if found and suffix.lower() in image_io.SUFFIXES and name[0] != ".":
+    if found and suffix.lower() in image_files.SUFFIXES and name[0] != ".":
       rest = (found[1], found[3] + suffix)
       numbered.setdefault(rest, {})[int(found[2])] = name
   runs = []
   for rest in sorted(
-      numbered, key=lambda rest: video.natural(rest[0] + rest[1])
+      numbered, key=lambda rest: video_files.natural(rest[0] + rest[1])
   ):
     numbers = np.array(sorted(numbered[rest]))
     if len(numbers) < 2:

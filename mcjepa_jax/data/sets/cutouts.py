@@ -25,7 +25,8 @@ from jaxtyping import Float, UInt8
 import numpy as np
 
 from mcjepa_jax import errors
-from mcjepa_jax.data import synthetic, transforms
+from mcjepa_jax.data.pipeline import geometry
+from mcjepa_jax.data.sets import synthetic
 from mcjepa_jax.storage import paths
 
 _ATTEMPTS = 10  # photographs tried in the place of one that cannot be read
@@ -167,7 +168,7 @@ def _texture(
   left, top = np.rint((held - piece) * layer.place).astype(int).tolist()
   width, height = piece.tolist()
   columns, rows = np.ceil(extent * scale * _TEXELS).astype(int).tolist()
-  texels = transforms.resample(
+  texels = geometry.resample(
       photograph, (top, left, height, width), (rows, columns)
   )
   return cv2.GaussianBlur(texels.astype(np.float32) / 255, (0, 0), _BLUR)

@@ -25,7 +25,7 @@ import h5py
 from jaxtyping import Float, Float32
 import numpy as np
 
-from mcjepa_jax.data import image_io
+from mcjepa_jax.data.readers import image_files
 from mcjepa_jax.errors import UserError
 
 Flow = tuple[Float32[np.ndarray, "h w 2"], Float32[np.ndarray, "h w 1"]]
@@ -48,7 +48,10 @@ _DEFLATE, _SHUFFLE = h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE
 
 
 def _read_floats(
-    file: BinaryIO, path: image_io.Path, dtype: str, shape: tuple[int, int, int]
+    file: BinaryIO,
+    path: image_files.Path,
+    dtype: str,
+    shape: tuple[int, int, int],
 ) -> np.ndarray:
   """Returns the rest of the file as an array; its size is already checked."""
   count = int(np.prod(shape))
@@ -70,7 +73,7 @@ def _split_unknown(flow: Float[np.ndarray, "h w 2"]) -> Flow:
 
 
 def _mark_unknown(
-    path: image_io.Path, flow: np.ndarray, valid: np.ndarray | None
+    path: image_files.Path, flow: np.ndarray, valid: np.ndarray | None
 ):
   """Returns the flow with 1e10 where it is not valid."""
   if valid is not None:
@@ -80,7 +83,7 @@ def _mark_unknown(
   return flow
 
 
-def _write(path: image_io.Path, *parts: bytes) -> None:
+def _write(path: image_files.Path, *parts: bytes) -> None:
   try:
     with open(path, "wb") as file:
       for part in parts:
@@ -89,9 +92,9 @@ def _write(path: image_io.Path, *parts: bytes) -> None:
     raise UserError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def read_flo(path: image_io.Path) -> Flow:
+def read_flo(path: image_files.Path) -> Flow:
   """Returns (flow, valid) of a Middlebury .flo file."""
-  with image_io.opened(path, "a .flo file") as (file, size):
+  with image_files.opened(path, "a .flo file") as (file, size):
     header = file.read(12)
     if header[:4] != _FLO_MAGIC or len(header) < 12:
       raise UserError(
@@ -108,7 +111,7 @@ def read_flo(path: image_io.Path) -> Flow:
 
 
 def write_flo(
-    path: image_io.Path,
+    path: image_files.Path,
     flow: Float32[np.ndarray, "h w 2"],
     valid: Float32[np.ndarray, "h w 1"] | None = None,
 ) -> None:
@@ -118,13 +121,13 @@ def write_flo(
   _write(path, _FLO_MAGIC, struct.pack("<ii", width, height), flow.tobytes())
 
 
-def read_pfm(path: image_io.Path) -> Flow:
+def read_pfm(path: image_files.Path) -> Flow:
   """Returns (flow, valid) of a colour .pfm file as FlyingThings3D writes it.
 
   Rows run from the bottom up, a negative scale means little-endian, its
   magnitude is ignored, and so is the third channel.
   """
-  with image_io.opened(path, "a .pfm file") as (file, size):
+  with image_files.opened(path, "a .pfm file") as (file, size):
     lines = [file.readline(64) for _ in range(3)]
     kind, sizes, scale = (line.strip() for line in lines)
     found = re.fullmatch(rb"(\d{1,9})\s+(\d{1,9})", sizes)
@@ -147,7 +150,7 @@ def read_pfm(path: image_io.Path) -> Flow:
 
 
 def write_pfm(
-    path: image_io.Path,
+    path: image_files.Path,
     flow: Float32[np.ndarray, "h w 2"],
     valid: Float32[np.ndarray, "h w 1"] | None = None,
 ) -> None:
@@ -159,7 +162,7 @@ def write_pfm(
 
 
 def _png_chunks(
-    path: image_io.Path, data: bytes
+    path: image_files.Path, data: bytes
 ) -> list[tuple[bytes, memoryview]]:
   """Returns (kind, body) of each chunk up to IEND, with its CRC checked."""
   view, chunks, at = memoryview(data), [], len(_PNG_MAGIC)
@@ -184,12 +187,12 @@ def _png_chunk(kind: bytes, body: bytes) -> bytes:
   return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", crc)
 
 
-def read_kitti_flow(path: image_io.Path) -> Flow:
+def read_kitti_flow(path: image_files.Path) -> Flow:
   """Returns (flow, valid) of a 16-bit RGB png in KITTI's code (also HD1K's).
 
   u = (R - 2^15) / 64, v = (G - 2^15) / 64, valid where B > 0.
   """
-  with image_io.opened(path, "a 16-bit KITTI flow png") as (file, size):
+  with image_files.opened(path, "a 16-bit KITTI flow png") as (file, size):
     header = file.read(33)
     if header[:8] != _PNG_MAGIC or header[12:16] != b"IHDR" or size < 57:
       raise UserError(f"{path}: expected a 16-bit KITTI flow png, came no PNG")
@@ -201,7 +204,7 @@ def read_kitti_flow(path: image_io.Path) -> Flow:
       )
     wanted = height * (1 + 6 * width)
     if not (
-        0 < width and 0 < height and wanted <= image_io.DEFLATE_RATIO * size
+        0 < width and 0 < height and wanted <= image_files.DEFLATE_RATIO * size
     ):
       raise UserError(
           f"{path}: its header says {width}x{height}, more than {size} bytes "
@@ -239,7 +242,7 @@ def read_kitti_flow(path: image_io.Path) -> Flow:
 
 
 def write_kitti_flow(
-    path: image_io.Path,
+    path: image_files.Path,
     flow: Float32[np.ndarray, "h w 2"],
     valid: Float32[np.ndarray, "h w 1"] | None = None,
 ) -> None:
@@ -263,7 +266,7 @@ def write_kitti_flow(
 
 
 def _npy_header(
-    file: io.BufferedIOBase, path: image_io.Path
+    file: io.BufferedIOBase, path: image_files.Path
 ) -> tuple[tuple[int, ...], np.dtype]:
   """Returns (shape, dtype) of the plain array whose values come next."""
   try:
@@ -282,10 +285,10 @@ def _npy_header(
   return shape, dtype
 
 
-def read_npy(path: image_io.Path, dtype: type, axes: int) -> np.ndarray:
+def read_npy(path: image_files.Path, dtype: type, axes: int) -> np.ndarray:
   """Returns the array of an .npy file that must have this dtype and rank."""
   wanted = f"an .npy file of {np.dtype(dtype)} with {axes} axes"
-  with image_io.opened(path, wanted) as (file, size):
+  with image_files.opened(path, wanted) as (file, size):
     shape, came = _npy_header(file, path)
     if came != dtype or len(shape) != axes:
       raise UserError(f"{path}: expected {wanted}, came {came} {shape}")
@@ -300,7 +303,7 @@ def read_npy(path: image_io.Path, dtype: type, axes: int) -> np.ndarray:
     return np.fromfile(file, came, count).reshape(shape)
 
 
-def read_npy_flow(path: image_io.Path) -> Flow:
+def read_npy_flow(path: image_files.Path) -> Flow:
   """Returns (flow, valid) of a float32 .npy [h w 2], as TartanAir writes it."""
   flow = read_npy(path, np.float32, 3)
   if flow.shape[2] != 2:
@@ -308,9 +311,9 @@ def read_npy_flow(path: image_io.Path) -> Flow:
   return _split_unknown(flow)
 
 
-def read_npz_flow(path: image_io.Path) -> Flow:
+def read_npz_flow(path: image_files.Path) -> Flow:
   """Returns (flow, valid) of an .npz file with u and v [h w], as VIPER's."""
-  with image_io.opened(path, "an .npz file") as (file, size):
+  with image_files.opened(path, "an .npz file") as (file, size):
     try:
       with zipfile.ZipFile(file) as archive:
         u, v = (_npz_float(archive, name, path, size) for name in "uv")
@@ -331,7 +334,7 @@ def read_npz_flow(path: image_io.Path) -> Flow:
 
 
 def _npz_float(
-    archive: zipfile.ZipFile, name: str, path: image_io.Path, size: int
+    archive: zipfile.ZipFile, name: str, path: image_files.Path, size: int
 ) -> Float[np.ndarray, "h w"]:
   """Returns a member; no more is unpacked than its header says."""
   if f"{name}.npy" not in archive.namelist():
@@ -341,7 +344,7 @@ def _npz_float(
   entry = archive.getinfo(f"{name}.npy")
   if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
     raise UserError(f"{path}: expected {name!r} stored or deflated")
-  held = image_io.DEFLATE_RATIO * min(entry.compress_size, size)
+  held = image_files.DEFLATE_RATIO * min(entry.compress_size, size)
   with archive.open(entry) as member:
     shape, dtype = _npy_header(member, path)
     _expect_floats(path, dtype, shape, axes=2, held=held)
@@ -357,7 +360,7 @@ def _npz_float(
 
 
 def _expect_floats(
-    path: image_io.Path,
+    path: image_files.Path,
     dtype: np.dtype,
     shape: tuple[int, ...],
     *,
@@ -370,21 +373,21 @@ def _expect_floats(
         f"{path}: expected floats with {axes} axes, came {dtype} {shape}"
     )
   if (
-      math.prod(shape[:2]) > image_io.MAX_PIXELS
+      math.prod(shape[:2]) > image_files.MAX_PIXELS
       or math.prod(shape) * dtype.itemsize > held
   ):
     raise UserError(
-        f"{path}: its header says {shape}, more than {image_io.MAX_PIXELS} pixels or "
+        f"{path}: its header says {shape}, more than {image_files.MAX_PIXELS} pixels or "
         f"than the {held} bytes that its packed bytes can hold"
     )
 
 
-def read_flo5(path: image_io.Path) -> Flow:
+def read_flo5(path: image_files.Path) -> Flow:
   """Returns (flow, valid) of Spring's .flo5: HDF5 with a data set "flow".
 
   Nothing outside the file is followed: no link, external or virtual data.
   """
-  with image_io.opened(path, "a .flo5 (HDF5) file") as (file, size):
+  with image_files.opened(path, "a .flo5 (HDF5) file") as (file, size):
     try:
       with h5py.File(file, "r") as store:
         flow = _hdf5_flow(store, path, size)
@@ -398,7 +401,7 @@ def read_flo5(path: image_io.Path) -> Flow:
 
 
 def _hdf5_flow(
-    store: h5py.File, path: image_io.Path, size: int
+    store: h5py.File, path: image_files.Path, size: int
 ) -> Float[np.ndarray, "h w 2"]:
   """Returns the data set "flow", once nothing about it can surprise."""
   if not isinstance(store.get("flow", getlink=True), h5py.HardLink):
@@ -411,7 +414,7 @@ def _hdf5_flow(
   if filters not in ([], [_DEFLATE], [_SHUFFLE, _DEFLATE]):
     raise UserError(f"{path}: expected 'flow' deflated, came filters {filters}")
   stored = flow.id.get_storage_size()
-  ratio = image_io.DEFLATE_RATIO if filters else 1
+  ratio = image_files.DEFLATE_RATIO if filters else 1
   _expect_floats(
       path, flow.dtype, flow.shape, axes=3, held=ratio * min(stored, size)
   )
@@ -442,7 +445,7 @@ def _hdf5_flow(
   return values
 
 
-FLOW_READERS: dict[str, Callable[[image_io.Path], Flow]] = {
+FLOW_READERS: dict[str, Callable[[image_files.Path], Flow]] = {
     ".flo": read_flo,
     ".flo5": read_flo5,
     ".npy": read_npy_flow,
@@ -452,7 +455,7 @@ FLOW_READERS: dict[str, Callable[[image_io.Path], Flow]] = {
 }
 
 
-def read_flow(path: image_io.Path) -> Flow:
+def read_flow(path: image_files.Path) -> Flow:
   """Returns (flow, valid) by the reader of the file's suffix."""
   suffix = pathlib.Path(path).suffix.lower()
   if suffix not in FLOW_READERS:

@@ -35,7 +35,7 @@ import zlib
 from array_record.python import array_record_module
 import numpy as np
 
-from mcjepa_jax.data import image_io
+from mcjepa_jax.data.readers import image_files
 from mcjepa_jax.errors import UserError
 from mcjepa_jax.storage import paths
 
@@ -92,9 +92,9 @@ def _reader(path: str, size: int, changed: int):
   )
 
 
-def num_records(path: image_io.Path) -> int:
+def num_records(path: image_files.Path) -> int:
   """Returns how many records an ArrayRecord file holds."""
-  with image_io.opened(path, "records"):
+  with image_files.opened(path, "records"):
     reader = array_record_module.ArrayRecordReader(os.fspath(path))
   count = reader.num_records()
   if not reader.ok():
@@ -116,7 +116,7 @@ class Records:
 
   def __init__(
       self,
-      image_paths: Sequence[image_io.Path],
+      image_paths: Sequence[image_files.Path],
       counts: Sequence[int],
       *,
       uncompressed: bool = False,
@@ -152,7 +152,7 @@ class Records:
     file, number = self._place(index)
     path, count = self._files[file], self._counts[file]
     # Only a regular file is opened: a pipe would block.
-    with image_io.opened(path, "records", again=True) as (opened, size):
+    with image_files.opened(path, "records", again=True) as (opened, size):
       changed = os.fstat(opened.fileno()).st_mtime_ns
     # The library's C++ raises whatever its own parser ran into.
     try:
@@ -190,9 +190,9 @@ def write_json(path: paths.Location, value: dict[str, Any]) -> None:
     raise UserError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def read_json(path: image_io.Path) -> Any:
+def read_json(path: image_files.Path) -> Any:
   """Returns what a JSON file of at most 64 MiB holds."""
-  with image_io.opened(path, "a JSON file") as (file, size):
+  with image_files.opened(path, "a JSON file") as (file, size):
     if size > _MAX_JSON:
       raise UserError(
           f"{path}: expected at most {_MAX_JSON} bytes of JSON, came {size}"
@@ -201,7 +201,7 @@ def read_json(path: image_io.Path) -> Any:
   return _parsed(path, data)
 
 
-def _parsed(path: image_io.Path, data: str | bytes) -> Any:
+def _parsed(path: image_files.Path, data: str | bytes) -> Any:
   try:
     return json.loads(data)
   # Hostile JSON is nested too deeply, holds too long a number or no UTF-8.
@@ -221,7 +221,7 @@ def write_manifest(folder: paths.Location, manifest: dict[str, Any]) -> None:
   write_json(folder / MANIFEST, manifest)
 
 
-def read_manifest(folder: image_io.Path) -> dict[str, Any]:
+def read_manifest(folder: image_files.Path) -> dict[str, Any]:
   """Returns the manifest of a folder, checked, its shards of the right size."""
   folder = paths.path(folder)
   path = folder / MANIFEST
@@ -243,7 +243,7 @@ def read_manifest(folder: image_io.Path) -> dict[str, Any]:
         "came others"
     )
   for shard in manifest["shards"]:
-    size = image_io.file_size(folder / shard["name"], "a shard")
+    size = image_files.file_size(folder / shard["name"], "a shard")
     if size != shard.get("bytes"):
       raise UserError(
           f"{folder / shard['name']}: expected {shard.get('bytes')} bytes, as "
@@ -273,7 +273,7 @@ def _fits(manifest: dict[str, Any]) -> bool:
 class ConvertedImages:
   """The images of a folder that data.convert wrote, shard after shard."""
 
-  def __init__(self, folder: image_io.Path):
+  def __init__(self, folder: image_files.Path):
     self.folder = paths.path(folder)
     manifest = read_manifest(self.folder)
     self.classes = manifest["classes"]
@@ -296,7 +296,9 @@ class ConvertedImages:
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray | np.int32]:
     label, path, encoded = self._read(index)
-    example = {"image": image_io.decode_image(encoded, f"{self.folder}/{path}")}
+    example = {
+        "image": image_files.decode_image(encoded, f"{self.folder}/{path}")
+    }
     if self.classes:
       if not 0 <= label < len(self.classes):
         raise UserError(
@@ -318,7 +320,7 @@ class TfdsImages:
   flow_io: of tfds' own decoders none is called.
   """
 
-  def __init__(self, folder: image_io.Path, split: str):
+  def __init__(self, folder: image_files.Path, split: str):
     self.folder = paths.path(folder)
     self._split = split
     read_json(self.folder / "dataset_info.json")
@@ -380,7 +382,7 @@ class TfdsImages:
       raise UserError(
           f"{name}: expected a tf.train.Example with one image, came: {error}"
       ) from error
-    example = {"image": image_io.decode_image(encoded, name)}
+    example = {"image": image_files.decode_image(encoded, name)}
     if self.classes:
       if len(labels) != 1 or not 0 <= labels[0] < len(self.classes):
         raise UserError(

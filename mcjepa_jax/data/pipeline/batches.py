@@ -26,8 +26,12 @@ from typing import Any
 import grain
 import numpy as np
 
-from mcjepa_jax.data import crops, handover, transforms
-from mcjepa_jax.data.feed import Part, Stream
+from mcjepa_jax.data.pipeline import (
+    geometry,
+    labelled_crops,
+    shared_memory,
+)
+from mcjepa_jax.data.pipeline.stream import Part, Stream
 from mcjepa_jax.errors import UserError
 from mcjepa_jax.storage import paths
 
@@ -149,7 +153,7 @@ def _stack(parts: Sequence[Part], *, number: int, count: int) -> Part:
   images = [image for part in parts for image in part.arrays[key]]
   rows = len(images) // count
   images = images[number * rows : (number + 1) * rows]
-  batch = handover.empty((len(images), *images[0].shape))
+  batch = shared_memory.empty((len(images), *images[0].shape))
   return Part(
       # The only copy of what was cut.
       {key: np.stack(images, out=batch)},
@@ -285,7 +289,7 @@ def motion_stream(
           weight=source.weight,
           keys=("frame_1", "frame_2"),
           transform=functools.partial(
-              transforms.pair_frames, size=source.size, **source.geometry
+              geometry.pair_frames, size=source.size, **source.geometry
           ),
       )
       for source in sources
@@ -325,7 +329,7 @@ def content_stream(
   as those of `motion_stream`.
   """
   cut = functools.partial(
-      transforms.two_views, size=size, scale=scale, ratio=ratio, flip=flip
+      geometry.two_views, size=size, scale=scale, ratio=ratio, flip=flip
   )
   return _stream(
       "content",
@@ -355,7 +359,7 @@ def crop_stream(
 
   `options` are those of crops.random_crop.
   """
-  cut = functools.partial(crops.random_crop, **options)
+  cut = functools.partial(labelled_crops.random_crop, **options)
   return _stream(
       "crops",
       "crops",

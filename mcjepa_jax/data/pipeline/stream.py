@@ -23,7 +23,7 @@ import grain
 from jaxtyping import UInt8
 import numpy as np
 
-from mcjepa_jax.data import handover
+from mcjepa_jax.data.pipeline import shared_memory
 from mcjepa_jax.errors import Passing, UserError
 
 # Of glibc's malloc.h.
@@ -70,7 +70,7 @@ def _start_worker(worker_index: int, worker_count: int) -> None:
   del worker_index, worker_count
   cv2.setNumThreads(0)
   _keep_memory()
-  handover.start_lending()
+  shared_memory.start_lending()
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -112,7 +112,9 @@ class _Timed:
   def __getitem__(self, index: int) -> tuple[Part, float]:
     start = time.perf_counter()
     part = self._batches[index]
-    arrays = {key: handover.lend(array) for key, array in part.arrays.items()}
+    arrays = {
+        key: shared_memory.lend(array) for key, array in part.arrays.items()
+    }
     return part._replace(arrays=arrays), time.perf_counter() - start
 
 
@@ -149,7 +151,7 @@ class Stream(Iterator):
     # The iterator, once it runs, and its processes.
     self._running = []
     self._workers = []
-    self._borrower = handover.Borrower()
+    self._borrower = shared_memory.Borrower()
     # Of the last batches.
     self._seconds = collections.deque(maxlen=32)
     # Also at exit: an iterator that outlives the modules that it uses ends in
@@ -200,7 +202,7 @@ class Stream(Iterator):
     threading.Thread(target=get, daemon=True).start()
     while not futures.wait([batch], _PATIENCE).done and not self._died():
       pass
-    if batch.done() and isinstance(batch.exception(), handover.Gone):
+    if batch.done() and isinstance(batch.exception(), shared_memory.Gone):
       # A process that is being killed loses its files first.
       deadline = time.monotonic() + _PATIENCE
       while not self._died() and time.monotonic() < deadline:
@@ -246,7 +248,7 @@ class Stream(Iterator):
         )
     )
     if self._num_workers:
-      if handover.can_lend():
+      if shared_memory.can_lend():
         # What is not lent goes through pipes: /dev/shm may be small.
         dataset = grain.experimental.WithOptionsIterDataset(
             dataset, grain.experimental.DatasetOptions(min_shm_size=2**62)

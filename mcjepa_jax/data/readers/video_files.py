@@ -28,7 +28,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 import tqdm
 
-from mcjepa_jax.data import image_io
+from mcjepa_jax.data.readers import image_files
 from mcjepa_jax.errors import UserError
 from mcjepa_jax.storage import paths
 
@@ -87,10 +87,10 @@ class VideoFrames:
 
   def __init__(
       self,
-      path: image_io.Path,
+      path: image_files.Path,
       *,
       max_side: int = 640,
-      cache_dir: image_io.Path | None = None,
+      cache_dir: image_files.Path | None = None,
       max_bytes: int | None = None,
       progress: bool = True,
       name: str | None = None,
@@ -100,7 +100,7 @@ class VideoFrames:
     max_bytes = default_max_bytes() if max_bytes is None else max_bytes
     cache = pathlib.Path(cache_dir or default_cache_dir())
     if isinstance(self.path, paths.Remote):
-      image_io.file_size(self.path, "a video")  # names a missing one
+      image_files.file_size(self.path, "a video")  # names a missing one
       place = self.path
     else:
       # The container is looked at each time: it is cheap, and names the fault.
@@ -138,7 +138,10 @@ class VideoFrames:
     index = range(len(self))[index]
     size = self.nbytes // len(self)
     offset = self._offset + index * size
-    with image_io.opened(self._frames, f"frames of {self.path}") as (file, _):
+    with image_files.opened(self._frames, f"frames of {self.path}") as (
+        file,
+        _,
+    ):
       pixels = np.fromfile(file, np.uint8, size, offset=offset)
     if pixels.size != size:
       raise UserError(f"{self._frames}: came cut: delete it")
@@ -228,7 +231,7 @@ def _check_container(path: paths.Location) -> None:
   The decoder takes a cut file for a shorter video, and follows a play list,
   whatever its suffix, to the files and hosts that it names.
   """
-  with image_io.opened(path, "a video", again=True) as (file, size):
+  with image_files.opened(path, "a video", again=True) as (file, size):
     head = file.read(12)
     if head[:4] == b"RIFF" and head[8:] == b"AVI ":
       part_length = _riff_length
@@ -339,7 +342,7 @@ def _decoded(
       raise UserError(f"{path}: expected a video, came one that does not open")
     width = int(video.get(cv2.CAP_PROP_FRAME_WIDTH))
     height = int(video.get(cv2.CAP_PROP_FRAME_HEIGHT))
-    most = min(image_io.MAX_PIXELS, _PIXELS_PER_BYTE * path.stat().st_size)
+    most = min(image_files.MAX_PIXELS, _PIXELS_PER_BYTE * path.stat().st_size)
     if not 0 < width * height <= most:
       raise UserError(
           f"{path}: expected frames of 1 to {most} pixels, came {width}x{height}"
@@ -461,10 +464,10 @@ def cuts(thumbnails: UInt8[np.ndarray, "t s s 3"]) -> Bool[np.ndarray, " t-1"]:
 
 
 def videos(
-    path: image_io.Path,
+    path: image_files.Path,
     *,
     max_side: int = 640,
-    cache_dir: image_io.Path | None = None,
+    cache_dir: image_files.Path | None = None,
     max_bytes: int | None = None,
     progress: bool = True,
 ) -> list[VideoFrames]:
@@ -507,7 +510,7 @@ def videos(
   return sequences
 
 
-def natural(name: image_io.Path) -> list:
+def natural(name: image_files.Path) -> list:
   """Returns a sort key that puts 9 before 10."""
   parts = re.split(r"(\d+)", os.fspath(name))
   return [int(part) if i % 2 else part for i, part in enumerate(parts)]
