@@ -20,9 +20,9 @@ import jax
 import numpy as np
 
 from benchmarks import report
-from mcjepa_jax import step as steps
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.runtime import command_line, log_files
+from mcjepa_jax.step import update as steps
 from mcjepa_jax.storage import checkpoint
 from mcjepa_jax.training import build
 

@@ -67,9 +67,10 @@ import jax
 from jax.experimental import topologies
 import tqdm
 
-from mcjepa_jax import diagnostics, errors, flops, hlo, sizing, step as steps
+from mcjepa_jax import errors, flops, hlo, sizing
 from mcjepa_jax.distributed import hosts, sharding
 from mcjepa_jax.runtime import command_line, goodput, log_files
+from mcjepa_jax.step import diagnostics, update as steps
 from mcjepa_jax.training import build, validation
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 
-from mcjepa_jax import flops, step as steps
+from mcjepa_jax import flops
+from mcjepa_jax.step import update as steps
 
 Key = tuple[Any, ...]
 Arrays = Mapping[str, jax.Array | jax.ShapeDtypeStruct]

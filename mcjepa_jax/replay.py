@@ -27,9 +27,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcjepa_jax import errors, step as steps
+from mcjepa_jax import errors
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.runtime import command_line
+from mcjepa_jax.step import update as steps
 from mcjepa_jax.storage import checkpoint, run_folder
 from mcjepa_jax.training import bad_steps, build, validation
 

@@ -9,10 +9,11 @@ from typing import Any
 from clu import parameter_overview
 import jax
 
-from mcjepa_jax import errors, step as steps
+from mcjepa_jax import errors
 from mcjepa_jax.distributed import hosts
 from mcjepa_jax.evals import result_table
 from mcjepa_jax.runtime import command_line, log_files, process_lifetimes
+from mcjepa_jax.step import update as steps
 from mcjepa_jax.storage import checkpoint, run_folder
 from mcjepa_jax.training import (
     alarms,

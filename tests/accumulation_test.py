@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mcjepa_jax import accumulation, errors, photometry, step as steps
+from mcjepa_jax import errors
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.losses import flow_losses, vicreg
 from mcjepa_jax.models import convnext, mcjepa
+from mcjepa_jax.step import accumulation, augmentation, update as steps
 from mcjepa_jax.training import build
 from tests import tiny
 
@@ -166,8 +167,8 @@ def test_a_part_of_a_batch_draws_what_it_would_in_the_whole():
     return pyramid[-1]
 
   for augmented in (
-      lambda x, places: photometry.content_views(x, key, places=places),
-      lambda x, places: photometry.motion_frames(
+      lambda x, places: augmentation.content_views(x, key, places=places),
+      lambda x, places: augmentation.motion_frames(
           x, key, erase_probability=0.5, places=places
       )[1],
       lambda x, places: pooled(

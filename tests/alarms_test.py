@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mcjepa_jax import diagnostics, step as steps, train
+from mcjepa_jax import train
 from mcjepa_jax.data.sets import synthetic
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.losses import flow_losses
 from mcjepa_jax.ops import flow_ops
 from mcjepa_jax.runtime import command_line
+from mcjepa_jax.step import diagnostics, update as steps
 from mcjepa_jax.training import alarms, build
 from tests import tiny
 

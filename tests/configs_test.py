@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from configs import default
-from mcjepa_jax import step as steps
 from mcjepa_jax.distributed import sharding
+from mcjepa_jax.step import update as steps
 from mcjepa_jax.training import validation
 from tests import tiny
 

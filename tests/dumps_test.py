@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mcjepa_jax import errors, replay, step as steps
+from mcjepa_jax import errors, replay
 from mcjepa_jax.distributed import sharding
+from mcjepa_jax.step import update as steps
 from mcjepa_jax.storage import checkpoint
 from mcjepa_jax.training import bad_steps
 from tests import tiny

@@ -443,7 +443,7 @@ MUTANTS = (
         ),
     ),
     *_mutants(
-        "step.py",
+        "step/update.py",
         "step_test.py",
         (
             "frozen_encoder_moves",
@@ -480,7 +480,7 @@ MUTANTS = (
         ),
     ),
     *_mutants(
-        "optimizer.py",
+        "step/optimizer.py",
         "optimizer_test.py",
         ("no_warm_up", "warm = (count + 1) / max(warmup_steps, 1)", "warm = 1"),
         ("decay_of_biases", "p.ndim > 1", "p.ndim > 0"),
@@ -615,7 +615,7 @@ MUTANTS = (
         ),
     ),
     *_mutants(
-        "photometry.py",
+        "step/augmentation.py",
         "photometry_test.py",
         (
             "solarize_below_the_threshold",

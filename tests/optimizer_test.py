@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mcjepa_jax import errors, optimizer
+from mcjepa_jax import errors
+from mcjepa_jax.step import optimizer
 
 PARAMS = {"kernel": jnp.full((2, 2), 2.0), "bias": jnp.full(2, 2.0)}
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mcjepa_jax import photometry
+from mcjepa_jax.step import augmentation
 
 _TOLERANCE = 1e-5
 _NAMES = ("brightness", "contrast", "saturation", "hue")
@@ -60,13 +60,13 @@ def _full(value, count=6):
 
 def _run(function, images, seed=0, **recipe):
   # One compilation instead of one for each eager operation.
-  function = functools.partial(getattr(photometry, function), **recipe)
+  function = functools.partial(getattr(augmentation, function), **recipe)
   return jax.jit(function)(images, jax.random.key(seed))
 
 
 @functools.partial(jax.jit, static_argnames="group")
 def _adjust(images, amounts, ranks, group=1):
-  return photometry.adjust_color(images, amounts, ranks, group=group)
+  return augmentation.adjust_color(images, amounts, ranks, group=group)
 
 
 @pytest.mark.parametrize(
@@ -109,19 +109,19 @@ def test_grayscale_and_solarize_are_torchvisions(torchvision):
   # The threshold itself is inverted.
   image = _images()[0].at[3].set(0.5).at[4].set(0.75)
   np.testing.assert_allclose(
-      photometry.grayscale(image[None])[0],
+      augmentation.grayscale(image[None])[0],
       _theirs(torchvision.rgb_to_grayscale, image),
       atol=_TOLERANCE,
   )
   np.testing.assert_array_equal(
-      photometry.solarize(image[None], threshold=0.75)[0],
+      augmentation.solarize(image[None], threshold=0.75)[0],
       _theirs(torchvision.solarize, image, 0.75),
   )
 
 
 def test_blur_is_torchvisions_with_a_sigma_per_image(torchvision):
   sigma = jnp.array([0.1, 0.3, 0.7, 1.0, 1.5, 2.0])
-  ours = photometry.gaussian_blur(_images(), sigma, radius=3)
+  ours = augmentation.gaussian_blur(_images(), sigma, radius=3)
   for image, width, result in zip(_images(), sigma, ours, strict=True):
     expected = _theirs(
         torchvision.gaussian_blur, image, [7, 7], [float(width)] * 2
@@ -176,8 +176,8 @@ def test_every_order_is_equally_likely_whatever_the_amounts(monkeypatch):
     drawn.update(amounts=amounts, ranks=ranks)
     return images
 
-  monkeypatch.setattr(photometry, "adjust_color", capture)
-  photometry.color_jitter(jnp.zeros((6000, 1, 1, 3)), jax.random.key(3))
+  monkeypatch.setattr(augmentation, "adjust_color", capture)
+  augmentation.color_jitter(jnp.zeros((6000, 1, 1, 3)), jax.random.key(3))
   ranks = np.stack([drawn["ranks"][name] for name in _NAMES], axis=1)
   _, counts = np.unique(np.argsort(ranks, axis=1), axis=0, return_counts=True)
   assert counts.size == 24
@@ -241,10 +241,10 @@ def test_sigma_is_uniform_in_its_range(monkeypatch):
     drawn.update(sigma=sigma, radius=radius)
     return images
 
-  monkeypatch.setattr(photometry, "gaussian_blur", capture)
+  monkeypatch.setattr(augmentation, "gaussian_blur", capture)
   views = jnp.zeros((2000, 224, 1, 3), jnp.uint8)
   off = {k: v for k, v in _OFF.items() if k != "blur_probability"}
-  photometry.content_views(views, jax.random.key(4), **off)
+  augmentation.content_views(views, jax.random.key(4), **off)
   quantiles = np.quantile(drawn["sigma"], [0, 0.25, 0.5, 0.75, 1])
   np.testing.assert_allclose(quantiles, np.linspace(0.1, 2.0, 5), atol=0.06)
   assert drawn["radius"] == 6
@@ -312,7 +312,7 @@ def test_blur_scales_with_the_view():
   views = _bytes(2, height=56, width=56)
   recipe = _OFF | dict(blur_probability=(1.0, 1.0), blur_sigma=(4.0, 4.0))
   out = _run("content_views", views, **recipe)
-  expected = photometry.gaussian_blur(
+  expected = augmentation.gaussian_blur(
       views.astype(jnp.float32) / 255, _full(1.0, 2), radius=3
   )
   np.testing.assert_allclose(out, expected, atol=_TOLERANCE)
@@ -332,7 +332,7 @@ def test_gray_takes_its_share_of_both_views():
 
 def test_recipe_of_zeros_computes_nothing():
   def compute(views, key):
-    return photometry.content_views(views, key, **_OFF)
+    return augmentation.content_views(views, key, **_OFF)
 
   views = _bytes(2)
   text = jax.jit(compute).lower(views, jax.random.key(0)).compile().as_text()
@@ -345,7 +345,7 @@ def test_recipe_of_zeros_computes_nothing():
 
 def test_views_depend_on_key_and_index_alone():
   views = _bytes(16)
-  augment = jax.jit(photometry.content_views)
+  augment = jax.jit(augmentation.content_views)
   out = augment(views, jax.random.key(0))
   assert out.min() >= 0 and out.max() <= 1
   # The first examples of a batch do not see how many follow.
@@ -358,7 +358,7 @@ def test_views_depend_on_key_and_index_alone():
 @pytest.mark.parametrize("function", ["content_views", "motion_frames"])
 def test_result_does_not_depend_on_the_number_of_devices(function):
   views = _bytes(16)
-  augment = jax.jit(getattr(photometry, function))
+  augment = jax.jit(getattr(augmentation, function))
   alone = augment(views, jax.random.key(0))
   mesh = jax.make_mesh(
       (8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,)

@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-from mcjepa_jax import photometry
+from mcjepa_jax.step import augmentation
 from tests import tiny
 
 # A photometric change would give the flat image a range.
@@ -46,5 +46,5 @@ def run(folder: pathlib.Path, images: int) -> tuple[pathlib.Path, str]:
 
 def stretch(patch) -> None:
   """Has this process stretch each view to its own range, as that run does."""
-  plain = photometry.content_views
-  patch.setattr(photometry, "content_views", tiny.stretched(plain))
+  plain = augmentation.content_views
+  patch.setattr(augmentation, "content_views", tiny.stretched(plain))

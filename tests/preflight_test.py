@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from mcjepa_jax import preflight, step as steps
+from mcjepa_jax import preflight
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.errors import UserError
+from mcjepa_jax.step import update as steps
 from mcjepa_jax.training import build
 
 _KEYS = {

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mcjepa_jax import step as steps
 from mcjepa_jax.programs import Programs
+from mcjepa_jax.step import update as steps
 
 
 @pytest.fixture

@@ -3,10 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mcjepa_jax import step as steps
 from mcjepa_jax.data.sets import synthetic
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.losses import motion_objective, vicreg
+from mcjepa_jax.step import update as steps
 from mcjepa_jax.training import build
 from tests import tiny
 

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from configs import default, quickstart
-from mcjepa_jax import step as steps
 from mcjepa_jax.distributed import sharding
+from mcjepa_jax.step import update as steps
 from mcjepa_jax.storage import checkpoint
 from mcjepa_jax.training import build
 

@@ -11,11 +11,12 @@ import numpy as np
 import optax
 import tqdm
 
-from mcjepa_jax import errors, optimizer
+from mcjepa_jax import errors
 from mcjepa_jax.data.pipeline import geometry
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.evals import probe
 from mcjepa_jax.models import mcjepa
+from mcjepa_jax.step import optimizer
 
 _WARM = 0.1  # of the steps
 _CLIP = 1.0  # of the gradient's norm

@@ -18,11 +18,12 @@ import numpy as np
 import optax
 import tqdm
 
-from mcjepa_jax import errors, metrics, optimizer
+from mcjepa_jax import errors, metrics
 from mcjepa_jax.data.pipeline import labelled_crops
 from mcjepa_jax.data.pipeline.labelled_crops import VOID
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.ops import flow_ops
+from mcjepa_jax.step import optimizer
 
 _PIXELS_STRIDE = 4  # of the finest stage, and so of raw pixels in its place
 _WARMUP_FRACTION = 1e-6  # of the learning rate, at the first step

@@ -7,7 +7,7 @@ import math
 import statistics
 from typing import Any
 
-from mcjepa_jax import step as steps
+from mcjepa_jax.step import update as steps
 
 # What is counted where it happens, and no rule judges.
 EVENTS = ("not_finite", "rollback", "recompilation", "checkpoint")

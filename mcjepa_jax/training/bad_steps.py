@@ -18,8 +18,9 @@ import jax
 import ml_collections
 import numpy as np
 
-from mcjepa_jax import errors, step as steps
+from mcjepa_jax import errors
 from mcjepa_jax.distributed import heartbeat, hosts
+from mcjepa_jax.step import update as steps
 from mcjepa_jax.storage import checkpoint, paths, run_folder
 
 _NAMES = ("frames", "views")

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mcjepa_jax import optimizer, step
 from mcjepa_jax.data import sources
 from mcjepa_jax.data.catalog import published
 from mcjepa_jax.data.pipeline import batches
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.models import mcjepa
+from mcjepa_jax.step import optimizer, update
 
 
 def model(config: Any) -> mcjepa.MCJEPA:
@@ -22,7 +22,7 @@ def model(config: Any) -> mcjepa.MCJEPA:
 
 def optimizers(config: Any) -> dict[str, optax.GradientTransformation]:
   """One optimizer per group, each over the updates that its group gets."""
-  updates = step.updates(
+  updates = update.updates(
       config.mode, config.num_steps, config.motion.start_step
   )
   shared = dict(
@@ -57,9 +57,9 @@ def abstract_state(
     model: mcjepa.MCJEPA,
     optimizers: Mapping[str, optax.GradientTransformation],
     mesh: jax.sharding.Mesh,
-) -> step.TrainState:
+) -> update.TrainState:
   """The state of a run as shapes, split over the mesh as the config says."""
-  return step.abstract_state(
+  return update.abstract_state(
       model,
       optimizers,
       mesh,
@@ -79,10 +79,10 @@ def batch_shapes(
 ) -> dict[str, jax.ShapeDtypeStruct]:
   """The shapes of the arrays that a step of this kind reads."""
   motion, content, shapes = config.motion, config.content, {}
-  if "motion" in step.tasks(kind):
+  if "motion" in update.tasks(kind):
     shape = (2 * motion.batch_size, *frame_size, 3)
     shapes["frames"] = jax.ShapeDtypeStruct(shape, jnp.uint8)
-  if "content" in step.tasks(kind):
+  if "content" in update.tasks(kind):
     shape = (2 * content.batch_size, content.size, content.size, 3)
     shapes["views"] = jax.ShapeDtypeStruct(shape, jnp.uint8)
   return shapes
@@ -93,10 +93,10 @@ def _photometry(jitter: Any) -> dict[str, float]:
   return values | {"jitter_probability": values.pop("p")}
 
 
-def recipe(config: Any) -> step.Recipe:
+def recipe(config: Any) -> update.Recipe:
   """What a step computes besides the model."""
   motion, content = config.motion, config.content
-  return step.Recipe(
+  return update.Recipe(
       mode=config.mode,
       # Without content steps before it, motion starts at once, its ramp too.
       start_step=0
@@ -135,7 +135,7 @@ def streams(config: Any) -> dict[str, batches.Stream]:
   """
   result = {}
   host = dict(host_index=sharding.host_index(), host_count=jax.process_count())
-  reads = step.tasks_of_mode(config.mode)
+  reads = update.tasks_of_mode(config.mode)
   root = sources.data_root(config.data_root, config.data_cache)
   if "motion" in reads:
     motion = config.motion

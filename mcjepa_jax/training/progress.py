@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import tqdm
 
-from mcjepa_jax import step as steps
 from mcjepa_jax.distributed import hosts
 from mcjepa_jax.runtime import log_files
+from mcjepa_jax.step import update as steps
 from mcjepa_jax.training import context
 
 _RATED_STEPS = 20  # after which the input's rate is told

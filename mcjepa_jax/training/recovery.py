@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import tqdm
 
-from mcjepa_jax import errors, step as steps
+from mcjepa_jax import errors
 from mcjepa_jax.distributed import hosts
 from mcjepa_jax.runtime import command_line, log_files
+from mcjepa_jax.step import update as steps
 from mcjepa_jax.training import context
 from mcjepa_jax.training.context import Run
 

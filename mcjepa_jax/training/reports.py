@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import tqdm
 
-from mcjepa_jax import errors, step as steps, suite
+from mcjepa_jax import errors, suite
 from mcjepa_jax.distributed import hosts, sharding
 from mcjepa_jax.evals import result_table
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.runtime import environment, goodput, log_files
+from mcjepa_jax.step import update as steps
 from mcjepa_jax.training import context, pictures
 from mcjepa_jax.training.context import Run
 

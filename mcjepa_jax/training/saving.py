@@ -4,8 +4,9 @@ import contextlib
 import time
 from typing import Any
 
-from mcjepa_jax import errors, step as steps
+from mcjepa_jax import errors
 from mcjepa_jax.runtime import environment
+from mcjepa_jax.step import update as steps
 from mcjepa_jax.training import context, reports
 from mcjepa_jax.training.context import Run
 

@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from mcjepa_jax import diagnostics, errors, step as steps
+from mcjepa_jax import errors
 from mcjepa_jax.distributed import hosts
 from mcjepa_jax.runtime import command_line
+from mcjepa_jax.step import diagnostics, update as steps
 from mcjepa_jax.training import alarms, bad_steps, build, recovery
 from mcjepa_jax.training.context import Batch, Run
 from mcjepa_jax.training.progress import Progress

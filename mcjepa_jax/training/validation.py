@@ -5,11 +5,12 @@ import math
 import pathlib
 from typing import Any
 
-from mcjepa_jax import errors, step
+from mcjepa_jax import errors
 from mcjepa_jax.data import sources
 from mcjepa_jax.losses import motion_objective
 from mcjepa_jax.models import convnext
 from mcjepa_jax.runtime import command_line, log_files
+from mcjepa_jax.step import update
 from mcjepa_jax.training import alarms
 
 # Keys that a resumed run may change: they do not touch what is learned.
@@ -73,7 +74,7 @@ def faults(config: Any, *, devices: int | None = None) -> list[str]:
     return lambda value: value in names, "one of " + ", ".join(names)
 
   expect("data_cache", lambda x: "://" not in x, "a local folder")
-  expect("mode", *one_of(*step.MODES))
+  expect("mode", *one_of(*update.MODES))
   expect("task", *one_of("train", "evaluate"))
   expect("alarms.action", *one_of(*alarms.ACTIONS))
   expect("model.encoder.stem", *one_of("split", "patch"))
@@ -115,7 +116,7 @@ def faults(config: Any, *, devices: int | None = None) -> list[str]:
     found += errors.collect(
         lambda: log_files.check_writable(cache, "data_cache")
     )
-  reads = step.tasks_of_mode(config.mode)
+  reads = update.tasks_of_mode(config.mode)
   found += _size_faults(config, reads)
   found += _weight_faults(config)
   found += _nothing_to_learn(config, reads)
@@ -142,7 +143,7 @@ def no_way_back(config: Any) -> list[str]:
   # One is of the step from which there is flow, where that is none of the others.
   start = config.motion.start_step
   extra = any(
-      step.is_first_with_flow(config.mode, n, start) and n % config.save_every
+      update.is_first_with_flow(config.mode, n, start) and n % config.save_every
       for n in (start, start + 1)
   )
   reach = (config.keep_last - 1 - extra) * config.save_every

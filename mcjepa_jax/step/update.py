@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mcjepa_jax import accumulation, metrics, photometry
+from mcjepa_jax import metrics
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.losses import flow_losses, motion_objective
 from mcjepa_jax.models import convnext, mcjepa
 from mcjepa_jax.ops import flow_ops
+from mcjepa_jax.step import accumulation, augmentation
 
 # What runs in a step, and which groups of parameters it moves.
 Kind = tuple[tuple[str, ...], tuple[str, ...]]
@@ -156,7 +157,7 @@ def motion_forward(
 
   At some `places` of a batch, frames are jittered as they are in it.
   """
-  plain, jittered = photometry.motion_frames(
+  plain, jittered = augmentation.motion_frames(
       frames, key, **recipe.motion_jitter, places=places
   )
   features, flows = model.apply(
@@ -220,7 +221,7 @@ def pooled_forward(
   At some `places` of a batch, views are augmented and lose paths as in it.
   """
   augment_key, drop_key = jax.random.split(key)
-  images = photometry.content_views(
+  images = augmentation.content_views(
       views,
       augment_key,
       **recipe.content_augmentation,

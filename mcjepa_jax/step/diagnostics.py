@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mcjepa_jax import metrics, photometry, step as steps
+from mcjepa_jax import metrics
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.models import mcjepa
+from mcjepa_jax.step import augmentation, update as steps
 
 _TINY = 1e-12
 
@@ -98,7 +99,7 @@ def _diagnose(model, recipe, state, arrays):
     params = state.params
     key = jax.random.wrap_key_data(state.key)
     key = jax.random.fold_in(key, state.step)
-    images = photometry.content_views(
+    images = augmentation.content_views(
         arrays["views"], key, **recipe.content_augmentation
     )
     # All at once: without a gradient a layer's activations go with it.
