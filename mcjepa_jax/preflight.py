@@ -67,7 +67,8 @@ import jax
 from jax.experimental import topologies
 import tqdm
 
-from mcjepa_jax import errors, flops, hlo, sizing
+from mcjepa_jax import errors
+from mcjepa_jax.compiled import batch_search, flops, hlo_bytes
 from mcjepa_jax.distributed import hosts, sharding
 from mcjepa_jax.runtime import command_line, goodput, log_files
 from mcjepa_jax.step import diagnostics, update as steps
@@ -245,8 +246,8 @@ def _compiled(
     text = compiled.as_text()
     report |= {
         "gib_per_device": held + _gib(compiled.memory_analysis()),
-        "hbm_bytes": hlo.hbm_bytes(text),
-        "collective_bytes": hlo.collective_bytes(text),
+        "hbm_bytes": hlo_bytes.hbm_bytes(text),
+        "collective_bytes": hlo_bytes.collective_bytes(text),
     }
   report["compile_seconds"] = time.perf_counter() - start
   return report
@@ -407,7 +408,7 @@ def _assumptions(
 
 def _search(config: Any, topology: str, host_gb: float) -> dict[str, Any]:
   """What `sizing.search` finds, with a bar of its compiles."""
-  bar = tqdm.tqdm(total=len(sizing.POLICIES) + 1, unit="compile")
+  bar = tqdm.tqdm(total=len(batch_search.POLICIES) + 1, unit="compile")
 
   def compiled(config, told):
     bar.set_description(told)
@@ -416,7 +417,9 @@ def _search(config: Any, topology: str, host_gb: float) -> dict[str, Any]:
     return report
 
   with bar:
-    found = sizing.search(config, parse_topology(topology).devices, compiled)
+    found = batch_search.search(
+        config, parse_topology(topology).devices, compiled
+    )
     bar.total = bar.n  # a third was not needed where the batch fits once
   return found
 

@@ -7,7 +7,7 @@ from jax import lax
 import jax.numpy as jnp
 import pytest
 
-from mcjepa_jax import flops
+from mcjepa_jax.compiled import flops
 from mcjepa_jax.distributed import sharding
 
 

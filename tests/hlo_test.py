@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mcjepa_jax import hlo
+from mcjepa_jax.compiled import hlo_bytes
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from mcjepa_jax import hlo
     ],
 )
 def test_shape_counts_all_arrays_without_padding(shape: str, expected: int):
-  assert hlo.shape_bytes(shape) == expected
+  assert hlo_bytes.shape_bytes(shape) == expected
 
 
 _HEADER = "HloModule m, entry_computation_layout={(f32[4])->f32[4]}\n\n"
@@ -34,7 +34,10 @@ ENTRY %main (a: f32[4]) -> f32[4] {
   ROOT %s = f32[4]{0} reduce-scatter(%g), channel_id=2, dimensions={0}
 }
 """
-  assert hlo.collective_bytes(text) == {"all-gather": 64, "reduce-scatter": 64}
+  assert hlo_bytes.collective_bytes(text) == {
+      "all-gather": 64,
+      "reduce-scatter": 64,
+  }
 
 
 def test_counts_a_start_and_its_done_once():
@@ -45,7 +48,7 @@ ENTRY %main (a: f32[4]) -> f32[16] {
   ROOT %d = f32[16]{0} all-gather-done(%g)
 }
 """
-  assert hlo.collective_bytes(text) == {"all-gather": 64}
+  assert hlo_bytes.collective_bytes(text) == {"all-gather": 64}
 
 
 def test_counts_a_collective_that_several_fusions_carry_once():
@@ -66,7 +69,7 @@ ENTRY %main (a: f32[4]) -> f32[16] {
   ROOT %y = f32[16]{0} fusion(%a), kind=kCustom, calls=%second
 }
 """
-  assert hlo.collective_bytes(text) == {"all-gather": 64}
+  assert hlo_bytes.collective_bytes(text) == {"all-gather": 64}
 
 
 @pytest.mark.parametrize(
@@ -94,7 +97,7 @@ ENTRY %main (a: (s32[], f32[4])) -> (s32[], f32[4]) {{
   ROOT %w = (s32[], f32[4]{{0}}) while(%a), condition=%condition, body=%body{annotation}
 }}
 """
-  assert hlo.collective_bytes(text) == {"all-reduce": 80}
+  assert hlo_bytes.collective_bytes(text) == {"all-reduce": 80}
 
 
 def test_compiled_gradient_reduces_each_parameter_once():
@@ -110,7 +113,9 @@ def test_compiled_gradient_reduces_each_parameter_once():
       .lower(jnp.zeros((6, 5)), jnp.zeros((16, 6)))
       .compile()
   )
-  assert hlo.collective_bytes(compiled.as_text()) == {"all-reduce": 6 * 5 * 4}
+  assert hlo_bytes.collective_bytes(compiled.as_text()) == {
+      "all-reduce": 6 * 5 * 4
+  }
 
 
 def test_compiled_loop_repeats_its_collective():
@@ -124,7 +129,7 @@ def test_compiled_loop_repeats_its_collective():
     return jax.lax.fori_loop(0, 3, body, jnp.float32(0.5))
 
   compiled = jax.jit(total, in_shardings=split).lower(jnp.zeros(16)).compile()
-  assert hlo.collective_bytes(compiled.as_text()) == {"all-reduce": 3 * 4}
+  assert hlo_bytes.collective_bytes(compiled.as_text()) == {"all-reduce": 3 * 4}
 
 
 def test_reads_and_writes_what_runs_by_itself():
@@ -142,7 +147,7 @@ ENTRY %main (a: f32[4]) -> f32[4] {
   ROOT %f = f32[4]{0} fusion(%a, %b), kind=kLoop, calls=%fused
 }
 """
-  assert hlo.hbm_bytes(text) == 3 * 16
+  assert hlo_bytes.hbm_bytes(text) == 3 * 16
 
 
 def test_of_a_slice_and_an_update_in_place_only_the_part_moves():
@@ -169,7 +174,7 @@ ENTRY %main (a: f32[9,4], j: s32[]) -> f32[9,4] {
   ROOT %f = f32[9,4]{1,0} fusion(%a, %c, %j), kind=kLoop, calls=%put
 }
 """
-  assert hlo.hbm_bytes(text) == (16 + 16 + 4) + (16 + 16 + 4)
+  assert hlo_bytes.hbm_bytes(text) == (16 + 16 + 4) + (16 + 16 + 4)
 
 
 def test_slices_are_seen_through_bitcasts_and_nested_fusions():
@@ -194,7 +199,7 @@ ENTRY %main (a: f32[36], k: s32[]) -> f32[1,4] {
   ROOT %f = f32[1,4]{1,0} fusion(%a, %k), kind=kLoop, calls=%middle
 }
 """
-  assert hlo.hbm_bytes(text) == 16 + 16 + 4
+  assert hlo_bytes.hbm_bytes(text) == 16 + 16 + 4
 
 
 def test_of_an_array_fetched_in_slices_each_is_read_once():
@@ -210,7 +215,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
   ROOT %y = f32[8]{0} add(%w, %w)
 }
 """
-  assert hlo.hbm_bytes(text) == 32 + 32
+  assert hlo_bytes.hbm_bytes(text) == 32 + 32
 
 
 def test_what_runs_beside_counts_once():
@@ -227,7 +232,7 @@ ENTRY %main (a: f32[4]) -> f32[4] {
   ROOT %d = f32[4]{0} async-done(%u), calls=%beside
 }
 """
-  assert hlo.hbm_bytes(text) == 16 + 16
+  assert hlo_bytes.hbm_bytes(text) == 16 + 16
 
 
 def test_what_lies_in_a_cores_own_memory_does_not_move():
@@ -240,7 +245,7 @@ ENTRY %main (a: f32[4]) -> f32[4] {
   ROOT %f = f32[4]{0} sine(%e)
 }
 """
-  assert hlo.hbm_bytes(text) == 16 + 16
+  assert hlo_bytes.hbm_bytes(text) == 16 + 16
 
 
 def test_compiled_loop_moves_its_arrays_as_often_as_it_runs():
@@ -248,7 +253,7 @@ def test_compiled_loop_moves_its_arrays_as_often_as_it_runs():
     def total(x):
       return jax.lax.fori_loop(0, times, lambda _, y: jnp.sin(y @ y), x)
 
-    return hlo.hbm_bytes(
+    return hlo_bytes.hbm_bytes(
         jax.jit(total).lower(jnp.zeros((64, 64))).compile().as_text()
     )
 

@@ -123,7 +123,7 @@ MUTANTS = (
         ),
     ),
     *_mutants(
-        "sizing.py",
+        "compiled/batch_search.py",
         "sizing_test.py",
         ("the_smaller_batch", "policy = max(POLICIES", "policy = min(POLICIES"),
         (
@@ -166,7 +166,7 @@ MUTANTS = (
         ),
     ),
     *_mutants(
-        "programs.py",
+        "compiled/compiled_steps.py",
         "programs_test.py",
         (
             "a_step_run_again_counts_twice",
@@ -175,7 +175,7 @@ MUTANTS = (
         ),
     ),
     *_mutants(
-        "flops.py",
+        "compiled/flops.py",
         "flops_test.py",
         ("scan_runs_once", 'times = params["length"]', "times = 1.0"),
         (
@@ -186,7 +186,7 @@ MUTANTS = (
         ("smaller_branch", "return max(inner)", "return min(inner)"),
     ),
     *_mutants(
-        "hlo.py",
+        "compiled/hlo_bytes.py",
         "hlo_test.py",
         (
             "loop_moves_once",

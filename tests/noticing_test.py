@@ -18,8 +18,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from mcjepa_jax import errors, replay, train
+from mcjepa_jax.compiled.compiled_steps import Programs
 from mcjepa_jax.distributed import hosts, sharding
-from mcjepa_jax.programs import Programs
 from mcjepa_jax.runtime import command_line, log_files, process_lifetimes
 from mcjepa_jax.storage import checkpoint, paths, run_folder
 from mcjepa_jax.training import bad_steps, context, reports, saving

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mcjepa_jax.programs import Programs
+from mcjepa_jax.compiled.compiled_steps import Programs
 from mcjepa_jax.step import update as steps
 
 

@@ -3,7 +3,8 @@
 import pytest
 
 from configs import mcjepa_convnext_tiny
-from mcjepa_jax import errors, sizing
+from mcjepa_jax import errors
+from mcjepa_jax.compiled import batch_search
 from mcjepa_jax.runtime import command_line
 
 _STATE = 0.6  # GiB, and its gradient a third of that
@@ -36,20 +37,20 @@ def _compiler(limit=15.75, more=0.0):
 )
 def test_the_smallest_batch_keeps_the_proportion_and_divides(devices, batch):
   config = mcjepa_convnext_tiny.get_config()
-  assert sizing.smallest(config, devices) == batch
+  assert batch_search.smallest(config, devices) == batch
 
 
 def test_a_batch_that_no_part_of_divides_is_refused():
   config = mcjepa_convnext_tiny.get_config()
   with pytest.raises(errors.UserError, match="32 devices"):
-    sizing.smallest(config, 32)
+    batch_search.smallest(config, 32)
 
 
 def test_the_larger_batch_is_confirmed_with_what_it_wants():
   config = mcjepa_convnext_tiny.get_config()
   config.content.batch_size, config.motion.batch_size = 96, 2
   compiled, asked = _compiler()
-  found = sizing.search(config, 4, compiled)
+  found = batch_search.search(config, 4, compiled)
   # 0.8 and 96 * 0.05 each time: (0.95 * 15.75 - 0.8) / 4.8 = 2.95.
   assert found["foretold"]["none"]["times"] == 2
   assert found["foretold"]["none"]["gib_per_device"] == pytest.approx(10.4)
@@ -71,7 +72,7 @@ def test_what_the_third_compile_shows_corrects_what_was_foretold(more, times):
   config = mcjepa_convnext_tiny.get_config()
   config.content.batch_size, config.motion.batch_size = 96, 2
   compiled, _ = _compiler(more=more)
-  found = sizing.search(config, 4, compiled)
+  found = batch_search.search(config, 4, compiled)
   assert found["foretold"]["block"]["times"] == 7
   corrected = found["corrected"]
   # 2.72 once and 14.24 + more seven times; what fits, fits.
@@ -85,7 +86,7 @@ def test_of_equal_batches_the_one_without_rematerialisation(monkeypatch):
   monkeypatch.setitem(_GIB, "block", 0.0499)
   config = mcjepa_convnext_tiny.get_config()
   compiled, asked = _compiler()
-  found = sizing.search(config, 4, compiled)
+  found = batch_search.search(config, 4, compiled)
   assert found["remat"] == "none"
   assert asked[-1] == ("none", 192, 4)
 
@@ -94,7 +95,7 @@ def test_a_batch_that_fits_once_is_not_compiled_again(monkeypatch):
   config = mcjepa_convnext_tiny.get_config()
   monkeypatch.setitem(_GIB, "block", 0.04)
   compiled, asked = _compiler(limit=25.0)
-  found = sizing.search(config, 16, compiled)
+  found = batch_search.search(config, 16, compiled)
   assert found["remat"] == "none" and found["foretold"]["none"]["times"] == 1
   assert asked == [("none", 384, 8), ("block", 384, 8)]
   assert found["confirmed"]["gib_per_device"] == pytest.approx(20.0)
@@ -104,7 +105,7 @@ def test_what_fits_within_the_margin_fits_once(monkeypatch):
   config = mcjepa_convnext_tiny.get_config()
   monkeypatch.setitem(_GIB, "block", 0.04)
   compiled, asked = _compiler(limit=20.5)  # of which 20.0 are more than 95 %
-  found = sizing.search(config, 16, compiled)
+  found = batch_search.search(config, 16, compiled)
   assert found["remat"] == "none" and found["confirmed"]["fits"]
   assert len(asked) == 2
 
@@ -112,7 +113,7 @@ def test_what_fits_within_the_margin_fits_once(monkeypatch):
 def test_what_was_foretold_wrongly_is_seen_in_the_report():
   compiled, _ = _compiler(more=9.0)
   config = mcjepa_convnext_tiny.get_config()
-  assert not sizing.search(config, 4, compiled)["confirmed"]["fits"]
+  assert not batch_search.search(config, 4, compiled)["confirmed"]["fits"]
 
 
 def test_nothing_that_fits_is_an_end_with_the_memory_it_takes():
@@ -121,5 +122,5 @@ def test_nothing_that_fits_is_an_end_with_the_memory_it_takes():
   with pytest.raises(
       command_line.Stop, match="96 images and 2 pairs.* 2.72 GiB"
   ):
-    sizing.search(config, 4, compiled)
+    batch_search.search(config, 4, compiled)
   assert len(asked) == 2

@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
+from mcjepa_jax.compiled.compiled_steps import Programs
 from mcjepa_jax.distributed import hosts, sharding
 from mcjepa_jax.models import mcjepa
-from mcjepa_jax.programs import Programs
 from mcjepa_jax.runtime import log_files
 from mcjepa_jax.step import update as steps
 from mcjepa_jax.storage import checkpoint, run_folder

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from mcjepa_jax import flops
+from mcjepa_jax.compiled import flops
 from mcjepa_jax.step import update as steps
 
 Key = tuple[Any, ...]
