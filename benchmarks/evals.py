@@ -92,8 +92,9 @@ def looked_at(counts: Counter[str]) -> Iterator[None]:
 
 def _subject(config: Any, checkpoint: str, workdir: pathlib.Path) -> Any:
   """What is evaluated: a checkpoint beside untrained parameters, or these alone."""
-  from mcjepa_jax import evaluate, suite
+  from mcjepa_jax import evaluate
   from mcjepa_jax.distributed import sharding
+  from mcjepa_jax.evals import registry
   from mcjepa_jax.models import mcjepa
   from mcjepa_jax.training import build
 
@@ -107,19 +108,19 @@ def _subject(config: Any, checkpoint: str, workdir: pathlib.Path) -> Any:
   initial = sharding.call_once(lambda: mcjepa.init_params(model, config.seed))
   if params is None:
     params = initial
-  return suite.Subject(config, model, params, initial, mesh, workdir)
+  return registry.Subject(config, model, params, initial, mesh, workdir)
 
 
 def _measured(subject: Any, entry: str) -> dict[str, float | str]:
   """The row of an eval."""
-  from mcjepa_jax import suite
+  from mcjepa_jax.evals import registry
   from mcjepa_jax.runtime import log_files
 
   with contextlib.suppress(OSError):
     pathlib.Path("/proc/self/clear_refs").write_text("5")
   counts: Counter[str] = Counter()
   with waiting_shown(), looked_at(counts):
-    results, faults = suite.run(subject, [entry])
+    results, faults = registry.run(subject, [entry])
   if faults:
     raise errors.UserError(*faults)
   return {
@@ -144,10 +145,10 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint = paths.get("checkpoint", "")
     config = command_line.load_config(file, arguments.overrides)
     command_line.set_up_jax(config.compilation_cache)
-    from mcjepa_jax import suite
+    from mcjepa_jax.evals import registry
     from mcjepa_jax.runtime import environment
 
-    if faults := suite.check(config):
+    if faults := registry.check(config):
       raise errors.UserError(*faults)
     rows = []
     with tempfile.TemporaryDirectory() as workdir:

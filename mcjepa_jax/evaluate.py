@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 
-from mcjepa_jax import dense_evals, errors, inference, suite
+from mcjepa_jax import errors
 from mcjepa_jax.distributed import sharding
-from mcjepa_jax.evals import result_table
+from mcjepa_jax.evals import inference, registry, result_table
+from mcjepa_jax.evals.adapters import segmentation_adapter
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.runtime import environment, log_files
 from mcjepa_jax.storage import checkpoint, paths, run_folder
@@ -44,7 +45,7 @@ def _evaluate(config: Any, folder: run_folder.Folder) -> dict[str, Any]:
     target = pathlib.Path(config.results).expanduser()
   described = []
   unreadable = errors.collect(lambda: described.append(_described(path)))
-  found = suite.faults(config, folder.local)
+  found = registry.faults(config, folder.local)
   runnable = [entry for entry in config.evals if entry not in found.by_eval]
   missing = [f for faults in found.by_eval.values() for f in faults]
   faults = validation.faults(config) + found.mistakes + unreadable
@@ -87,8 +88,8 @@ def _evaluate(config: Any, folder: run_folder.Folder) -> dict[str, Any]:
     log_files.write_json(target, results | about)
     folder.push()
 
-  results, faults = suite.run(
-      suite.Subject(config, model, params, initial, mesh, folder.local),
+  results, faults = registry.run(
+      registry.Subject(config, model, params, initial, mesh, folder.local),
       runnable,
       ended=write,
   )
@@ -110,8 +111,10 @@ def _stride_faults(
     found += errors.collect(
         lambda: inference.check_stride(config.davis.stride, strides)
     )
-  for kind in kinds.intersection(dense_evals.KINDS):
-    found += dense_evals.crop_faults(kind, config[kind].crop, strides[-1])
+  for kind in kinds.intersection(segmentation_adapter.KINDS):
+    found += segmentation_adapter.crop_faults(
+        kind, config[kind].crop, strides[-1]
+    )
   return found
 
 

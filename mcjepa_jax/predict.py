@@ -9,9 +9,10 @@ import sys
 
 import numpy as np
 
-from mcjepa_jax import errors, evaluate, inference
+from mcjepa_jax import errors, evaluate
 from mcjepa_jax.data.readers import flow_files, image_files
 from mcjepa_jax.distributed import sharding
+from mcjepa_jax.evals import inference
 from mcjepa_jax.runtime import command_line, log_files, visualize
 from mcjepa_jax.storage import checkpoint
 

@@ -20,8 +20,8 @@ from benchmarks import evals, seeds
     [
         (("jax/_src/api.py", "mcjepa_jax/storage/paths.py"), "decode"),
         (("mcjepa_jax/data/sources.py", "numpy/core.py"), "decode"),
-        (("mcjepa_jax/inference.py", "jax/_src/array.py"), "device"),
-        (("mcjepa_jax/evals/masks.py", "cv2/__init__.py"), "metric"),
+        (("mcjepa_jax/evals/inference.py", "jax/_src/array.py"), "device"),
+        (("mcjepa_jax/evals/mask_metrics.py", "cv2/__init__.py"), "metric"),
         (("jax/_src/interpreters/mlir.py", "jax/_src/pjit.py"), "compile"),
     ],
 )

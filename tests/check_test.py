@@ -8,12 +8,12 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from mcjepa_jax import suite
 from mcjepa_jax.data import check, convert, flow_sanity
 from mcjepa_jax.data.catalog import facts, published
 from mcjepa_jax.data.readers import flow_files
 from mcjepa_jax.data.sets import synthetic
 from mcjepa_jax.errors import UserError
+from mcjepa_jax.evals import registry
 from tests import layouts, tiny
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -326,7 +326,7 @@ def test_training_is_told_of_flow_that_does_not_fit(tmp_path, fault, told):
   cfg = tiny.config(
       evals=("flow/sintel_clean",), data_root=str(_write(tmp_path, fault))
   )
-  faults = suite.check(cfg)
+  faults = registry.check(cfg)
   assert bool(faults) == told
   assert all(f"flow/sintel_clean: the flow seems {fault}" in f for f in faults)
 

@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from mcjepa_jax import errors, inference, suite
+from mcjepa_jax import errors
 from mcjepa_jax.data import sources
 from mcjepa_jax.distributed import sharding
-from mcjepa_jax.evals import davis
+from mcjepa_jax.evals import davis, inference, registry
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.training import build, validation
 from tests import mask_clips, tiny
@@ -328,11 +328,11 @@ def _subject(root, devices=1, **changes):
       for seed in (1, 0)
   )
   mesh = sharding.make_mesh(devices)
-  return suite.Subject(cfg, model, params, initial, mesh, root)
+  return registry.Subject(cfg, model, params, initial, mesh, root)
 
 
 def _results(subject):
-  results, found = suite.run(subject)
+  results, found = registry.run(subject)
   assert not found
   return {k: v for k, v in results.items() if not k.startswith("meta/")}
 
@@ -350,8 +350,8 @@ def test_a_pass_has_as_many_frames_as_the_devices_divide(
   cfg = tiny.config(data_root=str(tmp_path), davis__batch=batch)
   mesh = sharding.make_mesh(devices)
   untrained = {"encoder": {}}
-  found = suite.run(
-      suite.Subject(
+  found = registry.run(
+      registry.Subject(
           *(cfg, build.model(cfg), untrained, untrained, mesh, tmp_path)
       ),
       ("davis/2017",),
@@ -409,12 +409,12 @@ def test_a_shape_compiles_once_whatever_the_objects_and_the_length(tmp_path):
 
 def test_a_stride_that_the_encoder_has_not_is_told(tmp_path):
   mask_clips.davis(tmp_path / "DAVIS")
-  _, (fault,) = suite.run(_subject(tmp_path, stride=3))
+  _, (fault,) = registry.run(_subject(tmp_path, stride=3))
   assert fault.startswith("davis.stride: expected one of")
 
 
 def test_an_unknown_set_is_named_with_what_there_is():
-  (fault,) = suite.check(tiny.config(evals=("davis/2018",), data_root="x"))
+  (fault,) = registry.check(tiny.config(evals=("davis/2018",), data_root="x"))
   assert "2016, 2017, youtube_vos" in fault and "'2018'" in fault
 
 

@@ -3,10 +3,9 @@ import numpy as np
 import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
-from mcjepa_jax import inference, suite
 from mcjepa_jax.data.sets import synthetic
 from mcjepa_jax.distributed import sharding
-from mcjepa_jax.evals import flow, probe
+from mcjepa_jax.evals import flow, frozen_features, inference, registry
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.training import build
 from tests import tiny
@@ -132,7 +131,7 @@ def test_knn_equals_scikit_learn():
   x = rng.normal(size=(300, 8)) + 0.8 * np.eye(5, 8)[labels] * 3
   x /= np.linalg.norm(x, axis=1, keepdims=True)
   bank, queries = x[:200], x[200:]
-  ours, nearest = probe.knn_accuracy(
+  ours, nearest = frozen_features.knn_accuracy(
       bank, labels[:200], 7.0 * queries, labels[200:], ks=(20, 1), chunk=33
   )
   # Cosine distance is 1 - cosine: weights exp((1 - d) / t).
@@ -142,9 +141,9 @@ def test_knn_equals_scikit_learn():
   peer.fit(bank, labels[:200])
   # The very labels that it predicts, and so its score.
   guesses = peer.predict(queries)
-  assert probe.knn_accuracy(bank, labels[:200], queries, guesses, ks=(20,)) == [
-      100.0
-  ]
+  assert frozen_features.knn_accuracy(
+      bank, labels[:200], queries, guesses, ks=(20,)
+  ) == [100.0]
   expected = 100 * np.mean(guesses == labels[200:])
   assert ours == pytest.approx(expected)
   assert 40 < ours < 100
@@ -176,13 +175,15 @@ def parts():
     images = synthetic.Images(size=(32, 32), seed=seed, num_examples=count)
     embedders = {"": _label_oracle(images), "random_init": _corner}
     made.append(
-        probe.extract(images, embedders, size=32, name="", progress=False)
+        frozen_features.extract(
+            images, embedders, size=32, name="", progress=False
+        )
     )
   return made
 
 
 def test_knn_of_a_set_reports_its_twins_and_references(parts):
-  result = probe.run("set", *parts, k=1, progress=False)
+  result = frozen_features.run("set", *parts, k=1, progress=False)
   assert result["knn/set/top1"] == 100.0
   assert result["knn/set/top1_pixels"] < 60
   assert result["knn/set/chance"] == pytest.approx(100 / synthetic.NUM_CLASSES)
@@ -194,15 +195,15 @@ def test_knn_of_a_set_reports_its_twins_and_references(parts):
 
 
 def test_a_bank_of_fewer_images_has_no_vote_of_200(parts):
-  small = probe.Part(
+  small = frozen_features.Part(
       {k: v[:200] for k, v in parts[0].features.items()}, parts[0].labels[:200]
   )
-  result = probe.run("set", small, parts[1], progress=False)
+  result = frozen_features.run("set", small, parts[1], progress=False)
   assert not [key for key in result if "k200" in key]
 
 
 def test_rank_tells_how_many_directions_features_have(parts):
-  result = probe.rank("set", parts[0])
+  result = frozen_features.rank("set", parts[0])
   # Ten classes, one direction each, about as often.
   assert 9 < result["rankme/set/rank"] <= 10.1
   assert result["rankme/set/rank_random_init"] <= 3.01
@@ -211,9 +212,9 @@ def test_rank_tells_how_many_directions_features_have(parts):
 
 
 def test_pixels_of_a_large_set_are_of_smaller_pictures(monkeypatch):
-  monkeypatch.setattr(probe, "_PIXEL_VALUES", 12 * 16 * 16 * 3)
+  monkeypatch.setattr(frozen_features, "_PIXEL_VALUES", 12 * 16 * 16 * 3)
   images = synthetic.Images(size=(64, 64), seed=0, num_examples=12)
-  part = probe.extract(images, {}, size=64, name="", progress=False)
+  part = frozen_features.extract(images, {}, size=64, name="", progress=False)
   assert part.features["pixels"].shape == (12, 16 * 16 * 3)
   mean = np.mean([images[i]["image"].mean() for i in range(12)]) / 255
   assert part.features["pixels"].mean() == pytest.approx(mean, abs=0.02)
@@ -242,7 +243,7 @@ def test_predictions_do_not_depend_on_devices_or_on_the_last_batch(devices):
 
 def test_an_unknown_eval_is_named_with_what_there_is():
   cfg = tiny.config(evals=("flow/nowhere", "speed", "knn/cifar10"))
-  faults = "\n".join(suite.check(cfg))
+  faults = "\n".join(registry.check(cfg))
   assert "'nowhere'" in faults and "synthetic" in faults
   assert "'speed'" in faults
   assert "data_root" in faults

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from mcjepa_jax import errors, evaluate, inference, suite
+from mcjepa_jax import errors, evaluate
 from mcjepa_jax.distributed import sharding
-from mcjepa_jax.evals import finetune
+from mcjepa_jax.evals import finetune, inference, registry
 from mcjepa_jax.storage import checkpoint
 from tests import tiny
 
@@ -67,7 +67,7 @@ def test_the_checkpoints_own_strides_are_held_against_the_config(
   """The encoder there has the strides 2, 4, 8 and 16, the config's to 32."""
   monkeypatch.setattr(evaluate, "restore_model", None)  # nothing is loaded
   # As if the sets were there.
-  monkeypatch.setattr(suite, "faults", lambda *_: suite.Faults([], {}))
+  monkeypatch.setattr(registry, "faults", lambda *_: registry.Faults([], {}))
   cfg = tiny.config(
       quickstart, task="evaluate", checkpoint=str(untrained),
       model__encoder__depths=(1, 1, 1, 1),
@@ -91,7 +91,7 @@ def test_fine_tuning_that_goes_astray_is_told(untrained):
   mesh = sharding.make_mesh(1)
   model, params, _ = evaluate.restore_model(untrained, mesh=mesh)
   cfg = tiny.config()
-  train, test = suite._labelled(cfg, "synthetic")
+  train, test = registry._labelled(cfg, "synthetic")
   params["encoder"]["norm"]["scale"] *= jnp.nan
   with pytest.raises(errors.UserError, match="finetune.learning_rate"):
     finetune.run(
@@ -112,11 +112,11 @@ def test_what_has_ended_is_written_whatever_comes_after_it(
     raise np.linalg.LinAlgError("SVD did not converge")
 
   monkeypatch.setattr(
-      suite,
+      registry,
       "_EVALS",
       {
-          "fine": suite.Eval(lambda config, name: [0], fine),
-          "crashes": suite.Eval(lambda config, name: [0], crashes),
+          "fine": registry.Eval(lambda config, name: [0], fine),
+          "crashes": registry.Eval(lambda config, name: [0], crashes),
       },
   )
   cfg = tiny.config(

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from mcjepa_jax import errors, evaluate, main, suite, train
+from mcjepa_jax import errors, evaluate, main, train
 from mcjepa_jax.data.readers import flow_files
+from mcjepa_jax.evals import registry
 from mcjepa_jax.training import preconditions
 from tests import layouts, tiny
 
@@ -208,7 +209,7 @@ def test_evaluate_writes_flat_results_whatever_the_devices(
       ("_KNN_BANK", 60),
       ("_KNN_QUERIES", 30),
   ):
-    monkeypatch.setattr(suite, name, count)
+    monkeypatch.setattr(registry, name, count)
   cfg = tiny.config(
       checkpoint=str(untrained),
       results=str(tmp_path / "out.json"),

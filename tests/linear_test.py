@@ -6,7 +6,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from mcjepa_jax.distributed import sharding
-from mcjepa_jax.evals import finetune, linear, probe
+from mcjepa_jax.evals import finetune, frozen_features, linear
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.training import build
 from tests import tiny
@@ -31,7 +31,9 @@ def _part(count, seed):
   told = common + signs + 0.4 * rng.normal(size=signs.shape)
   x = np.concatenate([told, common], axis=1).astype(np.float32)
   noise = rng.normal(size=x.shape).astype(np.float32)
-  return probe.Part({"": x, "random_init": noise, "pixels": noise + x}, labels)
+  return frozen_features.Part(
+      {"": x, "random_init": noise, "pixels": noise + x}, labels
+  )
 
 
 @pytest.mark.parametrize("weight_decay", [1e-3, 0.1])
@@ -72,7 +74,7 @@ def test_the_rate_is_chosen_by_held_out_training_images_alone():
   assert result["linear/set/learning_rate"] == 0.05
   assert result["linear/set/top1"] > 2 * result["linear/set/chance"]
   # Test labels that are all wrong change the score and nothing else.
-  wrong = probe.Part(test.features, (test.labels + 1) % _CLASSES)
+  wrong = frozen_features.Part(test.features, (test.labels + 1) % _CLASSES)
   other = linear.run("set", train, wrong, **options)
   for key in ("learning_rate", "top1_held_out"):
     assert other[f"linear/set/{key}"] == result[f"linear/set/{key}"]

@@ -7,10 +7,10 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from mcjepa_jax import suite
 from mcjepa_jax.data import check, sources
 from mcjepa_jax.data.sets import mask_sets
 from mcjepa_jax.errors import UserError
+from mcjepa_jax.evals import registry
 from tests import mask_clips, tiny
 
 
@@ -20,7 +20,7 @@ def _davis(tmp_path, **changes):
 
 
 def _faults(tmp_path, name="davis/2017"):
-  return suite.check(tiny.config(data_root=str(tmp_path), evals=(name,)))
+  return registry.check(tiny.config(data_root=str(tmp_path), evals=(name,)))
 
 
 def test_2017_has_objects_and_2016_one_foreground(tmp_path):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from mcjepa_jax.evals import masks
+from mcjepa_jax.evals import mask_metrics
 
 
 def _square(y, x, side=10, shape=(60, 80)):
@@ -13,14 +13,19 @@ def _square(y, x, side=10, shape=(60, 80)):
 
 def test_j_is_intersection_over_union():
   # 10x10 each, 5x10 in common: 50 of 150.
-  assert masks.region_similarity(_square(0, 0), _square(5, 0)) == 50 / 150
-  assert masks.region_similarity(_square(0, 0), _square(30, 0)) == 0
-  assert masks.region_similarity(_square(3, 4), _square(3, 4)) == 1
+  assert (
+      mask_metrics.region_similarity(_square(0, 0), _square(5, 0)) == 50 / 150
+  )
+  assert mask_metrics.region_similarity(_square(0, 0), _square(30, 0)) == 0
+  assert mask_metrics.region_similarity(_square(3, 4), _square(3, 4)) == 1
 
 
 def test_two_empty_masks_agree_and_an_empty_one_does_not():
   empty, full = np.zeros((60, 80), bool), _square(5, 5)
-  for measure in (masks.region_similarity, masks.boundary_accuracy):
+  for measure in (
+      mask_metrics.region_similarity,
+      mask_metrics.boundary_accuracy,
+  ):
     assert measure(empty, empty) == 1
     assert measure(empty, full) == measure(full, empty) == 0
 
@@ -35,18 +40,22 @@ def test_a_boundary_lies_half_a_pixel_up_and_left():
   .###.
   .....
   """.split()
-  came = ["".join(".#"[v] for v in row) for row in masks.boundary(mask) * 1]
+  came = [
+      "".join(".#"[v] for v in row) for row in mask_metrics.boundary(mask) * 1
+  ]
   assert came == expected
 
 
 def test_a_boundary_reaches_the_last_row_and_column_but_not_the_corner():
   mask = np.zeros((4, 4), bool)
   mask[:, 2:] = True
-  assert masks.boundary(mask).tolist() == [[False, True, False, False]] * 4
-  assert masks.boundary(mask.T)[1].all()
+  assert (
+      mask_metrics.boundary(mask).tolist() == [[False, True, False, False]] * 4
+  )
+  assert mask_metrics.boundary(mask.T)[1].all()
   corner = np.zeros((4, 4), bool)
   corner[3, 3] = True
-  assert not masks.boundary(corner)[3, 3]
+  assert not mask_metrics.boundary(corner)[3, 3]
 
 
 @pytest.mark.parametrize(("shift", "expected"), [(0, 1), (1, 1), (2, 0)])
@@ -55,7 +64,7 @@ def test_f_has_a_tolerance_of_0008_of_the_diagonal(shift, expected):
   left, moved = np.zeros((2, 60, 80), bool)
   left[:, 40:] = True
   moved[:, 40 + shift :] = True
-  assert masks.boundary_accuracy(left, moved) == expected
+  assert mask_metrics.boundary_accuracy(left, moved) == expected
 
 
 @pytest.mark.parametrize(
@@ -67,13 +76,15 @@ def test_the_tolerance_is_a_disk(offset, expected):
   # (5, 0) the lower two and the upper two are, 4 apart.
   ours = _square(100, 100, 1, (300, 400))
   theirs = _square(100 + offset[0], 100 + offset[1], 1, (300, 400))
-  assert masks.boundary_accuracy(ours, theirs) == expected
+  assert mask_metrics.boundary_accuracy(ours, theirs) == expected
 
 
 def test_f_weighs_precision_and_recall():
   # Of two squares far apart one is found: precision 1, recall a half.
   both = _square(5, 5) | _square(40, 50)
-  assert masks.boundary_accuracy(_square(5, 5), both) == pytest.approx(2 / 3)
+  assert mask_metrics.boundary_accuracy(_square(5, 5), both) == pytest.approx(
+      2 / 3
+  )
 
 
 def test_f_equals_the_distance_to_the_other_boundary():
@@ -83,13 +94,13 @@ def test_f_equals_the_distance_to_the_other_boundary():
       ndimage.gaussian_filter(rng.normal(size=(600, 800)), 15) > 0.01
       for _ in range(2)
   ]
-  edges = [masks.boundary(blob) for blob in blobs]
+  edges = [mask_metrics.boundary(blob) for blob in blobs]
   far = [ndimage.distance_transform_edt(~edge) for edge in edges]
   precision, recall = (
       np.mean(far[1 - i][edges[i]] <= 8 + 1e-9) for i in range(2)
   )
   np.testing.assert_allclose(
-      masks.boundary_accuracy(*blobs),
+      mask_metrics.boundary_accuracy(*blobs),
       2 * precision * recall / (precision + recall),
       rtol=1e-12,
   )
@@ -99,7 +110,7 @@ def test_f_equals_the_distance_to_the_other_boundary():
 def test_statistics_are_mean_recall_and_decay_over_quarters():
   values = np.array([1.0, 1.0, 0.8, 0.6, 0.5, 0.4, 0.2, 0.0])
   # Ends at 1, 2.75, 4.5, 6.25, 8: the quarters are 1-3 and 6-8.
-  mean, recall, decay = masks.statistics(values)
+  mean, recall, decay = mask_metrics.statistics(values)
   np.testing.assert_allclose(
       (mean, recall, decay), (4.5 / 8, 0.5, 2.8 / 3 - 0.6 / 3)
   )
@@ -107,7 +118,7 @@ def test_statistics_are_mean_recall_and_decay_over_quarters():
 
 @pytest.mark.parametrize("length", [1, 2, 3, 300])
 def test_statistics_of_any_length_are_finite(length):
-  mean, recall, decay = masks.statistics(np.full(length, 0.75))
+  mean, recall, decay = mask_metrics.statistics(np.full(length, 0.75))
   assert (mean, recall, decay) == (0.75, 1, 0)
 
 
@@ -115,4 +126,4 @@ def test_decay_sees_the_end_of_a_long_sequence():
   values = np.ones(400)
   values[-80:] = 0
   # The last quarter is frames 300 to 400, counted from 1.
-  assert masks.statistics(values).decay == pytest.approx(80 / 101)
+  assert mask_metrics.statistics(values).decay == pytest.approx(80 / 101)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from mcjepa_jax import metrics
 from mcjepa_jax.data.readers import flow_files
+from mcjepa_jax.evals import metrics
 
 
 def _flow(*vectors) -> np.ndarray:

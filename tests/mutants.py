@@ -278,7 +278,7 @@ MUTANTS = (
         ),
     ),
     *_mutants(
-        "evals/masks.py",
+        "evals/mask_metrics.py",
         "masks_test.py",
         ("tolerance_of_a_side", "math.hypot(*mask.shape)", "max(mask.shape)"),
         ("square_tolerance", "<= radius**2", "<= 2 * radius**2"),
@@ -502,7 +502,7 @@ MUTANTS = (
         ("drop_path_not_rescaled", "/ keep", "/ 1"),
     ),
     *_mutants(
-        "metrics.py",
+        "evals/metrics.py",
         "metrics_test.py",
         (
             "outlier_by_either_bound",
@@ -550,12 +550,12 @@ MUTANTS = (
         ("decay_is_twice_l2", "0.5 * weight_decay", "weight_decay"),
     ),
     *_mutants(
-        "evals/submit.py",
+        "evals/submission.py",
         "submit_test.py",
         ("frames_named_as_the_data", "frame.replace('_', '')", "frame"),
     ),
     *_mutants(
-        "evals/probe.py",
+        "evals/frozen_features.py",
         "evals_test.py",
         ("votes_not_weighted", "1) / temperature)", "1) * 0)"),
     ),

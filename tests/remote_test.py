@@ -16,12 +16,12 @@ from gcp_storage_emulator import server as emulator
 import numpy as np
 import pytest
 
-from mcjepa_jax import errors, suite
+from mcjepa_jax import errors
 from mcjepa_jax.data import check, convert, sources
 from mcjepa_jax.data.readers import array_records, image_files, video_files
 from mcjepa_jax.data.sets import image_sets
 from mcjepa_jax.errors import UserError
-from mcjepa_jax.evals import submit
+from mcjepa_jax.evals import registry, submission
 from mcjepa_jax.storage import paths
 from tests import (
     buckets,
@@ -158,16 +158,18 @@ def test_evals_keep_in_the_cache_what_they_read(labelled, tmp_path, name):
   cfg = tiny.config(
       data_root=labelled[1], data_cache=str(tmp_path), evals=(name,)
   )
-  assert suite.check(cfg) == []
+  assert registry.check(cfg) == []
   assert any(path.is_file() for path in tmp_path.rglob("*"))
 
 
 def test_the_frames_of_a_submission_are_kept_in_the_cache(
     data, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(submit, "frames", lambda parts, *_, **__: parts["clean"])
+  monkeypatch.setattr(
+      submission, "frames", lambda parts, *_, **__: parts["clean"]
+  )
   cfg = tiny.config(data_root=data[1], data_cache=str(tmp_path))
-  suite._test_frames(cfg, "sintel")[0]
+  registry._test_frames(cfg, "sintel")[0]
   assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2
 
 

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score
 
-from mcjepa_jax import dense_evals, errors, metrics, suite
+from mcjepa_jax import errors
 from mcjepa_jax.data import sources
 from mcjepa_jax.data.pipeline import labelled_crops
 from mcjepa_jax.data.pipeline.labelled_crops import VOID
 from mcjepa_jax.distributed import sharding
-from mcjepa_jax.evals import segmentation
+from mcjepa_jax.evals import metrics, registry, segmentation
+from mcjepa_jax.evals.adapters import segmentation_adapter
 from mcjepa_jax.models import convnext, mcjepa, segmentation_heads
 from mcjepa_jax.training import build
 from tests import tiny
@@ -395,12 +396,12 @@ def _camvid(root):
 def test_both_evals_give_every_number_with_its_twins(tmp_path):
   _camvid(tmp_path)
   cfg = _config(tmp_path)
-  assert suite.check(cfg) == []
+  assert registry.check(cfg) == []
   model = build.model(cfg)
   params, initial = (mcjepa.init_params(model, seed) for seed in (1, 0))
   mesh = sharding.make_mesh(4)  # of which 2 divide the batch
-  found, faults = suite.run(
-      suite.Subject(cfg, model, params, initial, mesh, tmp_path)
+  found, faults = registry.run(
+      registry.Subject(cfg, model, params, initial, mesh, tmp_path)
   )
   assert not faults
   classes = sources.segmentation("camvid_val", str(tmp_path)).test.classes
@@ -428,7 +429,7 @@ def test_what_is_wrong_with_the_settings_is_told_before_anything_runs(tmp_path):
       upernet__drop_path=1.0,
       upernet__stride=33,
   )
-  faults = suite.check(cfg)
+  faults = registry.check(cfg)
   for start in (
       "segmentation.crop: expected a multiple of 16",
       "segmentation.scale: expected (least, most), above 0, got (2.0, 0.5)",
@@ -448,12 +449,12 @@ def test_a_bad_file_of_either_part_is_told_before_anything_runs(tmp_path):
       np.full((32, 36), 77, np.uint8),
   )
   (tmp_path / "CamVid/val/a_2.png").write_bytes(b"no image")
-  faults = suite.check(_config(tmp_path, evals=("segmentation/camvid_val",)))
+  faults = registry.check(_config(tmp_path, evals=("segmentation/camvid_val",)))
   assert any(
       "trainannot/a_1.png: expected the values 0 to 11" in f for f in faults
   )
   assert any("val/a_2.png" in f for f in faults)
-  (fault,) = suite.check(_config(tmp_path, evals=("upernet/nowhere",)))
+  (fault,) = registry.check(_config(tmp_path, evals=("upernet/nowhere",)))
   assert fault.startswith("evals: upernet: expected one of ade20k, ")
 
 
@@ -466,11 +467,11 @@ def test_an_image_whose_logits_have_no_room_is_told_before_anything_is_loaded(
   _camvid(tmp_path)
   cfg = _config(tmp_path, evals=("upernet/camvid_val",), eval_max_pixels=100)
   cfg.upernet.sets.camvid_val.short_side = short_side
-  (fault,) = suite.check(cfg)
+  (fault,) = registry.check(cfg)
   assert "CamVid/val/a_" in fault and f"got {got}" in fault
   assert "at most 100 pixels (eval_max_pixels)" in fault
   cfg.upernet.sets.camvid_val.short_side = 5
-  assert suite.check(cfg) == []
+  assert registry.check(cfg) == []
 
 
 def test_an_image_that_is_too_large_to_train_on_is_no_fault(tmp_path):
@@ -478,7 +479,7 @@ def test_an_image_that_is_too_large_to_train_on_is_no_fault(tmp_path):
   tiny.save_image(tmp_path / "CamVid/train/a_0.png", (64, 64))
   labels = np.zeros((64, 64), np.uint8)
   cv2.imwrite(str(tmp_path / "CamVid/trainannot/a_0.png"), labels)
-  assert suite.check(_config(tmp_path, eval_max_pixels=48 * 40)) == []
+  assert registry.check(_config(tmp_path, eval_max_pixels=48 * 40)) == []
 
 
 def test_the_config_knows_each_set():
@@ -487,7 +488,7 @@ def test_the_config_knows_each_set():
     sources.segmentation("", "")
   except sources.UnknownName as error:
     names = set(error.names)
-  for kind in dense_evals.KINDS:
+  for kind in segmentation_adapter.KINDS:
     assert set(tiny.config()[kind].sets) == names
 
 

@@ -6,10 +6,10 @@ import zipfile
 import numpy as np
 import pytest
 
-from mcjepa_jax import errors, evaluate, suite
+from mcjepa_jax import errors, evaluate
 from mcjepa_jax.data import sources
 from mcjepa_jax.data.readers import flow_files
-from mcjepa_jax.evals import submit
+from mcjepa_jax.evals import registry, submission
 from tests import layouts, tiny
 
 _SIZE = (6, 9)
@@ -21,7 +21,7 @@ def _predict(frames):
   return first - frames[1::2, ..., :2] / np.float32(7)
 
 
-def _sintel_root(root: pathlib.Path, scenes=submit.SINTEL_SCENES):
+def _sintel_root(root: pathlib.Path, scenes=submission.SINTEL_SCENES):
   for number, scene in enumerate(scenes):
     for code, render in enumerate(("clean", "final")):
       for frame in (1, 2, 3):
@@ -34,21 +34,21 @@ def _motion(name, root):
 
 
 def _sintel(root, **options):
-  options = dict(count=24, scenes=submit.SINTEL_SCENES) | options
-  return submit.frames(
+  options = dict(count=24, scenes=submission.SINTEL_SCENES) | options
+  return submission.frames(
       {r: _motion(f"sintel_test_{r}", root) for r in ("clean", "final")},
-      submit.sintel_member,
+      submission.sintel_member,
       **options,
   )
 
 
 def _kitti(root, year="2015"):
   pairs = {year: _motion(f"kitti_{year}_test", root)}
-  return submit.frames(pairs, submit.kitti_member, count=2)
+  return submission.frames(pairs, submission.kitti_member, count=2)
 
 
 def _run(name, frames, folder):
-  return submit.run(
+  return submission.run(
       name, frames, _predict, folder, batch_size=4, max_pixels=10**6,
       progress=False,
   )  # fmt: skip
@@ -65,7 +65,7 @@ def test_sintels_bundler_finds_a_folder_a_pass_and_a_folder_a_scene(tmp_path):
   expected = {
       f"{render}/{scene}/frame{number:04d}.flo"
       for render in ("clean", "final")
-      for scene in submit.SINTEL_SCENES
+      for scene in submission.SINTEL_SCENES
       for number in (1, 2)
   }
   folder = tmp_path / "out" / "sintel"
@@ -110,7 +110,7 @@ def test_kitti_takes_16_bit_pngs(tmp_path, year, archive, images, place):
 
 def test_flow_beyond_the_format_is_cut_and_counted(tmp_path):
   layouts.kitti(tmp_path / "kitti/data_scene_flow")
-  result = submit.run(
+  result = submission.run(
       "kitti", _kitti(tmp_path), lambda frames: 600 + 0 * _predict(frames),
       tmp_path / "out", batch_size=4, max_pixels=10**6, progress=False,
   )  # fmt: skip
@@ -164,7 +164,7 @@ def test_an_archive_comes_out_of_the_suite_or_is_refused_before(
   blocked = tmp_path / "blocked"
   blocked.mkdir()
   (blocked / "submissions").touch()
-  found = suite.faults(cfg, blocked)
+  found = registry.faults(cfg, blocked)
   assert "submit/kitti_2012: cannot write" in found.by_eval[cfg.evals[0]][0]
 
 
@@ -180,7 +180,7 @@ def test_files_of_an_earlier_archive_do_not_stay(tmp_path):
 def test_a_set_that_is_not_whole_is_refused_before_anything_is_written(
     tmp_path,
 ):
-  _sintel_root(tmp_path, (*submit.SINTEL_SCENES[1:], "market_3"))
+  _sintel_root(tmp_path, (*submission.SINTEL_SCENES[1:], "market_3"))
   with pytest.raises(errors.UserError) as caught:
     _sintel(tmp_path)
   assert "without ['PERTURBED_market_3'] and with ['market_3']" in str(
@@ -189,11 +189,11 @@ def test_a_set_that_is_not_whole_is_refused_before_anything_is_written(
   with pytest.raises(errors.UserError, match="clean: expected 552 pairs.* 24"):
     _sintel(tmp_path, count=552)
   cfg = tiny.config(evals=("submit/sintel",), data_root=str(tmp_path))
-  found = suite.faults(cfg)
+  found = registry.faults(cfg)
   assert not found.mistakes
   assert "expected 552 pairs" in found.by_eval["submit/sintel"][0]
   cfg.evals = ("submit/nowhere",)
-  assert "kitti, kitti_2012, sintel" in suite.faults(cfg).mistakes[0]
+  assert "kitti, kitti_2012, sintel" in registry.faults(cfg).mistakes[0]
 
 
 def test_an_output_that_cannot_be_written_is_named(tmp_path):
@@ -227,14 +227,14 @@ def _flo(tmp_path, size):
 def test_an_archive_of_another_layout_is_refused(tmp_path, member, expected):
   path = _zip(tmp_path / "a.zip", {member: _flo(tmp_path, (2, 3))})
   with pytest.raises(errors.UserError, match=expected):
-    submit.check(path, {"clean/wall/frame0001.flo": (2, 3)})
+    submission.check(path, {"clean/wall/frame0001.flo": (2, 3)})
 
 
 def test_an_archive_of_flow_of_another_size_is_refused(tmp_path):
   path = _zip(tmp_path / "a.zip", {"a.flo": _flo(tmp_path, (2, 3))})
-  submit.check(path, {"a.flo": (2, 3)})
+  submission.check(path, {"a.flo": (2, 3)})
   with pytest.raises(errors.UserError, match="a.flo: expected 2x3, came 3x2"):
-    submit.check(path, {"a.flo": (3, 2)})
+    submission.check(path, {"a.flo": (3, 2)})
 
 
 def test_damaged_archives_are_refused(tmp_path):
@@ -244,9 +244,9 @@ def test_damaged_archives_are_refused(tmp_path):
   data[300] ^= 1
   path.write_bytes(data)
   with pytest.raises(errors.UserError, match="a.flo is damaged"):
-    submit.check(path, {"a.flo": (20, 30)})
+    submission.check(path, {"a.flo": (20, 30)})
   path.write_bytes(data[: len(data) // 2])
   with pytest.raises(errors.UserError, match="expected a zip archive"):
-    submit.check(path, {"a.flo": (20, 30)})
+    submission.check(path, {"a.flo": (20, 30)})
   with pytest.raises(errors.UserError, match="none.zip"):
-    submit.check(tmp_path / "none.zip", {})
+    submission.check(tmp_path / "none.zip", {})

@@ -10,11 +10,11 @@ import cv2
 import numpy as np
 import pytest
 
-from mcjepa_jax import errors, evaluate, inference, suite
+from mcjepa_jax import errors, evaluate
 from mcjepa_jax.data import sources
 from mcjepa_jax.data.readers import flow_files
 from mcjepa_jax.distributed import sharding
-from mcjepa_jax.evals import result_table
+from mcjepa_jax.evals import inference, registry, result_table
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.training import build
 from tests import layouts, mask_clips, segmentation_test, submit_test, tiny
@@ -29,7 +29,7 @@ def small(monkeypatch):
       ("_KNN_BANK", 60),
       ("_KNN_QUERIES", 30),
   ):
-    monkeypatch.setattr(suite, name, count)
+    monkeypatch.setattr(registry, name, count)
 
 
 def _no_load(monkeypatch):
@@ -114,7 +114,7 @@ def _subject(cfg, *, devices=1):
       sharding.call_once(lambda seed=seed: mcjepa.init_params(model, seed))
       for seed in (1, 0)
   )
-  return suite.Subject(
+  return registry.Subject(
       *(cfg, model, params, initial, sharding.make_mesh(devices)),
       workdir=pathlib.Path("unused"),
   )
@@ -130,28 +130,28 @@ def test_an_eval_that_ends_in_a_fault_leaves_the_others_their_results(
     return {f"fine/{name}/metric": 1.0}
 
   monkeypatch.setattr(
-      suite,
+      registry,
       "_EVALS",
       {
-          "broken": suite.Eval(None, broken, between_steps=True),
-          "fine": suite.Eval(None, fine, between_steps=True),
-          "slow": suite.Eval(None, fine),
+          "broken": registry.Eval(None, broken, between_steps=True),
+          "fine": registry.Eval(None, fine, between_steps=True),
+          "slow": registry.Eval(None, fine),
       },
   )
   cfg = tiny.config(evals=("broken/a", "fine/b", "slow/c"))
   mesh = sharding.make_mesh(1)
-  subject = suite.Subject(
+  subject = registry.Subject(
       cfg, build.model(cfg), None, None, mesh, pathlib.Path("unused")
   )
-  results, faults = suite.run(subject)
+  results, faults = registry.run(subject)
   assert faults == ["a/frame_7.png: damaged", "and more"]
   assert set(results) == {
       "fine/b/metric", "meta/seconds/fine/b",
       "fine/c/metric", "meta/seconds/slow/c",
   }  # fmt: skip
-  results, _ = suite.run(subject, between_steps=True)
+  results, _ = registry.run(subject, between_steps=True)
   assert set(results) == {"fine/b/metric", "meta/seconds/fine/b"}
-  results, faults = suite.run(subject, ("fine/x",))
+  results, faults = registry.run(subject, ("fine/x",))
   assert "fine/x/metric" in results and not faults
 
 
@@ -160,9 +160,9 @@ def test_the_best_metric_must_be_of_an_eval_between_steps(small):
       evals=("linear/synthetic",), keep_best=1,
       best_metric="linear/synthetic/top1",
   )  # fmt: skip
-  assert any("best_metric" in fault for fault in suite.check(cfg))
+  assert any("best_metric" in fault for fault in registry.check(cfg))
   cfg.update(evals=("knn/synthetic",), best_metric="knn/synthetic/top1")
-  assert not suite.check(cfg)
+  assert not registry.check(cfg)
 
 
 def test_a_limit_spreads_over_the_set():
@@ -185,7 +185,7 @@ def test_numbers_are_equal_on_1_and_on_4_devices(small):
   cfg.linear.epochs = 3
   cfg.eval_batch_size = 4
   one, four = (
-      suite.run(_subject(cfg, devices=devices))[0] for devices in (1, 4)
+      registry.run(_subject(cfg, devices=devices))[0] for devices in (1, 4)
   )
   assert one.keys() == four.keys()
   assert one["flow/synthetic/count"] == 7  # batches of 4 and 3
@@ -270,8 +270,8 @@ def test_every_kind_shows_its_progress_and_has_its_untrained_twin(
   )
   cfg.linear.epochs = cfg.finetune.epochs = 1
   cfg.davis.update(size=32, radius=3)
-  assert suite.check(cfg) == []
-  results, faults = suite.run(
+  assert registry.check(cfg) == []
+  results, faults = registry.run(
       dataclasses.replace(_subject(cfg), workdir=tmp_path)
   )
   assert not faults
@@ -284,7 +284,7 @@ def test_every_kind_shows_its_progress_and_has_its_untrained_twin(
 
 
 def test_no_kind_is_left_out():
-  assert {entry.partition("/")[0] for entry in _KINDS} == set(suite._EVALS)
+  assert {entry.partition("/")[0] for entry in _KINDS} == set(registry._EVALS)
 
 
 def test_flow_compiles_once_for_a_size_whatever_the_last_batch(small):
@@ -292,7 +292,7 @@ def test_flow_compiles_once_for_a_size_whatever_the_last_batch(small):
   subject = _subject(cfg)
   forward = inference._flow_forward(subject.model, subject.mesh)
   forward.clear_cache()
-  results, _ = suite.run(subject)
+  results, _ = registry.run(subject)
   assert results["flow/synthetic/count"] == 7  # batches of 4 and 3
   assert forward._cache_size() == 1
 

@@ -21,7 +21,7 @@ import numpy as np
 import tqdm
 
 from mcjepa_jax import errors
-from mcjepa_jax.evals import masks as measures
+from mcjepa_jax.evals import mask_metrics as measures
 from mcjepa_jax.ops import flow_ops
 
 # frames u8 [b, h, w, 3] -> features [b, h / stride, w / stride, d], each a unit

@@ -14,7 +14,7 @@ import tqdm
 from mcjepa_jax import errors
 from mcjepa_jax.data.pipeline import geometry
 from mcjepa_jax.distributed import sharding
-from mcjepa_jax.evals import probe
+from mcjepa_jax.evals import frozen_features
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.step import optimizer
 
@@ -143,7 +143,7 @@ def run(
       guesses = np.asarray(guesses)[: len(part)]
       correct += int((guesses == labels).sum())
       seen[labels] = True
-    key = probe.metric(f"finetune/{name}/top1", suffix)
+    key = frozen_features.metric(f"finetune/{name}/top1", suffix)
     result[key] = 100 * correct / len(test)
   return result | {
       f"finetune/{name}/chance": 100 / int(seen.sum()),

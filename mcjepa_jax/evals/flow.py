@@ -23,8 +23,8 @@ from jaxtyping import Bool, Float, UInt8
 import numpy as np
 import tqdm
 
-from mcjepa_jax import errors, metrics
-from mcjepa_jax.evals import tiling
+from mcjepa_jax import errors
+from mcjepa_jax.evals import metrics, tiling
 
 _PAIRWISE_LIMIT = 100  # sets up to here report every pair
 _CLASSICAL_SIDE = 16  # pixels: OpenCV 5's DIS may crash on lower frames

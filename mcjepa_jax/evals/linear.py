@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import tqdm
 
-from mcjepa_jax.evals import probe
+from mcjepa_jax.evals import frozen_features
 
 _HELD_OUT = 10  # one image in so many of the training part chooses the rate
 _SCORED = 4096  # rows whose scores are held at once
@@ -116,8 +116,8 @@ def accuracies(
 
 def run(
     name: str,
-    train: probe.Part,
-    test: probe.Part,
+    train: frozen_features.Part,
+    test: frozen_features.Part,
     *,
     learning_rates: Sequence[float],
     epochs: int = 100,
@@ -136,7 +136,7 @@ def run(
   rest = order[len(held_out) :]
   classes = int(max(train.labels.max(), test.labels.max())) + 1
   result = {}
-  for suffix in probe.TWINS:
+  for suffix in frozen_features.TWINS:
     if suffix not in train.features:
       continue
     x, queries = train.features[suffix], test.features[suffix]
@@ -151,7 +151,7 @@ def run(
         batch_size=batch_size,
         weight_decay=weight_decay,
         seed=seed,
-        name=probe.metric(f"linear/{name}", suffix),
+        name=frozen_features.metric(f"linear/{name}", suffix),
         progress=progress,
     )
     chosen = accuracies(
@@ -164,13 +164,13 @@ def run(
         test.labels,
     )
     result |= {
-        f"linear/{name}/{probe.metric(key, suffix)}": float(value)
+        f"linear/{name}/{frozen_features.metric(key, suffix)}": float(value)
         for key, value in (
             ("top1", tested[0]),
             ("top1_held_out", chosen[best]),
             ("learning_rate", learning_rates[best]),
         )
     }
-  result[f"linear/{name}/chance"] = probe.chance(test)
+  result[f"linear/{name}/chance"] = frozen_features.chance(test)
   result[f"linear/{name}/count"] = len(test.labels)
   return result

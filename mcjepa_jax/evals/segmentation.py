@@ -18,10 +18,11 @@ import numpy as np
 import optax
 import tqdm
 
-from mcjepa_jax import errors, metrics
+from mcjepa_jax import errors
 from mcjepa_jax.data.pipeline import labelled_crops
 from mcjepa_jax.data.pipeline.labelled_crops import VOID
 from mcjepa_jax.distributed import sharding
+from mcjepa_jax.evals import metrics
 from mcjepa_jax.ops import flow_ops
 from mcjepa_jax.step import optimizer
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mcjepa_jax import metrics
 from mcjepa_jax.distributed import sharding
+from mcjepa_jax.evals import metrics
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.step import augmentation, update as steps
 

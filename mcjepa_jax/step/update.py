@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mcjepa_jax import metrics
 from mcjepa_jax.distributed import sharding
+from mcjepa_jax.evals import metrics
 from mcjepa_jax.losses import flow_losses, motion_objective
 from mcjepa_jax.models import convnext, mcjepa
 from mcjepa_jax.ops import flow_ops

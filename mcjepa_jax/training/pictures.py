@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import UInt8
 import numpy as np
 
-from mcjepa_jax import inference
+from mcjepa_jax.evals import inference
 from mcjepa_jax.losses import motion_objective
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.runtime import visualize

@@ -12,8 +12,9 @@ from typing import Any
 
 import jax
 
-from mcjepa_jax import errors, suite
+from mcjepa_jax import errors
 from mcjepa_jax.distributed import hosts, sharding
+from mcjepa_jax.evals import registry
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.runtime import command_line, log_files
 from mcjepa_jax.storage import checkpoint, run_folder
@@ -48,7 +49,7 @@ def input_and_mesh(
       # The first batches: what of them cannot be decoded or cut is told before
       # anything is compiled.
       lambda: [stream[0] for stream in streams.values()],
-      lambda: faults.extend(suite.check(config, folder.local)),
+      lambda: faults.extend(registry.check(config, folder.local)),
   ):
     try:
       faults.extend(errors.collect(check))

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import tqdm
 
-from mcjepa_jax import errors, suite
+from mcjepa_jax import errors
 from mcjepa_jax.distributed import hosts, sharding
-from mcjepa_jax.evals import result_table
+from mcjepa_jax.evals import registry, result_table
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.runtime import environment, goodput, log_files
 from mcjepa_jax.step import update as steps
@@ -24,7 +24,7 @@ def evaluations(
     *,
     eval_seed: int | None = None,
     between_steps: bool = False,
-) -> tuple[suite.Results, list[str]]:
+) -> tuple[registry.Results, list[str]]:
   """The evals of the config for a state, and why one did not end."""
   config = run.config
   if eval_seed is not None:
@@ -36,16 +36,16 @@ def evaluations(
   )
   # Each host evaluates the whole set: all know the metrics that a save keeps.
   params, mesh = hosts.local(state.params, run.mesh)
-  subject = suite.Subject(
+  subject = registry.Subject(
       *(config, run.model, params, initial, mesh, run.workdir),
       limit=config.eval_limit if between_steps else 0,
   )
-  return suite.run(subject, between_steps=between_steps)
+  return registry.run(subject, between_steps=between_steps)
 
 
 def evaluations_on_the_way(
     run: Run, state: steps.TrainState, eval_seed: int | None = None
-) -> suite.Results:
+) -> registry.Results:
   """The evals between two steps; a note of those that cannot run.
 
   The training goes on: data that cannot be read end that evaluation alone.

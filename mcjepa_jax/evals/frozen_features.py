@@ -14,8 +14,8 @@ from jaxtyping import Float, Integer
 import numpy as np
 import tqdm
 
-from mcjepa_jax import metrics
 from mcjepa_jax.data.pipeline import geometry
+from mcjepa_jax.evals import metrics
 
 # images u8 [n, h, w, 3] -> features [n, d]
 Embedder = Callable[[np.ndarray], np.ndarray]

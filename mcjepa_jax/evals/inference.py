@@ -9,7 +9,7 @@ import numpy as np
 
 from mcjepa_jax import errors
 from mcjepa_jax.distributed import sharding
-from mcjepa_jax.evals import davis, probe, tiling
+from mcjepa_jax.evals import davis, frozen_features, tiling
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.ops import flow_ops
 
@@ -84,7 +84,7 @@ def _finite(features, module=jnp):
 
 def embedder(
     model: mcjepa.MCJEPA, params: Params, mesh: jax.sharding.Mesh
-) -> probe.Embedder:
+) -> frozen_features.Embedder:
   """A function from u8 images to pooled encoder features."""
   forward, count = _pooled_forward(model, mesh), mesh.devices.size
   size = -(-_EMBEDDED // count) * count

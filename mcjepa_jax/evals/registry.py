@@ -10,9 +10,18 @@ from typing import Any, NamedTuple
 import jax
 import tqdm
 
-from mcjepa_jax import dense_evals, errors, inference
+from mcjepa_jax import errors
 from mcjepa_jax.data import flow_sanity, sources
-from mcjepa_jax.evals import davis, finetune, flow, linear, probe, submit
+from mcjepa_jax.evals import (
+    davis,
+    finetune,
+    flow,
+    frozen_features,
+    inference,
+    linear,
+    submission,
+)
+from mcjepa_jax.evals.adapters import segmentation_adapter
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.runtime import log_files
 
@@ -154,7 +163,7 @@ def _features(subject, name):
         )
     }
     subject.held[name] = [
-        probe.extract(
+        frozen_features.extract(
             sources.spread(part, subject.limit),
             embedders,
             size=_label_size(config, name),
@@ -196,19 +205,19 @@ def _test_frames(config, name):
 
   # Pairs of a pass of MPI-Sintel, of KITTI 2012 and 2015: data.catalog.
   if name == "sintel":
-    return submit.frames(
+    return submission.frames(
         {r: part(f"sintel_test_{r}") for r in ("clean", "final")},
-        submit.sintel_member,
+        submission.sintel_member,
         count=552,
-        scenes=submit.SINTEL_SCENES,
+        scenes=submission.SINTEL_SCENES,
     )
   year, count = sources.choice(
       {"kitti": ("2015", 200), "kitti_2012": ("2012", 195), "sintel": ()},
       name,
       "evals: submit",
   )
-  return submit.frames(
-      {year: part(f"kitti_{year}_test")}, submit.kitti_member, count=count
+  return submission.frames(
+      {year: part(f"kitti_{year}_test")}, submission.kitti_member, count=count
   )
 
 
@@ -216,7 +225,7 @@ def _submit_eval(subject, name):
   folder = subject.workdir / _SUBMISSIONS
   log_files.check_writable(folder, f"submit/{name}")
   config = subject.config
-  result = submit.run(
+  result = submission.run(
       name,
       _test_frames(config, name),
       _predictor(subject, subject.params),
@@ -232,24 +241,28 @@ _EVALS = {
     "flow": Eval(_flow_pairs, _flow_eval, between_steps=True),
     "knn": Eval(
         _tested,
-        lambda subject, name: probe.run(name, *_features(subject, name)),
+        lambda subject, name: frozen_features.run(
+            name, *_features(subject, name)
+        ),
         between_steps=True,
     ),
     "linear": Eval(_tested, _linear_eval),
     "finetune": Eval(_tested, _finetune_eval),
     "rankme": Eval(
         _tested,
-        lambda subject, name: probe.rank(name, _features(subject, name)[0]),
+        lambda subject, name: frozen_features.rank(
+            name, _features(subject, name)[0]
+        ),
         between_steps=True,
     ),
     "submit": Eval(_test_frames, _submit_eval),
     "davis": Eval(_mask_sequences, _davis_eval),
     **{
         kind: Eval(
-            functools.partial(dense_evals.examples, kind),
-            functools.partial(dense_evals.run, kind),
+            functools.partial(segmentation_adapter.examples, kind),
+            functools.partial(segmentation_adapter.run, kind),
         )
-        for kind in dense_evals.KINDS
+        for kind in segmentation_adapter.KINDS
     },
 }
 
