@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from mcjepa_jax.data import check, convert, flow_sanity
+from mcjepa_jax import check_data, convert_images
+from mcjepa_jax.data import flow_sanity
 from mcjepa_jax.data.catalog import facts, published
 from mcjepa_jax.data.readers import flow_files
 from mcjepa_jax.data.sets import synthetic
@@ -70,7 +71,7 @@ def run(tmp_path, capsys):
   """Runs the command: (exit code, its JSON, stderr)."""
 
   def call(*flags):
-    code = check.main([*flags, f"--output={tmp_path / 'panels'}"])
+    code = check_data.main([*flags, f"--output={tmp_path / 'panels'}"])
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
     return code, json.loads(lines[-1]) if lines else None, captured.err
@@ -236,7 +237,9 @@ def test_kitti_flow_of_8_bits_is_a_fault(run, tmp_path):
 def test_a_shard_whose_bytes_changed_is_named(run, tmp_path):
   for i in range(6):
     tiny.save_image(tmp_path / "in" / "ab"[i % 2] / f"{i}.png", seed=i)
-  convert.convert(source=tmp_path / "in", output=tmp_path / "records", shards=2)
+  convert_images.convert(
+      source=tmp_path / "in", output=tmp_path / "records", shards=2
+  )
   flags = ("--dataset=records", f"--root={tmp_path}")
   code, report, _ = run(*flags)
   assert code == 0 and report["sources"]["content/records"]["decoded"] == 6
@@ -276,7 +279,7 @@ def test_a_config_is_checked_as_a_whole(run, tmp_path):
 
 def test_the_sample_is_always_the_same():
   def sample(use):
-    return check._Source(use, check.Settings(root="")).sample(16)
+    return check_data._Source(use, check_data.Settings(root="")).sample(16)
 
   first = sample("flow/synthetic")
   assert first == sample("flow/synthetic") != sample("motion/synthetic")
@@ -334,9 +337,9 @@ def test_training_is_told_of_flow_that_does_not_fit(tmp_path, fault, told):
 def test_an_output_that_cannot_be_written_is_a_fault(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(UserError, match="--output: .*file/panels cannot be made"):
-    check.check(
+    check_data.check(
         ["motion/synthetic"],
-        check.Settings(root=""),
+        check_data.Settings(root=""),
         output=tmp_path / "file/panels",
     )
 
@@ -345,8 +348,8 @@ _USES = [use for dataset in published.DATASETS for use in dataset.reads]
 
 
 def test_each_missing_set_is_told_with_a_path_and_its_page(tmp_path):
-  report = check.check(
-      _USES, check.Settings(root=str(tmp_path)), output=tmp_path / "panels"
+  report = check_data.check(
+      _USES, check_data.Settings(root=str(tmp_path)), output=tmp_path / "panels"
   )
   for dataset in published.DATASETS:
     for use in dataset.reads:
@@ -358,9 +361,9 @@ def test_each_missing_set_is_told_with_a_path_and_its_page(tmp_path):
 def test_each_layout_is_found_and_counted(tmp_path):
   layouts.write(tmp_path)
   uses = [use for use in _USES if use.startswith(("motion/", "flow/"))]
-  report = check.check(
+  report = check_data.check(
       uses,
-      check.Settings(root=str(tmp_path)),
+      check_data.Settings(root=str(tmp_path)),
       output=tmp_path / "panels",
       allow_partial=True,
   )
@@ -375,7 +378,7 @@ def test_evals_read_both_parts_of_a_labelled_set_and_the_test_frames():
       evals=("linear/stl10", "rankme/stl10", "knn/cifar10", "submit/sintel"),
       mode="content",
   )
-  uses, _ = check.of_config(cfg)
+  uses, _ = check_data.of_config(cfg)
   assert uses == [
       "content/synthetic",
       *("knn/stl10_train", "knn/stl10_test", "knn/cifar10"),
@@ -383,4 +386,4 @@ def test_evals_read_both_parts_of_a_labelled_set_and_the_test_frames():
   ]
   cfg.evals = ("submit/nowhere",)
   with pytest.raises(UserError, match="kitti, kitti_2012, sintel"):
-    check.of_config(cfg)
+    check_data.of_config(cfg)

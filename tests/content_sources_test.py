@@ -7,7 +7,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from mcjepa_jax.data import convert, sources
+from mcjepa_jax import convert_images
+from mcjepa_jax.data import sources
 from mcjepa_jax.data.catalog import published
 from mcjepa_jax.data.pipeline import batches
 from mcjepa_jax.errors import UserError
@@ -74,7 +75,9 @@ def test_content_is_read_from_videos(tmp_path, monkeypatch):
 )
 def test_content_is_read_from_shards(tmp_path, name, place):
   _images(tmp_path / "in", ["a/1.png", "b/2.png"])
-  convert.convert(source=tmp_path / "in", output=tmp_path / place, shards=1)
+  convert_images.convert(
+      source=tmp_path / "in", output=tmp_path / place, shards=1
+  )
   assert _open(name, tmp_path).path(1) == "b/2.png"
 
 
@@ -111,7 +114,7 @@ def test_labels_are_asked_of_a_set_that_has_none(tmp_path):
   ):
     _labelled("imagenet_val", tmp_path)
   out = tmp_path / "imagenet_records" / "val"
-  convert.convert(source=tmp_path / "imagenet/val", output=out, shards=1)
+  convert_images.convert(source=tmp_path / "imagenet/val", output=out, shards=1)
   with pytest.raises(UserError, match="records: expected images with labels"):
     _labelled("imagenet_val_records", tmp_path)
 
@@ -141,7 +144,9 @@ def test_a_name_that_is_none_is_told_the_others(tmp_path):
 @pytest.mark.slow
 def test_workers_read_the_batches_of_one_process_out_of_shards(tmp_path):
   _images(tmp_path / "in", [f"{'ab'[i % 2]}/{i}.png" for i in range(20)])
-  convert.convert(source=tmp_path / "in", output=tmp_path / "records", shards=3)
+  convert_images.convert(
+      source=tmp_path / "in", output=tmp_path / "records", shards=3
+  )
   images = _open("records", tmp_path)
 
   def read(workers):

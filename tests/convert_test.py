@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from mcjepa_jax.data import convert
+from mcjepa_jax import convert_images
 from mcjepa_jax.data.readers import array_records
 from mcjepa_jax.data.sets import image_sets
 from mcjepa_jax.errors import UserError
@@ -42,11 +42,13 @@ def _files(folder):
 
 
 def _command(*flags):
-  return convert.main([*flags])
+  return convert_images.main([*flags])
 
 
 def test_a_folder_and_its_shards_hold_the_same_images(source, tmp_path):
-  report = convert.convert(source=source, output=tmp_path / "out", shards=3)
+  report = convert_images.convert(
+      source=source, output=tmp_path / "out", shards=3
+  )
   assert report["images"] == 10 and report["shards"] == 3
   folder = image_sets.ImageFolder(source)
   shards = array_records.ConvertedImages(tmp_path / "out")
@@ -67,7 +69,9 @@ def test_any_tree_is_converted_without_labels(tmp_path):
   names = ["é.png", "x/1.png", "x/y/2.png", os.fsdecode(b"z/\xff.png")]
   for name in names:
     _write(tmp_path / "in" / name)
-  convert.convert(source=tmp_path / "in", output=tmp_path / "out", shards=64)
+  convert_images.convert(
+      source=tmp_path / "in", output=tmp_path / "out", shards=64
+  )
   images = array_records.ConvertedImages(tmp_path / "out")
   assert [images.path(i) for i in range(4)] == sorted(names, key=len)[:0] + [
       *("é.png", "x/1.png", "x/y/2.png", names[3])
@@ -77,7 +81,7 @@ def test_any_tree_is_converted_without_labels(tmp_path):
 
 def test_shards_are_the_same_for_any_number_of_processes(source, tmp_path):
   for workers in (1, 2):
-    convert.convert(
+    convert_images.convert(
         source=source, output=tmp_path / str(workers), shards=4, workers=workers
     )
   one, two = _files(tmp_path / "1"), _files(tmp_path / "2")
@@ -95,7 +99,7 @@ def _write_shard(path, records):
 
 def test_whole_shards_are_kept_and_others_made_again(source, tmp_path):
   out = tmp_path / "out"
-  convert.convert(source=source, output=out, shards=5)
+  convert_images.convert(source=source, output=out, shards=5)
   whole, shards = _files(out), sorted(out.glob("*.array_record"))
   (out / "manifest.json").unlink()
   before = shards[4].stat().st_mtime_ns
@@ -111,7 +115,7 @@ def test_whole_shards_are_kept_and_others_made_again(source, tmp_path):
   _write_shard(
       shards[3], [array_records.pack(label, path, image + b" "), third[1]]
   )
-  convert.convert(source=source, output=out, shards=5)
+  convert_images.convert(source=source, output=out, shards=5)
   assert _files(out) == whole
   assert shards[4].stat().st_mtime_ns == before
 
@@ -171,7 +175,7 @@ def test_a_folder_where_nothing_decodes_is_refused(tmp_path):
   (tmp_path / "in").mkdir()
   (tmp_path / "in" / "a.png").write_text("no image")
   with pytest.raises(UserError, match="came none that decodes"):
-    convert.convert(
+    convert_images.convert(
         source=tmp_path / "in", output=tmp_path / "out", skip_bad=True
     )
 
@@ -181,34 +185,34 @@ def test_output_folders_that_hold_something_else_are_refused(source, tmp_path):
   _write(tmp_path / "other" / "x.png")
   (out / "sub").mkdir(parents=True)
   with pytest.raises(UserError, match="expected an empty folder .* with sub"):
-    convert.convert(source=source, output=out)
+    convert_images.convert(source=source, output=out)
   (out / "sub").rmdir()
-  convert.convert(source=source, output=out, shards=1)
+  convert_images.convert(source=source, output=out, shards=1)
   before = _files(out)
   with pytest.raises(UserError, match="with images-00000-of-00001"):
-    convert.convert(source=source, output=out, shards=2)
+    convert_images.convert(source=source, output=out, shards=2)
   with pytest.raises(UserError, match="of other files than .*/other holds"):
-    convert.convert(source=tmp_path / "other", output=out)
+    convert_images.convert(source=tmp_path / "other", output=out)
   assert _files(out) == before
   (out / "conversion.json").unlink()
   with pytest.raises(UserError, match="conversion.json"):
-    convert.convert(source=source, output=out, shards=1)
+    convert_images.convert(source=source, output=out, shards=1)
   for inside in (source, source / "a"):
     with pytest.raises(UserError, match="expected a folder outside of"):
-      convert.convert(source=source, output=inside)
+      convert_images.convert(source=source, output=inside)
   (tmp_path / "file").write_text("")
   with pytest.raises(UserError, match="file: cannot be written"):
-    convert.convert(source=source, output=tmp_path / "file")
+    convert_images.convert(source=source, output=tmp_path / "file")
 
 
 def test_links_out_of_the_input_are_refused(source, tmp_path):
   _write(tmp_path / "secret" / "x.png")
   (source / "a" / "inside.png").symlink_to(source / "b" / "1.png")
-  convert.convert(source=source, output=tmp_path / "ok", shards=2)
+  convert_images.convert(source=source, output=tmp_path / "ok", shards=2)
   (source / "a" / "out.png").symlink_to(tmp_path / "secret" / "x.png")
   (source / "c").symlink_to(tmp_path / "secret")
   with pytest.raises(UserError) as caught:
-    convert.convert(source=source, output=tmp_path / "out")
+    convert_images.convert(source=source, output=tmp_path / "out")
   first, second = caught.value.messages
   assert f"{source}/c: expected no link out of" in first
   assert f"{source}/a/out.png: expected no link" in second
@@ -219,21 +223,21 @@ def test_a_disk_that_is_full_ends_in_one_error(source, tmp_path):
   if not os.path.exists("/dev/full"):
     pytest.skip("no /dev/full on this system")
   out = tmp_path / "out"
-  convert.convert(source=source, output=out, shards=1)
+  convert_images.convert(source=source, output=out, shards=1)
   (shard,) = out.glob("*.array_record")
   shard.unlink()
   shard.with_name(f"{shard.name}.part").symlink_to("/dev/full")
   with pytest.raises(UserError, match="cannot be written: .*No space left"):
-    convert.convert(source=source, output=out, shards=1)
+    convert_images.convert(source=source, output=out, shards=1)
 
 
 def test_a_manifest_does_not_outlive_the_shards_that_it_names(source, tmp_path):
   out = tmp_path / "out"
-  convert.convert(source=source, output=out, shards=2)
+  convert_images.convert(source=source, output=out, shards=2)
   (out / array_records.shard_name(0, 2)).unlink()
   (source / "a" / "0.png").write_text("no image")
   with pytest.raises(UserError, match="a/0.png: expected an image"):
-    convert.convert(source=source, output=out, shards=2)
+    convert_images.convert(source=source, output=out, shards=2)
   assert not (out / "manifest.json").exists()
 
 
@@ -274,7 +278,7 @@ def test_a_killed_conversion_goes_on_with_what_is_missing(tmp_path):
   for i in range(1, 96):
     (tmp_path / "in" / f"{i}.png").write_bytes(data)
   out = tmp_path / "out"
-  command = [sys.executable, "-m", "mcjepa_jax.data.convert", "--shards=24"]
+  command = [sys.executable, "-m", "mcjepa_jax.convert_images", "--shards=24"]
   command += [f"--input={tmp_path / 'in'}", f"--output={out}", "--workers=2"]
   running = subprocess.Popen(
       command, cwd=_ROOT, stderr=subprocess.DEVNULL, start_new_session=True
@@ -308,7 +312,9 @@ def test_a_killed_conversion_goes_on_with_what_is_missing(tmp_path):
 
 def test_real_photographs_are_converted_as_they_are(shared_data, tmp_path):
   source = shared_data / "imagenet" / "train"
-  report = convert.convert(source=source, output=tmp_path / "out", shards=4)
+  report = convert_images.convert(
+      source=source, output=tmp_path / "out", shards=4
+  )
   assert report["images"] == report["classes"] == 1000
   images = array_records.ConvertedImages(tmp_path / "out")
   assert images.path(250) == "n01443537/n01443537_0.JPEG"

@@ -13,26 +13,26 @@ _PACKAGE = "mcjepa_jax"
 
 # A module imports lower layers only. `errors` is open to all.
 _LAYERS = (
-    """data.catalog.facts evals.result_table runtime.environment step.augmentation step.optimizer storage.paths""",
+    """data.catalog.facts data.check data.convert evals.result_table runtime.environment step.augmentation step.optimizer storage.paths""",
     """data.catalog.flow_facts data.catalog.image_facts data.pipeline.shared_memory data.readers.image_files""",
-    """data.catalog.published data.flow_sanity data.pipeline.geometry data.pipeline.labelled_crops data.readers.flow_files data.sets.synthetic evals.mask_metrics evals.tiling compiled.flops compiled.hlo_bytes losses.vicreg evals.metrics models.convnext models.vit ops.flow_ops runtime.command_line runtime.goodput runtime.visualize""",
+    """compiled.flops compiled.hlo_bytes data.catalog.published data.flow_sanity data.pipeline.geometry data.pipeline.labelled_crops data.readers.flow_files data.sets.synthetic evals.mask_metrics evals.metrics evals.tiling losses.vicreg models.convnext models.vit ops.flow_ops runtime.command_line runtime.goodput runtime.visualize""",
     """data.sets.flow_pairs distributed.cluster distributed.heartbeat""",
     """data.pipeline.stream data.readers.array_records data.readers.video_files data.sets.cutouts data.sets.flow_sets data.sets.image_sets data.sets.mask_sets data.sets.segmentation_sets distributed.sharding losses.flow_losses models.flow_decoder models.segmentation_heads runtime.log_files storage.checkpoint storage.run_folder""",
     """step.accumulation""",
     """data.sets.frame_folders runtime.process_lifetimes""",
-    """data.convert data.pipeline.batches data.sources distributed.hosts losses.motion_objective models.mcjepa""",
+    """convert_images data.pipeline.batches data.sources distributed.hosts losses.motion_objective models.mcjepa""",
     """evals.davis evals.flow evals.frozen_features evals.segmentation step.update""",
     """step.diagnostics""",
-    """evals.finetune evals.linear evals.submission evals.inference compiled.compiled_steps training.alarms training.bad_steps training.build""",
+    """compiled.compiled_steps evals.finetune evals.inference evals.linear evals.submission training.alarms training.bad_steps training.build""",
     """training.context""",
     """training.recovery""",
     """training.pictures training.progress training.validation""",
-    """evals.adapters.segmentation_adapter compiled.batch_search""",
+    """compiled.batch_search evals.adapters.segmentation_adapter""",
     """evals.registry""",
     """training.reports""",
     """training.saving""",
     """evaluate training.preconditions training.step_watcher""",
-    """compare data.check export predict preflight replay report train""",
+    """check_data compare export predict preflight replay report train""",
     """main""",
 )
 _LAYER = {
@@ -40,7 +40,7 @@ _LAYER = {
 }
 # Nothing below knows what a config is.
 _FIRST_WITH_CONFIG = _LAYER["training.build"]
-_COMMANDS_IN_DATA = ("data.check", "data.convert")
+_COMMANDS_IN_DATA = ("check_data", "convert_images")
 _JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "clu"}
 _MAX_MODULE_LINES = 600
 _MAX_FUNCTION_LINES = 110

@@ -7,7 +7,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from mcjepa_jax.data import check, sources
+from mcjepa_jax import check_data
+from mcjepa_jax.data import sources
 from mcjepa_jax.data.sets import mask_sets
 from mcjepa_jax.errors import UserError
 from mcjepa_jax.evals import registry
@@ -300,8 +301,8 @@ def test_a_mask_that_claims_too_many_pixels_is_refused(tmp_path):
 
 def test_the_check_shows_the_first_masks(tmp_path):
   _davis(tmp_path)
-  settings = check.Settings(root=str(tmp_path))
-  report = check.check(["davis/2017"], settings, output=tmp_path / "out")
+  settings = check_data.Settings(root=str(tmp_path))
+  report = check_data.check(["davis/2017"], settings, output=tmp_path / "out")
   source = report["sources"]["davis/2017"]
   assert report["ok"] and source["decoded"] == 1
   assert (tmp_path / "out" / "davis_2017.png").is_file()

@@ -16,8 +16,8 @@ from gcp_storage_emulator import server as emulator
 import numpy as np
 import pytest
 
-from mcjepa_jax import errors
-from mcjepa_jax.data import check, convert, sources
+from mcjepa_jax import check_data, convert_images, errors
+from mcjepa_jax.data import sources
 from mcjepa_jax.data.readers import array_records, image_files, video_files
 from mcjepa_jax.data.sets import image_sets
 from mcjepa_jax.errors import UserError
@@ -272,7 +272,7 @@ def test_a_store_that_does_not_answer_costs_no_converted_shard(
 ):
   _, address = images
   flags = f"--input={address}", f"--output={tmp_path / 'out'}", "--workers=1"
-  assert convert.main([*flags, "--shards=2"]) == 0
+  assert convert_images.main([*flags, "--shards=2"]) == 0
   shards = sorted((tmp_path / "out").glob("*.array_record"))
   _no_waiting(monkeypatch)
 
@@ -281,7 +281,7 @@ def test_a_store_that_does_not_answer_costs_no_converted_shard(
 
   monkeypatch.setattr(paths._store("gs"), "get_file", down)
   for more in ([], ["--skip-bad"]):
-    assert convert.main([*flags, "--shards=2", *more]) == 2
+    assert convert_images.main([*flags, "--shards=2", *more]) == 2
     assert "cannot be read (OSError: down)" in capsys.readouterr().err
     assert sorted((tmp_path / "out").glob("*.array_record")) == shards
 
@@ -377,7 +377,7 @@ def test_containers_are_copied_once(gs, tmp_path):
       labels=np.array([1, 0]),
       classes=np.array(["cat", "dog"]),
   )
-  convert.convert(
+  convert_images.convert(
       source=tmp_path / "images",
       output=tmp_path / "imagenet_records" / "val",
       shards=2,
@@ -441,7 +441,7 @@ def test_images_of_a_bucket_are_converted(images, tmp_path):
   out = []
   for number, source in enumerate((folder, address)):
     flags = f"--input={source}", f"--output={tmp_path / str(number)}"
-    assert convert.main([*flags, "--shards=2", "--workers=1"]) == 0
+    assert convert_images.main([*flags, "--shards=2", "--workers=1"]) == 0
     out.append(array_records.ConvertedImages(tmp_path / str(number)))
   _same(*out)
 
@@ -458,10 +458,10 @@ def test_shards_in_a_bucket_are_those_on_a_disk_and_made_once(
     images, gs, tmp_path, capsys
 ):
   folder, address = images
-  convert.convert(source=folder, output=tmp_path / "out", shards=3)
+  convert_images.convert(source=folder, output=tmp_path / "out", shards=3)
   expected = array_records.ConvertedImages(tmp_path / "out")
   flags = [f"--input={address}", "--output=gs://b/out", "--shards=3"]
-  assert convert.main([*flags, "--workers=1"]) == 0
+  assert convert_images.main([*flags, "--workers=1"]) == 0
   report = json.loads(capsys.readouterr().out)
   assert report["shards"] == 3 and report["images"] == len(expected)
   _same(expected, array_records.ConvertedImages("gs://b/out"))
@@ -470,7 +470,7 @@ def test_shards_in_a_bucket_are_those_on_a_disk_and_made_once(
   first, second, _ = sorted(shards)
   gs.store.rm_file(first)
   gs.store.pipe_file(second, b"x" * len(shards[second]))
-  assert convert.main([*flags, "--workers=1"]) == 0
+  assert convert_images.main([*flags, "--workers=1"]) == 0
   assert json.loads(capsys.readouterr().out) == report
   _forget()
   _same(expected, array_records.ConvertedImages("gs://b/out"))
@@ -480,8 +480,10 @@ def test_shards_in_a_bucket_are_those_on_a_disk_and_made_once(
 @pytest.mark.slow
 def test_processes_write_a_bucket_as_one_does(images, gs, tmp_path):
   folder, _ = images
-  convert.convert(source=folder, output=tmp_path / "out", shards=2)
-  convert.convert(source=folder, output="gs://b/two", shards=2, workers=2)
+  convert_images.convert(source=folder, output=tmp_path / "out", shards=2)
+  convert_images.convert(
+      source=folder, output="gs://b/two", shards=2, workers=2
+  )
   _forget()
   _same(
       array_records.ConvertedImages(tmp_path / "out"),
@@ -507,7 +509,7 @@ def test_a_bucket_that_shards_cannot_be_written_to_is_told(
 ):
   layouts.image(tmp_path / "a.png", 0)
   source = gs.put(tmp_path, "images")
-  assert convert.main([f"--input={source}", f"--output={output}"]) == 2
+  assert convert_images.main([f"--input={source}", f"--output={output}"]) == 2
   assert words in capsys.readouterr().err
 
 
@@ -531,11 +533,11 @@ def test_shards_that_cannot_be_copied_into_the_bucket_end_the_conversion(
   flags = [f"--input={images[1]}", "--output=gs://b/later", "--shards=2"]
   with monkeypatch.context() as patch:
     patch.setattr(paths._store("gs"), "put_file", down)
-    assert convert.main([*flags, "--workers=1"]) == 2
+    assert convert_images.main([*flags, "--workers=1"]) == 2
   assert ".array_record: cannot be written (OSError: down)" in (
       capsys.readouterr().err
   )
-  assert convert.main([*flags, "--workers=1"]) == 0
+  assert convert_images.main([*flags, "--workers=1"]) == 0
 
 
 @pytest.mark.parametrize("root", ["gs://nowhere/data", "gs://b/nowhere"])
@@ -647,7 +649,7 @@ def test_workers_read_a_bucket_without_a_cache(gs, images, tmp_path):
 
   folder, address = images
   shards = tmp_path / "shards"
-  convert.convert(source=folder, output=shards, shards=2)
+  convert_images.convert(source=folder, output=shards, shards=2)
   packed = gs.put(shards, "packed")
   read = []
   for images_root, shards_root, workers in (
@@ -688,10 +690,10 @@ def test_a_set_in_a_bucket_is_checked(gs, tmp_path, capsys):
   place = gs.put(check_test._write(tmp_path / "data"), "checked")
   flags = "--allow-partial", f"--output={tmp_path / 'panels'}"
   set_name = "--dataset=flow/sintel_clean"
-  assert check.main([set_name, f"--root={place}", *flags]) == 0
+  assert check_data.main([set_name, f"--root={place}", *flags]) == 0
   report = json.loads(capsys.readouterr().out.splitlines()[-1])
   assert report["sources"]["flow/sintel_clean"]["count"] == 3
-  assert check.main([set_name, "--root=gs://b/none", *flags]) == 2
+  assert check_data.main([set_name, "--root=gs://b/none", *flags]) == 2
   assert "--root: expected a folder with files" in capsys.readouterr().err
 
 
@@ -795,7 +797,7 @@ def test_a_run_on_a_bucket_is_the_run_on_the_folder(gs, tmp_path):
   for number in range(12):
     image = tmp_path / "data" / "images" / f"{number}.png"
     tiny.save_image(image, seed=number)
-  convert.convert(
+  convert_images.convert(
       source=tmp_path / "data" / "images",
       output=tmp_path / "data" / "records",
       shards=2,

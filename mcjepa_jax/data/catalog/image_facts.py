@@ -74,7 +74,7 @@ IMAGE_SETS = (
         layout=(
             "imagenet/{train,val}/WNID/*.JPEG",
             "imagenet2012/VERSION/ (tfds, ArrayRecord)",
-            "imagenet_records/{train,val}/ (data.convert)",
+            "imagenet_records/{train,val}/ (convert_images)",
         ),
         download="https://image-net.org/download-images",
         reads={

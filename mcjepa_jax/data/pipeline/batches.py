@@ -26,11 +26,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from mcjepa_jax.data.pipeline import (
-    geometry,
-    labelled_crops,
-    shared_memory,
-)
+from mcjepa_jax.data.pipeline import geometry, labelled_crops, shared_memory
 from mcjepa_jax.data.pipeline.stream import Part, Stream
 from mcjepa_jax.errors import UserError
 from mcjepa_jax.storage import paths

@@ -1,6 +1,6 @@
-"""Images in ArrayRecord shards: those of data.convert, and those of tfds.
+"""Images in ArrayRecord shards: those of convert_images, and those of tfds.
 
-A folder of data.convert holds shards and, written last, manifest.json:
+A folder of convert_images holds shards and, written last, manifest.json:
 
   format    FORMAT, a name with a version
   count     of all records
@@ -70,7 +70,7 @@ def unpack(record: bytes, name: str) -> tuple[int, str, bytes]:
   """Returns (label, path, image) of a record, which `name` names in errors."""
   if len(record) < _HEADER.size or not record.startswith(_MAGIC):
     raise UserError(
-        f"{name}: expected a record of data.convert ({_MAGIC!r}), came "
+        f"{name}: expected a record of convert_images ({_MAGIC!r}), came "
         f"{record[:4]!r} in {len(record)} bytes"
     )
   _, crc, label, length = _HEADER.unpack_from(record)
@@ -227,7 +227,7 @@ def read_manifest(folder: image_files.Path) -> dict[str, Any]:
   path = folder / MANIFEST
   if folder.is_dir() and not path.exists():
     raise UserError(
-        f"{folder}: expected a folder that data.convert has finished, came one "
+        f"{folder}: expected a folder that convert_images has finished, came one "
         f"without {MANIFEST}"
     )
   manifest = read_json(path)
@@ -271,7 +271,7 @@ def _fits(manifest: dict[str, Any]) -> bool:
 
 
 class ConvertedImages:
-  """The images of a folder that data.convert wrote, shard after shard."""
+  """The images of a folder that convert_images wrote, shard after shard."""
 
   def __init__(self, folder: image_files.Path):
     self.folder = paths.path(folder)
