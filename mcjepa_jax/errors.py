@@ -1,7 +1,14 @@
-"""The one exception for faults of the input: files, paths, keys, values."""
+"""How a command ends: faults of the input, other ends and their exit codes."""
 
 from collections.abc import Callable
 from typing import Any
+
+EXIT_CRASHED = 1  # as Python has it
+EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 75
+EXIT_ALARM = 76
+EXIT_LOST = 77  # a host, a worker or a bucket: to be started again
+EXIT_INTERRUPTED = 130  # as shells have it
 
 
 class UserError(ValueError):
@@ -22,6 +29,17 @@ class UserError(ValueError):
 
 class Passing(UserError):
   """A fault of what is around a run, which may be gone at its next start."""
+
+
+class Stop(BaseException):
+  """Ends a command with an exit code of its own and one line that says why.
+
+  No Exception: raised by a signal, it is no fault of the file that is read.
+  """
+
+  def __init__(self, code: int, message: str):
+    super().__init__(message)
+    self.code = code
 
 
 def collect(*checks: Callable[[], Any]) -> list[str]:

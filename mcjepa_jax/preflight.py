@@ -328,13 +328,13 @@ def preflight(
     while not concurrent.futures.wait([report], timeout=1).done:
       wait()
       if log_files.peak_rss_gb() > host_gb:
-        raise command_line.Stop(
+        raise errors.Stop(
             1, f"The compiler took more than --host-gb={host_gb} GB: ended."
         )
     try:
       return report.result()
     except process.BrokenProcessPool as error:
-      raise command_line.Stop(
+      raise errors.Stop(
           1, "The compiler was killed: it may want more memory than is here."
       ) from error
 
@@ -459,7 +459,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "search" not in arguments.flags:
       print(json.dumps(report), flush=True)
     if not report["fits"]:
-      raise command_line.Stop(
+      raise errors.Stop(
           1,
           f"Does not fit: {report['gib_per_device']:.2f} GiB per device, of"
           f" {report['gib_limit']:.2f}.",

@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       print(f"First at {report['operation']}")
     print(json.dumps(report), flush=True)
     if not report["terms"] and not report["gradients"]:
-      raise command_line.Stop(1, f"Step {report['step']} is finite here.")
+      raise errors.Stop(1, f"Step {report['step']} is finite here.")
 
   return command_line.guarded(body, debug="--debug" in argv)
 

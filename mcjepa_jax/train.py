@@ -12,7 +12,7 @@ import jax
 from mcjepa_jax import errors
 from mcjepa_jax.distributed import hosts
 from mcjepa_jax.evals import result_table
-from mcjepa_jax.runtime import command_line, log_files, process_lifetimes
+from mcjepa_jax.runtime import log_files, process_lifetimes
 from mcjepa_jax.step import update as steps
 from mcjepa_jax.storage import checkpoint, run_folder
 from mcjepa_jax.training import (
@@ -47,9 +47,7 @@ def train(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
         streams, mesh = preconditions.input_and_mesh(config, folder)
         return _train(config, folder, streams, mesh)
     except errors.Passing as error:  # no fault of the input
-      raise command_line.Stop(
-          command_line.EXIT_LOST, f"error: {error}"
-      ) from error
+      raise errors.Stop(errors.EXIT_LOST, f"error: {error}") from error
 
 
 def _train(
@@ -216,8 +214,8 @@ def run_steps(
           run.checkpoints.wait_until_finished()
         if run.checkpoints.latest_step() != number:
           raise run.folder.refusal(f"SIGTERM: step {number} could not be saved")
-        raise command_line.Stop(
-            command_line.EXIT_PREEMPTED, f"SIGTERM: saved at step {number}"
+        raise errors.Stop(
+            errors.EXIT_PREEMPTED, f"SIGTERM: saved at step {number}"
         )
       with clock.span("input"):
         while len(queue) <= config.prefetch and (batch := next(source, None)):
@@ -249,8 +247,8 @@ def run_steps(
           saving.save(run, state, following())
           run.checkpoints.wait_until_finished()
       if hosts.stopping(run.stop):
-        raise command_line.Stop(
-            command_line.EXIT_PREEMPTED,
+        raise errors.Stop(
+            errors.EXIT_PREEMPTED,
             f"SIGTERM: saved at step {config.num_steps}",
         )
     reports.draw(run, state, progress.log)

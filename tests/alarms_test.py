@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mcjepa_jax import train
+from mcjepa_jax import errors, train
 from mcjepa_jax.data.sets import synthetic
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.losses import flow_losses
 from mcjepa_jax.ops import flow_ops
-from mcjepa_jax.runtime import command_line
 from mcjepa_jax.step import diagnostics, update as steps
 from mcjepa_jax.training import alarms, build
 from tests import tiny
@@ -195,9 +194,9 @@ def test_an_alarm_ends_the_run_where_the_config_says_so(
           alarms__action=action, alarms__rollbacks=1, save_every=4, keep_last=3
       )
   )
-  with pytest.raises(command_line.Stop, match=words) as caught:
+  with pytest.raises(errors.Stop, match=words) as caught:
     train.train(cfg, tmp_path)
-  assert caught.value.code == command_line.EXIT_ALARM
+  assert caught.value.code == errors.EXIT_ALARM
   saved = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
   if action == "rollback":
     lines = map(json.loads, (tmp_path / "alarms.jsonl").open())

@@ -69,7 +69,7 @@ def test_each_fault_is_a_line_and_the_code_is_2(capsys):
 
 def test_a_stop_ends_with_its_own_code(capsys):
   def stops():
-    raise command_line.Stop(command_line.EXIT_ALARM, "step 3: not finite: loss")
+    raise errors.Stop(errors.EXIT_ALARM, "step 3: not finite: loss")
 
   assert command_line.guarded(stops, debug=False) == 76
   assert capsys.readouterr().err == "step 3: not finite: loss\n"

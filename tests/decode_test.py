@@ -6,9 +6,9 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from mcjepa_jax import errors
 from mcjepa_jax.data.readers import image_files
 from mcjepa_jax.errors import UserError
-from mcjepa_jax.runtime import command_line
 
 
 def _image(height=60, width=91, seed=0):
@@ -42,10 +42,10 @@ def without_pillow(monkeypatch):
 
 def test_what_a_signal_raises_meanwhile_is_no_fault_of_the_image(monkeypatch):
   def interrupted(*_, **__):
-    raise command_line.Stop(command_line.EXIT_PREEMPTED, "SIGTERM")
+    raise errors.Stop(errors.EXIT_PREEMPTED, "SIGTERM")
 
   monkeypatch.setattr(image_files.Image, "open", interrupted)
-  with pytest.raises(command_line.Stop, match="SIGTERM"):
+  with pytest.raises(errors.Stop, match="SIGTERM"):
     image_files.decode_image(b"BM", "a.bmp")
 
 

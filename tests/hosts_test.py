@@ -18,7 +18,6 @@ import pytest
 
 from mcjepa_jax import errors, replay
 from mcjepa_jax.distributed import cluster, hosts, sharding
-from mcjepa_jax.runtime import command_line
 from mcjepa_jax.training import bad_steps
 from tests import job, poison, workdirs
 
@@ -491,7 +490,7 @@ def _call_all(these, seconds=5.0):
           {0} if place.index else set(range(1, place.count))
       )
       results[i] = "all here"
-    except (command_line.Stop, errors.UserError) as error:
+    except (errors.Stop, errors.UserError) as error:
       results[i] = str(error)
 
   threads = [
@@ -562,12 +561,12 @@ def test_sigterm_is_heard_while_hosts_are_awaited():
   before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
   try:
     timer.start()
-    with pytest.raises(command_line.Stop) as stop:
+    with pytest.raises(errors.Stop) as stop:
       hosts.start(place, seconds=20.0)
     timer.join()
   finally:
     signal.signal(signal.SIGTERM, before)
-  assert stop.value.code == command_line.EXIT_PREEMPTED
+  assert stop.value.code == errors.EXIT_PREEMPTED
 
 
 def test_without_process_0_the_others_say_so():
@@ -734,7 +733,7 @@ def test_a_first_host_whose_name_is_never_known_is_told(monkeypatch):
     monkeypatch.setenv(name, value)
   monkeypatch.setattr(time, "sleep", lambda seconds: None)
   with pytest.raises(
-      command_line.Stop, match="process 0 did not come: .*a.inval"
+      errors.Stop, match="process 0 did not come: .*a.inval"
   ) as e:
     cluster.find({}, seconds=0.1)
   assert e.value.code == 77
@@ -821,7 +820,7 @@ def test_a_host_that_does_not_come_to_an_exchange_is_named(two):
   two(here=[1, 2])
   assert hosts.exchange("here", "x", seconds=5.0) == ["x", [1, 2]]
   began = time.monotonic()
-  with pytest.raises(command_line.Stop) as caught:
+  with pytest.raises(errors.Stop) as caught:
     hosts.exchange("start", 1, seconds=0.3)
   assert caught.value.code == 77
   assert 0.2 < time.monotonic() - began < 2
@@ -857,7 +856,7 @@ def test_hosts_of_another_code_or_other_data_are_shown(two):
 def test_what_hosts_share_and_see_otherwise_ends_them_to_be_started_again(two):
   two(newest=100)
   hosts.check_alike("newest", 100)
-  with pytest.raises(command_line.Stop) as caught:
+  with pytest.raises(errors.Stop) as caught:
     hosts.check_alike("newest", 200)
   assert caught.value.code == 77
   assert str(caught.value) == (

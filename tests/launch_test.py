@@ -10,6 +10,7 @@ import time
 import pytest
 import yaml
 
+from mcjepa_jax import errors
 from mcjepa_jax.runtime import command_line
 from mcjepa_jax.training import validation
 
@@ -421,7 +422,7 @@ def test_the_jobset_has_what_main_reads():
   assert final["onExitCodes"] == {
       "containerName": pod["containers"][0]["name"],
       "operator": "In",
-      "values": [command_line.EXIT_USER_ERROR, command_line.EXIT_ALARM],
+      "values": [errors.EXIT_USER_ERROR, errors.EXIT_ALARM],
   }
   assert pod["restartPolicy"] == "Never"
   rows, columns = map(

@@ -8,7 +8,6 @@ import pytest
 
 from mcjepa_jax import errors
 from mcjepa_jax.distributed import heartbeat
-from mcjepa_jax.runtime import command_line
 
 
 class _Run:
@@ -84,7 +83,7 @@ def test_a_host_whose_connection_closes_is_lost_and_named(
   others = {0, 1, 2} - {lost}
   while not others <= run.wait(2).keys():
     assert time.monotonic() < began + 10
-  assert {run.left[i] for i in others} == {command_line.EXIT_LOST}
+  assert {run.left[i] for i in others} == {errors.EXIT_LOST}
   text = f"process {lost} (host-{lost}) is lost: its connection was closed;"
   assert capfd.readouterr().err.count(text) >= 2
 
@@ -92,7 +91,7 @@ def test_a_host_whose_connection_closes_is_lost_and_named(
 def test_a_silent_host_is_lost(capfd, monkeypatch):
   run = _Run(2, silence=1.0)
   monkeypatch.setattr(run.lines[1], "_send", lambda *_, **__: None)
-  assert run.wait(2)[0] == command_line.EXIT_LOST
+  assert run.wait(2)[0] == errors.EXIT_LOST
   assert "host-1) is lost: nothing came from it for" in capfd.readouterr().err
 
 
@@ -138,7 +137,7 @@ def test_an_error_that_comes_of_another_hosts_end_tells_that(monkeypatch):
   monkeypatch.setattr(heartbeat, "_held", run.lines[0])
   failing = threading.Thread(target=run.end, args=({1: 2}, "disk full"))
   failing.start()
-  with pytest.raises(command_line.Stop, match="host-1.*disk full") as caught:
+  with pytest.raises(errors.Stop, match="host-1.*disk full") as caught:
     with heartbeat.together():
       raise ValueError("Gloo AllGather failed")
   assert caught.value.code == 2
@@ -154,7 +153,7 @@ def test_an_error_of_ones_own_is_kept_for_the_others(monkeypatch, capsys):
   with pytest.raises(errors.UserError), heartbeat.together():
     raise errors.UserError("one", "two")
   assert run.lines[0].reason == "one; two"
-  with pytest.raises(command_line.Stop, match="KeyError: 'x'") as caught:
+  with pytest.raises(errors.Stop, match="KeyError: 'x'") as caught:
     with heartbeat.together():
       raise KeyError("x")
   assert caught.value.code == 1

@@ -14,7 +14,6 @@ from gcp_storage_emulator import server as emulator, storage
 import pytest
 
 from mcjepa_jax import compare, errors, replay, train
-from mcjepa_jax.runtime import command_line
 from mcjepa_jax.storage import paths, run_folder
 from mcjepa_jax.training import bad_steps
 from tests import buckets, dumps_test, job, poison, tiny, workdirs
@@ -155,11 +154,11 @@ def test_what_ends_a_run_is_not_hidden_by_its_bucket(
   def refused(part, path):
     raise paths.Unreachable(f"{path}: cannot be written")
 
-  with pytest.raises(command_line.Stop, match="preempted") as stop:
+  with pytest.raises(errors.Stop, match="preempted") as stop:
     with run_folder.opened(f"{bucket}/ended") as folder:
       (folder.local / "metrics.jsonl").write_text("1\n")
       monkeypatch.setattr(paths, "put", refused)
-      raise command_line.Stop(75, "preempted")
+      raise errors.Stop(75, "preempted")
   assert stop.value.code == 75
   assert "warning: gs://runs/ended/metrics.jsonl" in capsys.readouterr().err
 
@@ -177,9 +176,9 @@ def test_a_bucket_that_is_silent_at_the_start_is_started_again(
     raise paths.Silent(f"{bucket}/late: does not answer")
 
   monkeypatch.setattr(run_folder._Mirrored, "_pull", silent)
-  with pytest.raises(command_line.Stop, match="does not answer") as stop:
+  with pytest.raises(errors.Stop, match="does not answer") as stop:
     train.train(tiny.config(), f"{bucket}/late")
-  assert stop.value.code == command_line.EXIT_LOST
+  assert stop.value.code == errors.EXIT_LOST
 
 
 def _start(config_path, workdir, *overrides):

@@ -20,7 +20,7 @@ import pytest
 from mcjepa_jax import errors, replay, train
 from mcjepa_jax.compiled.compiled_steps import Programs
 from mcjepa_jax.distributed import hosts, sharding
-from mcjepa_jax.runtime import command_line, log_files, process_lifetimes
+from mcjepa_jax.runtime import log_files, process_lifetimes
 from mcjepa_jax.storage import checkpoint, paths, run_folder
 from mcjepa_jax.training import bad_steps, context, reports, saving
 from tests import poison, tiny, workdirs
@@ -271,7 +271,7 @@ def test_too_many_end_the_run_with_76_and_a_checkpoint_stays(
     data, no_epsilon, tmp_path, changes, words
 ):
   cfg = _config(data, num_steps=12, **changes)
-  with pytest.raises(command_line.Stop, match=words) as caught:
+  with pytest.raises(errors.Stop, match=words) as caught:
     train.train(cfg, tmp_path)
   assert caught.value.code == 76
   assert list((tmp_path / "checkpoints").iterdir())
@@ -535,7 +535,7 @@ def test_sigterm_in_an_evaluation_saves_and_the_next_run_evaluates_there(
 
   with monkeypatch.context() as patch:
     patch.setattr(reports, "evaluations", _preempted)
-    with pytest.raises(command_line.Stop, match="saved at step 3") as stop:
+    with pytest.raises(errors.Stop, match="saved at step 3") as stop:
       train.train(config, tmp_path / "cut")
   assert stop.value.code == 75
   train.train(config, tmp_path / "cut")
@@ -574,7 +574,7 @@ def test_a_save_whose_evaluation_sigterm_ends_is_made_and_not_the_best(
   config = _best(data, eval_limit=8)
   with monkeypatch.context() as patch:
     patch.setattr(reports, "evaluations", _preempted)
-    with pytest.raises(command_line.Stop, match="saved at step 2") as stop:
+    with pytest.raises(errors.Stop, match="saved at step 2") as stop:
       train.train(config, tmp_path)
   assert stop.value.code == 75
   train.train(config, tmp_path)
@@ -613,7 +613,7 @@ def test_a_dead_worker_ends_the_run_with_77_and_it_goes_on(
   config = _config(data, workers=1, num_steps=30, save_every=1, keep_last=2)
   with monkeypatch.context() as patch:
     patch.setattr(Programs, "run", run)
-    with pytest.raises(command_line.Stop, match="worker.*SIGKILL") as stop:
+    with pytest.raises(errors.Stop, match="worker.*SIGKILL") as stop:
       train.train(config, tmp_path)
   assert stop.value.code == 77 and time.monotonic() - killed[0] < 60
   newest = max(int(x.name) for x in (tmp_path / "checkpoints").iterdir())
@@ -652,9 +652,7 @@ def test_sigterm_while_a_step_compiles_loses_none_before_it(
   monkeypatch.setattr(Programs, "compile", compile)
   monkeypatch.setattr(context, "begin_step", lambda run: None)
   config = tiny.config(motion__start_step=start_step, save_every=100)
-  with pytest.raises(
-      command_line.Stop, match="what is saved is all there is"
-  ) as e:
+  with pytest.raises(errors.Stop, match="what is saved is all there is") as e:
     train.train(config, tmp_path)
   assert e.value.code == 75
   saved = [path.name for path in (tmp_path / "checkpoints").iterdir()]
@@ -679,7 +677,7 @@ def test_sigterm_in_the_last_evaluation_ends_it_and_the_next_run_evaluates(
 ):
   with monkeypatch.context() as patch:
     patch.setattr(reports, "evaluations", _preempted)
-    with pytest.raises(command_line.Stop) as stop:
+    with pytest.raises(errors.Stop) as stop:
       train.train(_config(data, num_steps=2), tmp_path / "run")
   assert stop.value.code == 75
   assert train.train(_config(data, num_steps=2), tmp_path / "run")
@@ -716,7 +714,7 @@ def test_a_run_that_is_preempted_saves_before_it_evaluates_or_draws(
   monkeypatch.setattr(hosts, "stopping", lambda stop: True)
   monkeypatch.setattr(reports, "draw", None)
   monkeypatch.setattr(reports, "evaluations", None)
-  with pytest.raises(command_line.Stop, match="saved at step 1") as stop:
+  with pytest.raises(errors.Stop, match="saved at step 1") as stop:
     train.train(_config(data, eval_every=1, panel_every=1), tmp_path / "run")
   assert stop.value.code == 75
 

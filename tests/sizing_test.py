@@ -5,7 +5,6 @@ import pytest
 from configs import mcjepa_convnext_tiny
 from mcjepa_jax import errors
 from mcjepa_jax.compiled import batch_search
-from mcjepa_jax.runtime import command_line
 
 _STATE = 0.6  # GiB, and its gradient a third of that
 _GIB = {"none": 0.05, "block": 0.02}  # an image's share of the rest
@@ -119,8 +118,6 @@ def test_what_was_foretold_wrongly_is_seen_in_the_report():
 def test_nothing_that_fits_is_an_end_with_the_memory_it_takes():
   compiled, asked = _compiler(limit=2.0)
   config = mcjepa_convnext_tiny.get_config()
-  with pytest.raises(
-      command_line.Stop, match="96 images and 2 pairs.* 2.72 GiB"
-  ):
+  with pytest.raises(errors.Stop, match="96 images and 2 pairs.* 2.72 GiB"):
     batch_search.search(config, 4, compiled)
   assert len(asked) == 2

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from mcjepa_jax import errors, train
-from mcjepa_jax.runtime import command_line
 from mcjepa_jax.storage import run_folder
 from mcjepa_jax.training import preconditions
 from tests import tiny, workdirs
@@ -307,14 +306,14 @@ def test_a_run_starts_from_the_encoder_of_another_and_the_rest_anew(
 
   def captured(run, state):
     started.append(state)
-    raise command_line.Stop(command_line.EXIT_ALARM, "seen")
+    raise errors.Stop(errors.EXIT_ALARM, "seen")
 
   monkeypatch.setattr(train, "run_loop", captured)
   for name, source in (("own", ""), ("taken", str(whole))):
     cfg = tiny.config(
         mesh__devices=1, init_checkpoint=source, num_steps=5, seed=3
     )
-    with pytest.raises(command_line.Stop, match="seen"):
+    with pytest.raises(errors.Stop, match="seen"):
       train.train(cfg, tmp_path / name)
   own, taken = (workdirs.flat(state.params) for state in started)
   trained = workdirs.flat(workdirs.saved(whole, _STEPS)[0]["params"])

@@ -11,7 +11,6 @@ import math
 from typing import Any, NamedTuple
 
 from mcjepa_jax import errors
-from mcjepa_jax.runtime import command_line
 from mcjepa_jax.training import validation
 
 POLICIES = ("none", "block")
@@ -113,7 +112,7 @@ def search(
   policy = max(POLICIES, key=lambda name: rows[name]["times"])
   times = rows[policy]["times"]
   if not times:
-    raise command_line.Stop(
+    raise errors.Stop(
         1,
         f"Does not fit: {batch.images} images and {batch.pairs} pairs, which the"
         " devices divide, take"

@@ -8,14 +8,13 @@ from typing import NamedTuple
 from jax._src import clusters
 
 from mcjepa_jax import errors
-from mcjepa_jax.runtime import command_line
 
 FLAGS = ("coordinator", "processes", "process")
 
 
-def absent(message: str) -> command_line.Stop:
+def absent(message: str) -> errors.Stop:
   """Returns what ends a host that others do not come to: a run to start again."""
-  return command_line.Stop(command_line.EXIT_LOST, message)
+  return errors.Stop(errors.EXIT_LOST, message)
 
 
 class Place(NamedTuple):

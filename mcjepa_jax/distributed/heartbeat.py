@@ -124,7 +124,7 @@ class Lifeline:
     return code
 
   def _limit(self, code: int) -> float:
-    stops = (command_line.EXIT_PREEMPTED, command_line.EXIT_ALARM)
+    stops = (errors.EXIT_PREEMPTED, errors.EXIT_ALARM)
     return _GRACE_OF_STOPS if code in stops else self._grace
 
   def _is_over(self) -> bool:
@@ -198,9 +198,9 @@ class Lifeline:
       if code and not self._fault:
         line = f"{self.names[index]} ended with exit code {code}"
         line = f"{line}: {reason}" if reason else line
-        if code == command_line.EXIT_USER_ERROR:
+        if code == errors.EXIT_USER_ERROR:
           line = f"error: {line}"
-        elif code == command_line.EXIT_LOST:
+        elif code == errors.EXIT_LOST:
           line = f"{reason}; started again, the run goes on"
         self._fault = code, line
         self._deadline = time.monotonic() + (0 if lost else self._limit(code))
@@ -217,7 +217,7 @@ class Lifeline:
           self._ended[index] = self._code
         else:
           reason = f"{self.names[index]} is lost: {why}"
-          self._hear(index, command_line.EXIT_LOST, reason, lost=True)
+          self._hear(index, errors.EXIT_LOST, reason, lost=True)
       self._news.notify_all()
 
   def _go(self, selector: selectors.BaseSelector) -> None:
@@ -265,20 +265,20 @@ def together() -> Iterator[None]:
   """
   try:
     yield
-  except (errors.UserError, command_line.Stop) as error:
+  except (errors.UserError, errors.Stop) as error:
     if _held:
       _held.reason = "; ".join(str(error).splitlines())
-      if getattr(error, "code", None) == command_line.EXIT_LOST:
+      if getattr(error, "code", None) == errors.EXIT_LOST:
         _held.reason = f"{_held.names[_held.index]}: {_held.reason}"
     raise
   except Exception as error:
     if not _held:
       raise
     if fault := _held.fault(_CAUSE):
-      raise command_line.Stop(*fault) from error
+      raise errors.Stop(*fault) from error
     traceback.print_exc()
     _held.reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    raise command_line.Stop(command_line.EXIT_CRASHED, _held.reason) from error
+    raise errors.Stop(errors.EXIT_CRASHED, _held.reason) from error
 
 
 def end(code: int) -> int:

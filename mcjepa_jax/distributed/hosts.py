@@ -29,7 +29,6 @@ from jax.experimental import multihost_utils
 
 from mcjepa_jax import errors
 from mcjepa_jax.distributed import cluster, heartbeat, sharding
-from mcjepa_jax.runtime import command_line
 from mcjepa_jax.storage import run_folder
 
 _SHOWN = 8  # differences between two hosts
@@ -467,8 +466,8 @@ def as_one() -> Iterator[None]:
 
 def leave(*_: Any) -> None:
   """Handles SIGTERM where there is nothing new to save."""
-  raise command_line.Stop(
-      command_line.EXIT_PREEMPTED,
+  raise errors.Stop(
+      errors.EXIT_PREEMPTED,
       "SIGTERM outside of the steps: what is saved is all there is",
   )
 

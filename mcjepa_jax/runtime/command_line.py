@@ -13,25 +13,7 @@ import sys
 import traceback
 from typing import Any, NoReturn
 
-from mcjepa_jax.errors import UserError, collect
-
-EXIT_CRASHED = 1  # as Python has it
-EXIT_USER_ERROR = 2
-EXIT_PREEMPTED = 75
-EXIT_ALARM = 76
-EXIT_LOST = 77  # a host, a worker or a bucket: to be started again
-EXIT_INTERRUPTED = 130  # as shells have it
-
-
-class Stop(BaseException):
-  """Ends a command with an exit code of its own and one line that says why.
-
-  No Exception: raised by a signal, it is no fault of the file that is read.
-  """
-
-  def __init__(self, code: int, message: str):
-    super().__init__(message)
-    self.code = code
+from mcjepa_jax import errors
 
 
 @dataclasses.dataclass
@@ -72,7 +54,7 @@ def split(argv: Sequence[str], known: Sequence[str]) -> Arguments:
       faults.append(f"--{name}: no such flag{_nearest(name, known, '--')}")
       values = []
   if faults:
-    raise UserError(*faults)
+    raise errors.UserError(*faults)
   return arguments
 
 
@@ -99,7 +81,7 @@ def single(
     else:
       values.append(given[0])
   if faults:
-    raise UserError(*faults)
+    raise errors.UserError(*faults)
   return values
 
 
@@ -112,7 +94,7 @@ def number(
   text = " ".join(flags[name])
   digits = text.isascii() and text.isdigit() and len(text) < 20
   if not (digits and 1 <= int(text) <= most):
-    raise UserError(
+    raise errors.UserError(
         f"--{name}: expected a number from 1 to {most}, got {text!r}"
     )
   return int(text)
@@ -134,35 +116,35 @@ def load_config(path: str, overrides: Sequence[tuple[str, str]]) -> Any:
   """
   file = pathlib.Path(path)
   if not file.is_file():
-    raise UserError(f"--config: no file {path}")
+    raise errors.UserError(f"--config: no file {path}")
   # The file's own imports, `from configs import default`, as from its root.
   root = str(file.resolve().parent.parent)
   if root not in sys.path:
     sys.path.insert(0, root)
   spec = importlib.util.spec_from_file_location(f"_config_{file.stem}", file)
   if spec is None:
-    raise UserError(f"--config: expected a .py file, got {path}")
+    raise errors.UserError(f"--config: expected a .py file, got {path}")
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
     config = module.get_config()
   except (Exception, SystemExit) as error:  # whatever the user's file raises
-    raise UserError(
+    raise errors.UserError(
         f"--config: {path}: {type(error).__name__}: {error}"
     ) from error
   _check_config(path, config)
-  faults = collect(
+  faults = errors.collect(
       *(functools.partial(override, config, *item) for item in overrides)
   )
   if faults:
-    raise UserError(*faults)
+    raise errors.UserError(*faults)
   return config
 
 
 def _check_config(path: str, config: Any) -> None:
   """Raises UserError unless the config has the keys of configs/default.py."""
   if not hasattr(config, "unlocked"):
-    raise UserError(
+    raise errors.UserError(
         f"--config: {path}: expected get_config to return a ConfigDict, got"
         f" {type(config).__name__}"
     )
@@ -178,7 +160,7 @@ def _check_config(path: str, config: Any) -> None:
       for key in sorted(expected - found)
   ]
   if faults:
-    raise UserError(*faults)
+    raise errors.UserError(*faults)
 
 
 def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -199,7 +181,9 @@ def override(config: Any, key: str, text: str) -> None:
     UserError: no such key (the nearest is named), or another type.
   """
   if key not in leaves(config):
-    raise UserError(f"--config.{key}: no such key{_nearest_key(config, key)}")
+    raise errors.UserError(
+        f"--config.{key}: no such key{_nearest_key(config, key)}"
+    )
   *parents, name = key.split(".")
   for parent in parents:
     config = config[parent]
@@ -217,7 +201,7 @@ def override(config: Any, key: str, text: str) -> None:
     if isinstance(old, tuple) and isinstance(value, list):
       value = tuple(value)
   if type(value) is not type(old):
-    raise UserError(
+    raise errors.UserError(
         f"--config.{key}: expected {type(old).__name__}, as {old!r}, got"
         f" {text!r}"
     )
@@ -236,14 +220,14 @@ def guarded(function: Callable[[], Any], *, debug: bool) -> int:
   """The exit code of a function, its faults printed as `error: ...` lines."""
   try:
     function()
-  except UserError as error:
+  except errors.UserError as error:
     if debug:
       traceback.print_exc()
     sys.stdout.flush()
     for message in error.messages:
       print("error:", " ".join(message.split()), file=sys.stderr)
-    return EXIT_USER_ERROR
-  except Stop as stop:
+    return errors.EXIT_USER_ERROR
+  except errors.Stop as stop:
     if debug:
       traceback.print_exc()
     print(stop, file=sys.stderr)
@@ -252,7 +236,7 @@ def guarded(function: Callable[[], Any], *, debug: bool) -> int:
     if debug:
       traceback.print_exc()
     print("interrupted: started again, it goes on", file=sys.stderr)
-    return EXIT_INTERRUPTED
+    return errors.EXIT_INTERRUPTED
   return 0
 
 

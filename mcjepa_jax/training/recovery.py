@@ -8,7 +8,7 @@ import tqdm
 
 from mcjepa_jax import errors
 from mcjepa_jax.distributed import hosts
-from mcjepa_jax.runtime import command_line, log_files
+from mcjepa_jax.runtime import log_files
 from mcjepa_jax.step import update as steps
 from mcjepa_jax.training import context
 from mcjepa_jax.training.context import Run
@@ -31,8 +31,8 @@ def roll_back(run: Run, back: RollBack) -> steps.TrainState:
   """
   count = run.watch.count("rollback")
   if count > run.config.alarms.rollbacks:
-    raise command_line.Stop(
-        command_line.EXIT_ALARM, f"rolled back {count - 1} times before: {back}"
+    raise errors.Stop(
+        errors.EXIT_ALARM, f"rolled back {count - 1} times before: {back}"
     )
   with run.clock.span("initialise"):
     try:

@@ -11,7 +11,6 @@ import numpy as np
 
 from mcjepa_jax import errors
 from mcjepa_jax.distributed import hosts
-from mcjepa_jax.runtime import command_line
 from mcjepa_jax.step import diagnostics, update as steps
 from mcjepa_jax.training import alarms, bad_steps, build, recovery
 from mcjepa_jax.training.context import Batch, Run
@@ -161,8 +160,8 @@ class Watcher:
         pending.number, "not_finite", text, records=pending.batch.records
     )
     if total >= limits.skips:
-      raise command_line.Stop(
-          command_line.EXIT_ALARM,
+      raise errors.Stop(
+          errors.EXIT_ALARM,
           f"step {pending.number}: {total} updates were skipped: {text}",
       )
     if run.watch.row >= limits.skips_in_a_row:
@@ -219,9 +218,7 @@ class Watcher:
       return
     reason = "; ".join(map(str, fired))
     if action == "stop":
-      raise command_line.Stop(
-          command_line.EXIT_ALARM, f"step {number}: {reason}"
-      )
+      raise errors.Stop(errors.EXIT_ALARM, f"step {number}: {reason}")
     # Before what was judged.
     lasted = max(alarm.rule.lasts for alarm in fired)
     raise recovery.RollBack(number - lasted, following, reason)
