@@ -92,7 +92,7 @@ def looked_at(counts: Counter[str]) -> Iterator[None]:
 
 def _subject(config: Any, checkpoint: str, workdir: pathlib.Path) -> Any:
   """What is evaluated: a checkpoint beside untrained parameters, or these alone."""
-  from mcjepa_jax import evaluate
+  from mcjepa_jax import loading
   from mcjepa_jax.distributed import sharding
   from mcjepa_jax.evals import registry
   from mcjepa_jax.models import mcjepa
@@ -102,7 +102,7 @@ def _subject(config: Any, checkpoint: str, workdir: pathlib.Path) -> Any:
   model, params = build.model(config), None
   if checkpoint:
     path = pathlib.Path(checkpoint).expanduser()
-    model, params, meta = evaluate.restore_model(path, mesh=mesh)
+    model, params, meta = loading.load(path, mesh=mesh)
     with config.unlocked():
       config.seed = meta["seed"]
   initial = sharding.call_once(lambda: mcjepa.init_params(model, config.seed))

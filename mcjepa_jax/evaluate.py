@@ -6,20 +6,16 @@ import pathlib
 import time
 from typing import Any
 
-import jax
-
-from mcjepa_jax import errors
+from mcjepa_jax import errors, loading
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.evals import inference, registry, result_table
 from mcjepa_jax.evals.adapters import segmentation_adapter
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.runtime import environment, log_files
-from mcjepa_jax.storage import checkpoint, paths, run_folder
+from mcjepa_jax.storage import paths, run_folder
 from mcjepa_jax.training import build, validation
 
 _RESULTS = "evaluation.json"
-
-Params = Any
 
 
 def evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
@@ -44,7 +40,9 @@ def _evaluate(config: Any, folder: run_folder.Folder) -> dict[str, Any]:
   if config.results:
     target = pathlib.Path(config.results).expanduser()
   described = []
-  unreadable = errors.collect(lambda: described.append(_described(path)))
+  unreadable = errors.collect(
+      lambda: described.append(loading.model_and_meta(path))
+  )
   found = registry.faults(config, folder.local)
   runnable = [entry for entry in config.evals if entry not in found.by_eval]
   missing = [f for faults in found.by_eval.values() for f in faults]
@@ -65,7 +63,7 @@ def _evaluate(config: Any, folder: run_folder.Folder) -> dict[str, Any]:
   for entry, reasons in found.by_eval.items():
     print("\n".join(f"{entry} cannot run: {reason}" for reason in reasons))
   mesh = build.mesh(config)
-  model, params, meta = restore_model(path, mesh=mesh)
+  model, params, meta = loading.load(path, mesh=mesh)
   with config.unlocked():
     config.seed = meta["seed"]
   initial = sharding.call_once(lambda: mcjepa.init_params(model, config.seed))
@@ -116,40 +114,3 @@ def _stride_faults(
         kind, config[kind].crop, strides[-1]
     )
   return found
-
-
-def _described(
-    path: str | os.PathLike,
-) -> tuple[mcjepa.MCJEPA, dict[str, Any]]:
-  """The model of a checkpoint and its meta; no array is read."""
-  meta = checkpoint.read_meta(path)
-  try:
-    model = mcjepa.build(**meta["model"])
-    meta["seed"] = int(meta["seed"])
-    _ = model.encoder.strides  # fails here for depths that are none
-  except (AttributeError, KeyError, TypeError, ValueError) as error:
-    raise errors.UserError(
-        f"checkpoint {path}: expected the model and the seed in its meta, got"
-        f" {sorted(meta)} ({type(error).__name__}: {error})"
-    ) from error
-  return model, meta
-
-
-def restore_model(
-    path: str | os.PathLike, *, mesh: jax.sharding.Mesh
-) -> tuple[mcjepa.MCJEPA, Params, dict[str, Any]]:
-  """The model that a checkpoint describes, its parameters and its meta.
-
-  Raises:
-    UserError: no checkpoint there, one that cannot be read, or one whose
-      parameters are not finite.
-  """
-  model, meta = _described(path)
-  replicated = sharding.replicated(mesh)
-  abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
-      jax.eval_shape(lambda: mcjepa.init_params(model, 0)),
-  )
-  params = checkpoint.restore_params(path, abstract)
-  checkpoint.check_finite(path, params)
-  return model, params, meta

@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 
-from mcjepa_jax import errors, evaluate
+from mcjepa_jax import errors, loading
 from mcjepa_jax.data.readers import flow_files, image_files
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.evals import inference
@@ -60,7 +60,7 @@ def predict(
   if faults:
     raise errors.UserError(*faults)
   mesh = sharding.make_mesh(1)
-  model, params, _ = evaluate.restore_model(checkpoint_path, mesh=mesh)
+  model, params, _ = loading.load(checkpoint_path, mesh=mesh)
   flow = inference.flow_predictor(model, params, mesh)(np.stack(frames))[0]
   stem = pathlib.Path(inputs[0]).stem
   files = {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from mcjepa_jax import errors, evaluate
+from mcjepa_jax import errors, evaluate, loading
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.evals import finetune, inference, registry
 from mcjepa_jax.storage import checkpoint
@@ -50,7 +50,7 @@ def test_a_checkpoint_that_is_not_finite_is_refused_by_its_parameter(
 
 def test_features_that_are_not_finite_have_no_metric(untrained):
   mesh = sharding.make_mesh(1)
-  model, params, _ = evaluate.restore_model(untrained, mesh=mesh)
+  model, params, _ = loading.load(untrained, mesh=mesh)
   params["encoder"]["norm"]["scale"] *= jnp.inf
   params["encoder"]["stages_0"]["blocks_0"]["mlp"]["fc2"]["bias"] *= jnp.nan
   images = np.zeros((2, 32, 32, 3), np.uint8)
@@ -65,7 +65,7 @@ def test_the_checkpoints_own_strides_are_held_against_the_config(
     tmp_path, untrained, monkeypatch
 ):
   """The encoder there has the strides 2, 4, 8 and 16, the config's to 32."""
-  monkeypatch.setattr(evaluate, "restore_model", None)  # nothing is loaded
+  monkeypatch.setattr(loading, "load", None)  # nothing is loaded
   # As if the sets were there.
   monkeypatch.setattr(registry, "faults", lambda *_: registry.Faults([], {}))
   cfg = tiny.config(
@@ -89,7 +89,7 @@ def test_the_checkpoints_own_strides_are_held_against_the_config(
 @pytest.mark.slow
 def test_fine_tuning_that_goes_astray_is_told(untrained):
   mesh = sharding.make_mesh(1)
-  model, params, _ = evaluate.restore_model(untrained, mesh=mesh)
+  model, params, _ = loading.load(untrained, mesh=mesh)
   cfg = tiny.config()
   train, test = registry._labelled(cfg, "synthetic")
   params["encoder"]["norm"]["scale"] *= jnp.nan

@@ -21,6 +21,7 @@ _LAYERS = (
     """step.accumulation""",
     """data.sets.frame_folders runtime.process_lifetimes""",
     """convert_images data.pipeline.batches data.sources distributed.hosts losses.motion_objective models.mcjepa""",
+    """loading""",
     """evals.davis evals.flow evals.frozen_features evals.segmentation step.update""",
     """step.diagnostics""",
     """compiled.compiled_steps evals.finetune evals.inference evals.linear evals.submission training.alarms training.bad_steps training.build""",

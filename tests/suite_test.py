@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
-from mcjepa_jax import errors, evaluate
+from mcjepa_jax import errors, evaluate, loading
 from mcjepa_jax.data import sources
 from mcjepa_jax.data.readers import flow_files
 from mcjepa_jax.distributed import sharding
@@ -40,7 +40,7 @@ def _no_load(monkeypatch):
     asked.append(path)
     raise errors.UserError("loaded")
 
-  monkeypatch.setattr(evaluate, "restore_model", stop)
+  monkeypatch.setattr(loading, "load", stop)
   return asked
 
 
