@@ -8,7 +8,7 @@ import jax
 from mcjepa_jax import errors
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.models import mcjepa
-from mcjepa_jax.storage import checkpoint
+from mcjepa_jax.storage import checkpoint_reader
 
 Params = Any
 
@@ -21,7 +21,7 @@ def model_and_meta(
   Raises:
     UserError: no checkpoint there, or one that describes no model.
   """
-  meta = checkpoint.read_meta(path)
+  meta = checkpoint_reader.read_meta(path)
   try:
     model = mcjepa.build(**meta["model"])
     meta["seed"] = int(meta["seed"])
@@ -55,6 +55,6 @@ def load(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
       jax.eval_shape(lambda: mcjepa.init_params(model, 0)),
   )
-  params = checkpoint.restore_params(path, abstract)
-  checkpoint.check_finite(path, params)
+  params = checkpoint_reader.restore_params(path, abstract)
+  checkpoint_reader.check_finite(path, params)
   return model, params, meta

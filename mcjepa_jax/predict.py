@@ -14,7 +14,7 @@ from mcjepa_jax.data.readers import flow_files, image_files
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.evals import inference
 from mcjepa_jax.runtime import command_line, log_files, visualize
-from mcjepa_jax.storage import checkpoint
+from mcjepa_jax.storage import checkpoint_reader
 
 
 def read_pair(inputs: Sequence[str]) -> list[np.ndarray]:
@@ -55,7 +55,7 @@ def predict(
   faults = errors.collect(
       lambda: frames.extend(read_pair(inputs)),
       lambda: log_files.check_writable(folder, "--output"),
-      lambda: checkpoint.locate(checkpoint_path),
+      lambda: checkpoint_reader.locate(checkpoint_path),
   )
   if faults:
     raise errors.UserError(*faults)

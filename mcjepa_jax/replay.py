@@ -31,7 +31,7 @@ from mcjepa_jax import errors
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.runtime import command_line
 from mcjepa_jax.step import update as steps
-from mcjepa_jax.storage import checkpoint, run_folder
+from mcjepa_jax.storage import checkpoint_reader, run_folder
 from mcjepa_jax.training import bad_steps, build, validation
 
 _PACKAGE = str(pathlib.Path(__file__).resolve().parent)
@@ -91,7 +91,7 @@ def replay(folder: pathlib.Path) -> dict[str, Any]:
   mesh = build.mesh(config)
   model, recipe = build.model(config), build.recipe(config)
   abstract = build.abstract_state(config, model, build.optimizers(config), mesh)
-  params = checkpoint.restore_params(folder, abstract.params)
+  params = checkpoint_reader.restore_params(folder, abstract.params)
   batch = sharding.to_global(arrays, mesh)
   state = steps.TrainState(
       step=jnp.asarray(meta["step"], jnp.int32),

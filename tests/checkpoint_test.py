@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from mcjepa_jax.errors import UserError
-from mcjepa_jax.storage import checkpoint
+from mcjepa_jax.storage import checkpoint, checkpoint_reader
 
 
 class State(struct.PyTreeNode):
@@ -92,7 +92,7 @@ def test_state_streams_and_meta_come_back_bit_for_bit(tmp_path):
   assert_bit_equal(restored, state)
   assert streams == STREAMS
   assert meta == {"model": {"width": 4}, "step": 3}
-  assert checkpoint.read_meta(tmp_path) == meta
+  assert checkpoint_reader.read_meta(tmp_path) == meta
 
 
 @pytest.mark.parametrize("before, after", [(8, 1), (1, 8), (8, 2)])
@@ -171,7 +171,9 @@ def test_a_step_is_written_once(tmp_path):
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.save(1, make_state(seed=0), {}, {})
     assert not checkpoints.save(1, make_state(seed=1), {}, {})
-  restored = checkpoint.restore_params(tmp_path, shapes(make_state().params))
+  restored = checkpoint_reader.restore_params(
+      tmp_path, shapes(make_state().params)
+  )
   assert_bit_equal(restored, make_state(seed=0).params)
 
 
@@ -217,9 +219,9 @@ def test_a_step_torn_by_a_kill_is_never_chosen(tmp_path):
   assert process.returncode == -signal.SIGKILL
   folder = tmp_path / "checkpoints"
   (torn,) = [p for p in folder.iterdir() if p.name.startswith("2")]
-  assert checkpoint.read_meta(tmp_path)["step"] == 1
+  assert checkpoint_reader.read_meta(tmp_path)["step"] == 1
   with pytest.raises(UserError, match="no complete checkpoint"):
-    checkpoint.read_meta(torn)
+    checkpoint_reader.read_meta(torn)
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.latest_step() == 1
     abstract = {"params": {"a": jax.ShapeDtypeStruct((10,), jnp.float32)}}
@@ -229,26 +231,28 @@ def test_a_step_torn_by_a_kill_is_never_chosen(tmp_path):
   assert not torn.exists()
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.save(2, restored, {"motion": 2}, {})
-  assert checkpoint.read_meta(tmp_path)["step"] == 2
+  assert checkpoint_reader.read_meta(tmp_path)["step"] == 2
 
 
 @pytest.mark.parametrize("form", ["", "checkpoints", "checkpoints/3"])
 def test_parameters_are_read_without_their_optimizer(tmp_path, form):
   state = save(tmp_path, state=make_state(tx=optax.sgd(0.1, momentum=0.9)))
-  params = checkpoint.restore_params(tmp_path / form, shapes(state.params))
+  params = checkpoint_reader.restore_params(
+      tmp_path / form, shapes(state.params)
+  )
   assert_bit_equal(params, state.params)
   encoder = {"encoder": shapes(state.params)["encoder"]}
-  part = checkpoint.restore_params(tmp_path / form, encoder)
+  part = checkpoint_reader.restore_params(tmp_path / form, encoder)
   assert_bit_equal(part, {"encoder": state.params["encoder"]})
 
 
 def test_one_step_is_read_by_its_path(tmp_path):
   save(tmp_path, [3, 12], keep_last=2)
-  assert checkpoint.read_meta(tmp_path)["step"] == 12
+  assert checkpoint_reader.read_meta(tmp_path)["step"] == 12
   path = tmp_path / "checkpoints" / "3"
-  assert checkpoint.read_meta(path)["step"] == 3
+  assert checkpoint_reader.read_meta(path)["step"] == 3
   relative = os.path.relpath(path)
-  assert checkpoint.read_meta(relative)["step"] == 3
+  assert checkpoint_reader.read_meta(relative)["step"] == 3
 
 
 def test_another_architecture_is_named_by_its_first_parameters(tmp_path):
@@ -256,7 +260,7 @@ def test_another_architecture_is_named_by_its_first_parameters(tmp_path):
   other = shapes(make_state(width=5))
   other.params["estimator"]["extra"] = other.params["estimator"].pop("bias")
   with pytest.raises(UserError) as caught:
-    checkpoint.restore_params(tmp_path, other.params)
+    checkpoint_reader.restore_params(tmp_path, other.params)
   (message,) = caught.value.messages
   assert "params/encoder/kernel is float32[8, 4], expected float32[8, 5]" in (
       message
@@ -272,7 +276,7 @@ def test_another_architecture_is_named_by_its_first_parameters(tmp_path):
   missing = {"encoder": shapes(make_state().params)["encoder"]}
   del missing["encoder"]["scale"]
   with pytest.raises(UserError, match="encoder/scale is .* expected nothing"):
-    checkpoint.restore_params(tmp_path, missing)
+    checkpoint_reader.restore_params(tmp_path, missing)
 
 
 def test_another_optimizer_is_refused_on_resuming(tmp_path):
@@ -284,11 +288,11 @@ def test_another_optimizer_is_refused_on_resuming(tmp_path):
 
 def test_a_path_without_a_checkpoint_is_named(tmp_path):
   with pytest.raises(UserError, match="nowhere does not exist"):
-    checkpoint.read_meta(tmp_path / "nowhere")
+    checkpoint_reader.read_meta(tmp_path / "nowhere")
   (tmp_path / "file").write_text("no checkpoint")
   for path in (tmp_path, tmp_path / "file"):
     with pytest.raises(UserError, match=f"{path} holds no complete checkpoint"):
-      checkpoint.read_meta(path)
+      checkpoint_reader.read_meta(path)
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.latest_step() is None
     with pytest.raises(UserError, match="checkpoints/5 does not exist"):
@@ -310,7 +314,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, file, fault):
     with pytest.raises(UserError, match="checkpoints/3 "):
       checkpoints.restore(3, shapes(state))
   with pytest.raises(UserError, match="checkpoints/3 "):
-    checkpoint.restore_params(tmp_path, shapes(state.params))
+    checkpoint_reader.restore_params(tmp_path, shapes(state.params))
 
 
 # As above.
@@ -369,7 +373,7 @@ def test_a_full_disk_is_named_and_what_was_saved_stays(tmp_path):
         checkpoints.save(step, large, {}, {})
         checkpoints.wait_until_finished()
     checkpoints.close()
-    kept = checkpoint.restore_params(tmp_path, shapes(large["params"]))
+    kept = checkpoint_reader.restore_params(tmp_path, shapes(large["params"]))
     np.testing.assert_array_equal(kept["a"], large["params"]["a"])
   finally:
     subprocess.run(["umount", "-l", tmp_path], check=True)
@@ -468,7 +472,7 @@ def test_what_other_hosts_and_buckets_refuse_is_told(
       patch.setattr(checkpoints._manager, "wait_until_finished", refused)
       if isinstance(error, gcsfs.retry.HttpError):
         patch.setattr(checkpoints, "_folder", epath.Path("gs://b/run"))
-        patch.setattr(checkpoint, "_steps", lambda folder: [])
+        patch.setattr(checkpoint_reader, "complete_steps", lambda folder: [])
       with pytest.raises(
           UserError, match=f"cannot be written: {words}.*; there"
       ):
@@ -484,7 +488,7 @@ def test_a_bucket_that_cannot_be_listed_either_is_told(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
       patch.setattr(checkpoints._manager, "wait_until_finished", refused)
-      patch.setattr(checkpoint, "_steps", refused)
+      patch.setattr(checkpoint_reader, "complete_steps", refused)
       with pytest.raises(UserError, match="UNAVAILABLE; what was there before"):
         checkpoints.wait_until_finished()
     assert checkpoints.failures == 1
@@ -550,7 +554,7 @@ def test_room_is_taken_once_and_a_save_uses_it(tmp_path):
     checkpoints.save(1, state, {}, {})
     after = jax.tree.leaves(checkpoints._copied)
     assert where == {x.unsafe_buffer_pointer() for x in after if x.size}
-  restored = checkpoint.restore_params(tmp_path, shapes(state.params))
+  restored = checkpoint_reader.restore_params(tmp_path, shapes(state.params))
   assert_bit_equal(restored, state.params)
 
 
@@ -560,4 +564,4 @@ def test_a_save_that_fails_in_the_background_surfaces(tmp_path):
   with pytest.raises(TypeError, match="not JSON serializable"):
     checkpoints.close()
   with pytest.raises(UserError, match="no complete checkpoint"):
-    checkpoint.read_meta(tmp_path)
+    checkpoint_reader.read_meta(tmp_path)

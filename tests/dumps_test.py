@@ -8,7 +8,7 @@ import pytest
 from mcjepa_jax import errors, replay
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.step import update as steps
-from mcjepa_jax.storage import checkpoint
+from mcjepa_jax.storage import checkpoint_reader
 from mcjepa_jax.training import bad_steps
 from tests import tiny
 
@@ -55,7 +55,7 @@ def test_a_dump_holds_the_batch_the_parameters_and_the_config(tmp_path):
     np.testing.assert_array_equal(x, batch[name])
   assert set(bad_steps.read_arrays(folder, "content")) == {"views"}
   shapes = jax.eval_shape(lambda: _state().params)
-  kept = checkpoint.restore_params(
+  kept = checkpoint_reader.restore_params(
       folder,
       jax.tree.map(
           lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=None),

@@ -21,7 +21,7 @@ from mcjepa_jax import errors, replay, train
 from mcjepa_jax.compiled.compiled_steps import Programs
 from mcjepa_jax.distributed import hosts, sharding
 from mcjepa_jax.runtime import log_files, process_lifetimes
-from mcjepa_jax.storage import checkpoint, paths, run_folder
+from mcjepa_jax.storage import checkpoint, checkpoint_reader, paths, run_folder
 from mcjepa_jax.training import bad_steps, context, reports, saving
 from tests import poison, tiny, workdirs
 
@@ -488,7 +488,7 @@ def test_what_a_killed_run_did_after_its_last_save_is_time_lost(
       train.train(_config(data), tmp_path)
   ended = time.time()
   if saves:
-    since = checkpoint.read_meta(tmp_path)["time"]
+    since = checkpoint_reader.read_meta(tmp_path)["time"]
   ((_, seen_last),) = json.loads((tmp_path / "lives.json").read_text())
   finish, seen = reports.finish, []
 

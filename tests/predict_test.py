@@ -4,7 +4,7 @@ import pytest
 
 from mcjepa_jax import errors, predict
 from mcjepa_jax.data.readers import flow_files
-from mcjepa_jax.storage import checkpoint
+from mcjepa_jax.storage import checkpoint_reader
 from tests import tiny
 
 
@@ -52,4 +52,4 @@ def test_a_checkpoint_of_another_architecture_is_refused(untrained):
 
   abstract = {"encoder": {"stem_0": jax.ShapeDtypeStruct((3,), np.float32)}}
   with pytest.raises(errors.UserError, match="expected"):
-    checkpoint.restore_params(untrained, abstract)
+    checkpoint_reader.restore_params(untrained, abstract)

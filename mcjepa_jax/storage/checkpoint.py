@@ -1,8 +1,7 @@
 """Checkpoints in WORKDIR/checkpoints/STEP: train state, data streams, meta.
 
 A checkpoint is atomic: one that was not written to its end is never listed,
-chosen or restored. A PATH is a workdir, its checkpoints folder, or one step in
-it; the first two mean the newest complete step.
+chosen or restored.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +18,6 @@ import tempfile
 import threading
 from typing import Any
 
-from etils import epath
 import jax
 from jax import numpy as jnp
 from jax._src import distributed
@@ -27,14 +25,10 @@ from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
 
 from mcjepa_jax.errors import Passing, UserError
-from mcjepa_jax.storage import paths
+from mcjepa_jax.storage import checkpoint_reader
 
-_FOLDER = "checkpoints"
-_SHOWN = 4
 _PARTIAL = ".orbax-checkpoint-tmp"
-# What damaged or missing files raise: tensorstore has no error class.
-_STORAGE_ERRORS = (OSError, ValueError, KeyError)
-# Of these a background write that fails tells the text alone.
+# A background write that fails tells the text of these errors alone.
 _REFUSALS = tuple(
     os.strerror(n)
     for n in (
@@ -44,187 +38,6 @@ _REFUSALS = tuple(
 )
 _REFUSALS += ("UNAVAILABLE", "PERMISSION_DENIED", "DEADLINE_EXCEEDED")  # gs://
 _policies = ocp.checkpoint_managers
-
-
-def _absolute(path: str | os.PathLike) -> epath.Path:
-  text = os.fspath(path)
-  if "://" in text:
-    paths.prepare(text)
-    return epath.Path(text)
-  return epath.Path(os.path.abspath(text))
-
-
-def _name(path: tuple[Any, ...]) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _on_devices(abstract: Any) -> Any:
-  """Returns the shapes, each with a sharding: its own, or one device."""
-  one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(
-          x.shape, x.dtype, sharding=x.sharding or one
-      ),
-      abstract,
-  )
-
-
-def _steps(folder: epath.Path) -> list[int]:
-  return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
-
-
-def begun(workdir: str | os.PathLike) -> bool:
-  """Returns whether a run has come to the point where it may save."""
-  return (_absolute(workdir) / _FOLDER).exists()
-
-
-def newest_step(workdir: str | os.PathLike) -> int | None:
-  """Returns the newest step of which a workdir has a complete checkpoint."""
-  return max(_steps(_absolute(workdir) / _FOLDER), default=None)
-
-
-def locate(path: str | os.PathLike) -> epath.Path:
-  """Returns the folder of one complete step.
-
-  Raises:
-    UserError: there is none at the path.
-  """
-  folder = _absolute(path)
-  if not folder.exists():
-    raise UserError(f"checkpoint {folder} does not exist")
-  if folder.name.isdigit() and int(folder.name) in _steps(folder.parent):
-    return folder
-  if (folder / _FOLDER).is_dir():
-    folder = folder / _FOLDER
-  steps = _steps(folder)
-  if not steps:
-    raise UserError(
-        f"{folder} holds no complete checkpoint: expected a workdir, its "
-        f"{_FOLDER} folder or one step in it"
-    )
-  return folder / str(steps[-1])
-
-
-def read_meta(path: str | os.PathLike) -> dict[str, Any]:
-  """Returns what was saved as `meta`, and its "step"."""
-  return _read(
-      locate(path),
-      "meta",
-      ocp.JsonCheckpointHandler(),
-      ocp.args.JsonRestore(),
-  )
-
-
-def restore_params(path: str | os.PathLike, abstract_params: Any) -> Any:
-  """Returns the parameters alone, whatever the optimizer was.
-
-  Args:
-    path: a workdir, its checkpoints folder, or one step in it.
-    abstract_params: shapes, with shardings or for one device; may leave out
-      whole entries of the saved tree's first level.
-
-  Raises:
-    UserError: no checkpoint, or one of another architecture.
-  """
-  step = locate(path)
-  check_params(step, abstract_params)
-  abstract = {"params": _on_devices(abstract_params)}
-  return _read(
-      step,
-      "state",
-      ocp.PyTreeCheckpointHandler(),
-      ocp.args.PyTreeRestore(
-          abstract,
-          restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-          partial_restore=True,
-      ),
-  )["params"]
-
-
-def check_params(path: str | os.PathLike, abstract_params: Any) -> None:
-  """Raises what `restore_params` would of a checkpoint that has not these."""
-  _check_architecture(
-      locate(path),
-      {"params": abstract_params},
-      within=tuple(f"params/{group}" for group in abstract_params),
-  )
-
-
-def check_finite(path: str | os.PathLike, params: Any) -> None:
-  """Raises UserError where parameters are NaN or infinite: none is measurable."""
-  whole = jax.jit(
-      lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree)
-  )
-  bad = [
-      _name(at)
-      for at, finite in jax.tree_util.tree_flatten_with_path(whole(params))[0]
-      if not finite
-  ]
-  if bad:
-    more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-    raise UserError(
-        f"checkpoint {path}: expected finite parameters, got NaN or infinity in"
-        f" {', '.join(bad[:_SHOWN])}{more}"
-    )
-
-
-def _read(step: epath.Path, item: str, handler: Any, args: Any) -> Any:
-  try:
-    with ocp.Checkpointer(handler) as checkpointer:
-      return checkpointer.restore(step / item, args=args)
-  except _STORAGE_ERRORS as error:
-    raise _unreadable(step, error) from error
-
-
-def _unreadable(step: epath.Path, error: Exception) -> UserError:
-  reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-  reason = reason.split(" [tensorstore_spec")[0]
-  *_, before, newest = [None, None, *_steps(step.parent)]
-  if before is not None and step.name == str(newest):
-    reason += f"; without its folder step {before} is the newest"
-  return UserError(f"checkpoint {step} cannot be read: {reason}")
-
-
-def _describe(leaf: Any) -> str:
-  if leaf is None:
-    return "nothing"
-  return f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
-
-
-def _check_architecture(
-    step: epath.Path, abstract: Any, *, within: tuple[str, ...] = ("",)
-) -> None:
-  """Raises UserError if the checkpoint's arrays are not those of `abstract`."""
-  try:
-    saved = ocp.PyTreeCheckpointHandler().metadata(step / "state").tree
-  except _STORAGE_ERRORS as error:
-    raise _unreadable(step, error) from error
-  found = {
-      _name(path): leaf
-      for path, leaf in jax.tree_util.tree_flatten_with_path(saved)[0]
-      if any(_name(path[: w.count("/") + 1]) == w or not w for w in within)
-  }
-  expected = {
-      _name(path): leaf
-      for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]
-  }
-  differences = [
-      f"{name} is {_describe(found.get(name))}, "
-      f"expected {_describe(expected.get(name))}"
-      # Parameters before the optimizer's copies of them.
-      for name in sorted(
-          found.keys() | expected.keys(),
-          key=lambda name: (not name.startswith("params/"), name),
-      )
-      if _describe(found.get(name)) != _describe(expected.get(name))
-  ]
-  if differences:
-    more = len(differences) - _SHOWN
-    raise UserError(
-        f"checkpoint {step} is of another architecture: "
-        + "; ".join(differences[:_SHOWN])
-        + (f"; and {more} more" if more > 0 else "")
-    )
 
 
 @jax.jit
@@ -270,14 +83,16 @@ class Checkpoints:
     Raises:
       UserError: the folder cannot be made or written.
     """
-    self._folder = _absolute(workdir) / _FOLDER
+    self._folder = (
+        checkpoint_reader.absolute(workdir) / checkpoint_reader.FOLDER
+    )
     try:
       self._folder.mkdir(parents=True, exist_ok=True)
       if "://" not in str(self._folder):
         tempfile.TemporaryFile(dir=self._folder).close()
     except OSError as error:
       raise UserError(
-          f"workdir {_absolute(workdir)} cannot be written: {error.strerror}"
+          f"workdir {checkpoint_reader.absolute(workdir)} cannot be written: {error.strerror}"
       ) from error
 
     def goodness(metrics: Mapping[str, float]) -> float:
@@ -324,8 +139,10 @@ class Checkpoints:
               async_options=among,
           ),
       )
-    except _STORAGE_ERRORS as error:  # it reads the metrics of each
-      raise _unreadable(self._folder, error) from error
+    except (
+        checkpoint_reader.STORAGE_ERRORS
+    ) as error:  # it reads the metrics of each
+      raise checkpoint_reader.unreadable(self._folder, error) from error
     # JAX answers by the largest number that it was asked with, which has to be
     # the run's own: Orbax asks with training steps.
     self._manager.reached_preemption = lambda step: False
@@ -377,7 +194,7 @@ class Checkpoints:
   def _left(self) -> str:
     """What there is after a save that failed."""
     try:
-      steps = _steps(self._folder)
+      steps = checkpoint_reader.complete_steps(self._folder)
     except Exception:  # of a bucket: it refuses that as well
       return "what was there before stays"
     return f"step {steps[-1]} stays" if steps else "there is none before it"
@@ -518,9 +335,9 @@ class Checkpoints:
       UserError: the step is not there, cannot be read, or is of another
         architecture, which is found before anything is loaded.
     """
-    path = locate(self._folder / str(step))
-    abstract = _on_devices(abstract_state)
-    _check_architecture(path, abstract)
+    path = checkpoint_reader.locate(self._folder / str(step))
+    abstract = checkpoint_reader.on_devices(abstract_state)
+    checkpoint_reader.check_architecture(path, abstract)
     try:
       restored = self._manager.restore(
           step,
@@ -530,8 +347,8 @@ class Checkpoints:
               meta=ocp.args.JsonRestore(),
           ),
       )
-    except _STORAGE_ERRORS as error:
-      raise _unreadable(path, error) from error
+    except checkpoint_reader.STORAGE_ERRORS as error:
+      raise checkpoint_reader.unreadable(path, error) from error
     return restored["state"], restored["streams"], restored["meta"]
 
   def wait_until_finished(self) -> None:

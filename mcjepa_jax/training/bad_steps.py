@@ -21,7 +21,7 @@ import numpy as np
 from mcjepa_jax import errors
 from mcjepa_jax.distributed import heartbeat, hosts
 from mcjepa_jax.step import update as steps
-from mcjepa_jax.storage import checkpoint, paths, run_folder
+from mcjepa_jax.storage import checkpoint, checkpoint_reader, paths, run_folder
 
 _NAMES = ("frames", "views")
 _META = ("step", "kind", "key", "records", "logs", "hosts")
@@ -56,7 +56,7 @@ def has_room(workdir: str | os.PathLike, *, step: int, limit: int) -> bool:
     whole = {
         name
         for name in names
-        if checkpoint.newest_step(place / name) is not None
+        if checkpoint_reader.newest_step(place / name) is not None
     }
     if isinstance(place, pathlib.Path):
       for name in names - whole:  # of a run that was killed, or a full disk
@@ -188,7 +188,7 @@ def read_meta(folder: pathlib.Path) -> tuple[dict[str, Any], Any]:
   Raises:
     UserError: there is no dump.
   """
-  meta = checkpoint.read_meta(folder)
+  meta = checkpoint_reader.read_meta(folder)
   try:
     config = ml_collections.ConfigDict(_tuples(meta["config"])).lock()
     steps.tasks(meta["kind"])

@@ -14,7 +14,7 @@ from mcjepa_jax.distributed import hosts, sharding
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.runtime import log_files
 from mcjepa_jax.step import update as steps
-from mcjepa_jax.storage import checkpoint, run_folder
+from mcjepa_jax.storage import checkpoint, checkpoint_reader, run_folder
 from mcjepa_jax.training import alarms, build
 
 
@@ -57,7 +57,7 @@ def first_state(run: Run) -> steps.TrainState:
       out_shardings=jax.tree.map(lambda leaf: leaf.sharding, run.abstract),
   )
   if config.init_checkpoint:
-    encoder = checkpoint.restore_params(
+    encoder = checkpoint_reader.restore_params(
         config.init_checkpoint, {"encoder": run.abstract.params["encoder"]}
     )
     state = state.replace(params=state.params | encoder)

@@ -17,7 +17,7 @@ from mcjepa_jax.distributed import hosts, sharding
 from mcjepa_jax.evals import registry
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.runtime import command_line, log_files
-from mcjepa_jax.storage import checkpoint, run_folder
+from mcjepa_jax.storage import checkpoint_reader, run_folder
 from mcjepa_jax.training import build, validation
 
 # What a file system without locks answers: then nothing keeps two runs apart.
@@ -62,7 +62,9 @@ def input_and_mesh(
       list(dict.fromkeys(faults)),
   )
   hosts.check_shared(folder)
-  hosts.check_alike("newest checkpoint", checkpoint.newest_step(folder.address))
+  hosts.check_alike(
+      "newest checkpoint", checkpoint_reader.newest_step(folder.address)
+  )
   if hosts.first():
     for line in build.miscounts(config, streams):
       print(f"warning: {line}", file=sys.stderr)
@@ -111,11 +113,13 @@ def check_init_checkpoint(config: Any, folder: run_folder.Folder) -> None:
   """Raises UserError if the encoder to start from is not there or another."""
   if not config.init_checkpoint:
     return
-  if checkpoint.newest_step(folder.address) is not None:  # it has started
+  if (
+      checkpoint_reader.newest_step(folder.address) is not None
+  ):  # it has started
     return
   model = build.model(config)
   encoder = jax.eval_shape(lambda: mcjepa.init_params(model, 0))["encoder"]
-  checkpoint.check_params(config.init_checkpoint, {"encoder": encoder})
+  checkpoint_reader.check_params(config.init_checkpoint, {"encoder": encoder})
 
 
 def resumable_config(config: Any) -> dict[str, Any]:
@@ -131,7 +135,7 @@ def check_resume(config: Any, folder: run_folder.Folder) -> None:
   """Raises UserError if the workdir holds a run of another config."""
   path = folder.local / run_folder.CONFIG
   # A run that ended before it could save left nothing to resume.
-  if not path.exists() or not checkpoint.begun(folder.address):
+  if not path.exists() or not checkpoint_reader.has_checkpoints(folder.address):
     return
   try:
     saved = dict(json.loads(path.read_text()))
