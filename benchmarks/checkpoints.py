@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks import report
 from mcjepa_jax.distributed import sharding
-from mcjepa_jax.runtime import command_line, log_files
+from mcjepa_jax.runtime import command_line, process_memory
 from mcjepa_jax.step import update as steps
 from mcjepa_jax.storage import checkpoint
 from mcjepa_jax.training import build
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
   state = jax.block_until_ready(add(state))
   expected = jax.tree.map(np.array, state)  # copies: donation overwrites
   size = sum(leaf.nbytes for leaf in jax.tree.leaves(expected))
-  before = log_files.own_peak_rss_gb()
+  before = process_memory.own_peak_rss_gb()
 
   with (
       tempfile.TemporaryDirectory(dir=_DIR.value) as folder,
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
       checkpoints.check_errors()
     checkpoints.wait_until_finished()
     written = time.perf_counter() - began
-    peak = log_files.own_peak_rss_gb() - before
+    peak = process_memory.own_peak_rss_gb() - before
     start = time.perf_counter()
     restored, _, _ = checkpoints.restore(1, abstract)
     jax.block_until_ready(restored)

@@ -114,7 +114,7 @@ def _subject(config: Any, checkpoint: str, workdir: pathlib.Path) -> Any:
 def _measured(subject: Any, entry: str) -> dict[str, float | str]:
   """The row of an eval."""
   from mcjepa_jax.evals import registry
-  from mcjepa_jax.runtime import log_files
+  from mcjepa_jax.runtime import process_memory
 
   with contextlib.suppress(OSError):
     pathlib.Path("/proc/self/clear_refs").write_text("5")
@@ -127,7 +127,7 @@ def _measured(subject: Any, entry: str) -> dict[str, float | str]:
       "eval": entry,
       "seconds": round(results[f"meta/seconds/{entry}"], 1),
       **{part: round(100 * counts[part] / counts.total()) for part in _PARTS},
-      "peak_gb": round(log_files.peak_rss_gb(), 2),
+      "peak_gb": round(process_memory.peak_rss_gb(), 2),
   }
 
 

@@ -113,11 +113,11 @@ def child(folder: pathlib.Path, all_digests: bool, argv: list[str]) -> int:
 
   tell_phase("initialise")
   from mcjepa_jax import main as training
-  from mcjepa_jax.runtime import log_files
+  from mcjepa_jax.runtime import run_clock
   from mcjepa_jax.storage import checkpoint
   from mcjepa_jax.training import context
 
-  plain_span = log_files.Clock.span
+  plain_span = run_clock.Clock.span
   plain_first = context.first_state
   plain_restore = checkpoint.Checkpoints.restore
   plain_save = checkpoint.Checkpoints.save
@@ -144,7 +144,7 @@ def child(folder: pathlib.Path, all_digests: bool, argv: list[str]) -> int:
       tell({"saved": step, "digest": digest(state, streams)})
     return plain_save(checkpoints, step, state, streams, *rest)
 
-  log_files.Clock.span = span
+  run_clock.Clock.span = span
   context.first_state = first_state
   checkpoint.Checkpoints.restore = restore
   checkpoint.Checkpoints.save = save

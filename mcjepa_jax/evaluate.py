@@ -11,8 +11,8 @@ from mcjepa_jax.distributed import sharding
 from mcjepa_jax.evals import inference, registry, result_table
 from mcjepa_jax.evals.adapters import segmentation_adapter
 from mcjepa_jax.models import mcjepa
-from mcjepa_jax.runtime import environment, log_files
-from mcjepa_jax.storage import paths, run_folder
+from mcjepa_jax.runtime import environment
+from mcjepa_jax.storage import local_files, paths, run_folder
 from mcjepa_jax.training import build, validation
 
 _RESULTS = "evaluation.json"
@@ -56,7 +56,7 @@ def _evaluate(config: Any, folder: run_folder.Folder) -> dict[str, Any]:
   if target.is_dir():
     faults.append(f"results: expected a file to write, got the folder {target}")
   faults += errors.collect(
-      lambda: log_files.check_writable(target.parent, "results")
+      lambda: local_files.check_writable(target.parent, "results")
   )
   if faults:
     raise errors.UserError(*dict.fromkeys(faults))
@@ -83,7 +83,7 @@ def _evaluate(config: Any, folder: run_folder.Folder) -> dict[str, Any]:
     about[result_table.NOT_EVALUATED] = "; ".join([*absent, *missing, *faults])
     if not about[result_table.NOT_EVALUATED]:
       del about[result_table.NOT_EVALUATED]
-    log_files.write_json(target, results | about)
+    local_files.write_json(target, results | about)
     folder.push()
 
   results, faults = registry.run(

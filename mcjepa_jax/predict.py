@@ -13,8 +13,8 @@ from mcjepa_jax import errors, loading
 from mcjepa_jax.data.readers import flow_files, image_files
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.evals import inference
-from mcjepa_jax.runtime import command_line, log_files, visualize
-from mcjepa_jax.storage import checkpoint_reader
+from mcjepa_jax.runtime import command_line, visualize
+from mcjepa_jax.storage import checkpoint_reader, local_files
 
 
 def read_pair(inputs: Sequence[str]) -> list[np.ndarray]:
@@ -54,7 +54,7 @@ def predict(
   folder = pathlib.Path(output).expanduser()
   faults = errors.collect(
       lambda: frames.extend(read_pair(inputs)),
-      lambda: log_files.check_writable(folder, "--output"),
+      lambda: local_files.check_writable(folder, "--output"),
       lambda: checkpoint_reader.locate(checkpoint_path),
   )
   if faults:

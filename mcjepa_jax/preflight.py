@@ -70,7 +70,7 @@ import tqdm
 from mcjepa_jax import errors
 from mcjepa_jax.compiled import batch_search, flops, hlo_bytes
 from mcjepa_jax.distributed import hosts, sharding
-from mcjepa_jax.runtime import command_line, goodput, log_files
+from mcjepa_jax.runtime import command_line, goodput, process_memory
 from mcjepa_jax.step import diagnostics, update as steps
 from mcjepa_jax.training import build, validation
 
@@ -277,7 +277,7 @@ def _report(config: Any, topology: Topology, diagnosis: bool) -> dict[str, Any]:
       | {
           "gib_limit": limit,
           "fits": report["gib_per_device"] <= limit,
-          "host_peak_gb": log_files.own_peak_rss_gb(),
+          "host_peak_gb": process_memory.own_peak_rss_gb(),
       }
   )
 
@@ -327,7 +327,7 @@ def preflight(
     report = pool.submit(_report, config, parsed[0], diagnosis)
     while not concurrent.futures.wait([report], timeout=1).done:
       wait()
-      if log_files.peak_rss_gb() > host_gb:
+      if process_memory.peak_rss_gb() > host_gb:
         raise errors.Stop(
             1, f"The compiler took more than --host-gb={host_gb} GB: ended."
         )

@@ -12,9 +12,9 @@ import jax
 from mcjepa_jax import errors
 from mcjepa_jax.distributed import hosts
 from mcjepa_jax.evals import result_table
-from mcjepa_jax.runtime import log_files, process_lifetimes
+from mcjepa_jax.runtime import process_lifetimes, process_memory, run_clock
 from mcjepa_jax.step import update as steps
-from mcjepa_jax.storage import checkpoint, run_folder
+from mcjepa_jax.storage import checkpoint, local_files, run_folder
 from mcjepa_jax.training import (
     alarms,
     build,
@@ -56,12 +56,12 @@ def _train(
     streams: dict[str, Any],
     mesh: jax.sharding.Mesh,
 ) -> dict[str, Any]:
-  clock = log_files.Clock(log_files.process_start())
+  clock = run_clock.Clock(run_clock.process_start())
   workdir = folder.local
   model, optimizers = build.model(config), build.optimizers(config)
   abstract = build.abstract_state(config, model, optimizers, mesh)
   with (
-      log_files.refusal_told(workdir),
+      local_files.refusal_told(workdir),
       preconditions.sole_owner(workdir)
       if hosts.first()
       else contextlib.nullcontext(),
@@ -85,7 +85,7 @@ def _train(
         process_lifetimes.kept(folder, clock.started, first=hosts.first())
     )
     workdir = hosts.log_folder(workdir)
-    log_files.write_json(
+    local_files.write_json(
         workdir / run_folder.CONFIG, preconditions.resumable_config(config)
     )
     (workdir / "parameters.txt").write_text(
@@ -118,7 +118,7 @@ def _train(
       state = run_loop(run, state)
       if run.stop.is_set():  # after the last step was saved
         hosts.leave()
-      peak_gb = log_files.peak_rss_gb()  # while the workers live
+      peak_gb = process_memory.peak_rss_gb()  # while the workers live
     finally:
       for stream in streams.values():
         stream.close()

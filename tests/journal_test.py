@@ -10,15 +10,16 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from mcjepa_jax import errors
-from mcjepa_jax.runtime import log_files
+from mcjepa_jax.runtime import log_files, process_memory, run_clock
+from mcjepa_jax.storage import local_files
 from mcjepa_jax.training import alarms, build, context, pictures, progress
 from tests import tiny, workdirs
 
 
 def test_the_spans_of_a_clock_and_other_add_up_to_the_total(monkeypatch):
   now = iter([0.0, 1.0, 2.0, 5.0, 6.0, 10.0])
-  monkeypatch.setattr(log_files.time, "perf_counter", lambda: next(now))
-  clock = log_files.Clock()
+  monkeypatch.setattr(run_clock.time, "perf_counter", lambda: next(now))
+  clock = run_clock.Clock()
   with clock.span("step"):  # from 1 on
     with clock.span("input"):  # from 2 to 5: it does not count for step
       pass
@@ -30,8 +31,8 @@ def test_the_spans_of_a_clock_and_other_add_up_to_the_total(monkeypatch):
 
 def test_a_clock_counts_an_earlier_session_too(monkeypatch):
   now = iter([0.0, 1.0, 4.0, 5.0])
-  monkeypatch.setattr(log_files.time, "perf_counter", lambda: next(now))
-  clock = log_files.Clock()
+  monkeypatch.setattr(run_clock.time, "perf_counter", lambda: next(now))
+  clock = run_clock.Clock()
   clock.add({"step": 20.0, "other": 2.0, "total": 22.0})
   with clock.span("step"):
     pass
@@ -40,8 +41,8 @@ def test_a_clock_counts_an_earlier_session_too(monkeypatch):
 
 def test_what_is_lost_leaves_the_steps_and_the_total_stays(monkeypatch):
   now = iter([0.0, 1.0, 4.0, 4.0, 5.0, 9.0, 9.0, 9.0])
-  monkeypatch.setattr(log_files.time, "perf_counter", lambda: next(now))
-  clock = log_files.Clock()
+  monkeypatch.setattr(run_clock.time, "perf_counter", lambda: next(now))
+  clock = run_clock.Clock()
   with clock.span("step"):  # from 1 to 4
     pass
   saved = clock.seconds()
@@ -117,7 +118,7 @@ def test_a_line_says_whether_the_input_is_the_limit(
       config=config,
       workdir=tmp_path,
       watch=alarms.Watch(config),
-      clock=log_files.Clock(),
+      clock=run_clock.Clock(),
       streams={"motion": stream},
   )
   shown = progress.Progress(run, 0)
@@ -158,7 +159,7 @@ def test_events_of_a_full_disk_are_told_where_they_are_written(tmp_path):
   log._board._file.close()
   log._board._file = open("/dev/full", "wb")
   with pytest.raises(errors.UserError, match="workdir: .*No space left on dev"):
-    with log_files.refusal_told(tmp_path):
+    with local_files.refusal_told(tmp_path):
       for step in range(2_000):
         log.scalars(step, {f"loss/{i}": 1.0 for i in range(100)})
 
@@ -188,9 +189,9 @@ def _records(data):
 
 def test_a_json_file_is_replaced_whole(tmp_path):
   path = tmp_path / "results.json"
-  log_files.write_json(path, {"a": 1})
+  local_files.write_json(path, {"a": 1})
   with pytest.raises(TypeError):
-    log_files.write_json(path, {"a": object()})
+    local_files.write_json(path, {"a": object()})
   assert json.loads(path.read_text()) == {"a": 1}
 
 
@@ -221,17 +222,17 @@ def test_pictures_of_a_state_show_flow_and_features():
 
 def test_a_process_begins_when_the_script_that_became_it_says(monkeypatch):
   monkeypatch.delenv("MCJEPA_STARTED", raising=False)
-  age = time.perf_counter() - log_files.process_start()
+  age = time.perf_counter() - run_clock.process_start()
   monkeypatch.setenv("MCJEPA_STARTED", str(time.time()))
-  assert time.perf_counter() - log_files.process_start() < 0.5 < age
+  assert time.perf_counter() - run_clock.process_start() < 0.5 < age
   monkeypatch.setenv("MCJEPA_STARTED", "0")  # long before this process
-  assert time.perf_counter() - log_files.process_start() >= age
+  assert time.perf_counter() - run_clock.process_start() >= age
 
 
 def test_without_proc_the_peak_of_memory_is_this_process_s(monkeypatch):
   def none(*_, **__):
     raise FileNotFoundError
 
-  whole = log_files.peak_rss_gb()
+  whole = process_memory.peak_rss_gb()
   monkeypatch.setattr(log_files.pathlib.Path, "read_text", none)
-  assert 0.5 * whole <= log_files.peak_rss_gb() <= 1.1 * whole
+  assert 0.5 * whole <= process_memory.peak_rss_gb() <= 1.1 * whole

@@ -20,8 +20,14 @@ import pytest
 from mcjepa_jax import errors, replay, train
 from mcjepa_jax.compiled.compiled_steps import Programs
 from mcjepa_jax.distributed import hosts, sharding
-from mcjepa_jax.runtime import log_files, process_lifetimes
-from mcjepa_jax.storage import checkpoint, checkpoint_reader, paths, run_folder
+from mcjepa_jax.runtime import log_files, process_lifetimes, run_clock
+from mcjepa_jax.storage import (
+    checkpoint,
+    checkpoint_reader,
+    local_files,
+    paths,
+    run_folder,
+)
 from mcjepa_jax.training import bad_steps, context, reports, saving
 from tests import poison, tiny, workdirs
 
@@ -362,7 +368,7 @@ def test_a_checkpoint_that_fails_is_told_and_the_next_is_saved(
   assert {name for name in saved if name.isdigit()} == {"4", "8"}
   told = [
       alarm["text"]
-      for alarm in log_files.read_lines(workdir / "alarms.jsonl")
+      for alarm in local_files.read_lines(workdir / "alarms.jsonl")
       if alarm["alarm"] == "checkpoint"
   ]
   assert len(told) == 2 and "Permission denied" in told[0]
@@ -479,7 +485,7 @@ def test_what_a_killed_run_did_after_its_last_save_is_time_lost(
     return result
 
   # Not that of these tests.
-  monkeypatch.setattr(log_files, "process_start", time.perf_counter)
+  monkeypatch.setattr(run_clock, "process_start", time.perf_counter)
   monkeypatch.setattr(process_lifetimes, "SECONDS", 0.1)
   since = time.time()
   with monkeypatch.context() as patch:

@@ -23,7 +23,7 @@ from mcjepa_jax.evals import (
 )
 from mcjepa_jax.evals.adapters import segmentation_adapter
 from mcjepa_jax.models import mcjepa
-from mcjepa_jax.runtime import log_files
+from mcjepa_jax.storage import local_files
 
 _SYNTHETIC_PAIRS = 256
 _TRAIN_PAIRS = 512
@@ -223,7 +223,7 @@ def _test_frames(config, name):
 
 def _submit_eval(subject, name):
   folder = subject.workdir / _SUBMISSIONS
-  log_files.check_writable(folder, f"submit/{name}")
+  local_files.check_writable(folder, f"submit/{name}")
   config = subject.config
   result = submission.run(
       name,
@@ -299,7 +299,7 @@ def faults(config: Any, workdir: pathlib.Path | None = None) -> Faults:
       found.by_eval[entry] = list(error.messages)
     elif kind == "submit" and workdir:
       writable = functools.partial(
-          log_files.check_writable, workdir / _SUBMISSIONS, entry
+          local_files.check_writable, workdir / _SUBMISSIONS, entry
       )
       if refused := errors.collect(writable):
         found.by_eval[entry] = refused

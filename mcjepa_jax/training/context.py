@@ -12,7 +12,7 @@ import jax
 from mcjepa_jax.compiled.compiled_steps import Programs
 from mcjepa_jax.distributed import hosts, sharding
 from mcjepa_jax.models import mcjepa
-from mcjepa_jax.runtime import log_files
+from mcjepa_jax.runtime import run_clock
 from mcjepa_jax.step import update as steps
 from mcjepa_jax.storage import checkpoint, checkpoint_reader, run_folder
 from mcjepa_jax.training import alarms, build
@@ -31,7 +31,7 @@ class Run:
   mesh: jax.sharding.Mesh
   streams: dict[str, Any]
   checkpoints: checkpoint.Checkpoints
-  clock: log_files.Clock
+  clock: run_clock.Clock
   watch: alarms.Watch
   programs: Programs
   began: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds

@@ -16,8 +16,8 @@ from mcjepa_jax import errors
 from mcjepa_jax.distributed import hosts, sharding
 from mcjepa_jax.evals import registry
 from mcjepa_jax.models import mcjepa
-from mcjepa_jax.runtime import command_line, log_files
-from mcjepa_jax.storage import checkpoint_reader, run_folder
+from mcjepa_jax.runtime import command_line
+from mcjepa_jax.storage import checkpoint_reader, local_files, run_folder
 from mcjepa_jax.training import build, validation
 
 # What a file system without locks answers: then nothing keeps two runs apart.
@@ -40,7 +40,7 @@ def input_and_mesh(
   faults = errors.collect(lambda: mesh.append(build.mesh(config)))
   faults += validation.faults(config, devices=mesh[0].size if mesh else None)
   for check in (
-      lambda: log_files.check_writable(folder.local, "workdir"),
+      lambda: local_files.check_writable(folder.local, "workdir"),
       lambda: check_resume(config, folder),
       lambda: check_init_checkpoint(config, folder),
       lambda: build.optimizers(config),

@@ -8,6 +8,7 @@ import tqdm
 from mcjepa_jax.distributed import hosts
 from mcjepa_jax.runtime import log_files
 from mcjepa_jax.step import update as steps
+from mcjepa_jax.storage import local_files
 from mcjepa_jax.training import context
 
 _RATED_STEPS = 20  # after which the input's rate is told
@@ -108,7 +109,7 @@ class Progress:
     """Shows what was noticed at a step, and keeps it in alarms.jsonl."""
     self.note(f"Step {number}: {text}")
     line = {"step": number, "alarm": name, "text": text} | more
-    log_files.append(self._run.workdir / "alarms.jsonl", line)
+    local_files.append(self._run.workdir / "alarms.jsonl", line)
 
   def note(self, text: str) -> None:
     """Prints a line above the bar."""

@@ -8,8 +8,8 @@ import tqdm
 
 from mcjepa_jax import errors
 from mcjepa_jax.distributed import hosts
-from mcjepa_jax.runtime import log_files
 from mcjepa_jax.step import update as steps
+from mcjepa_jax.storage import local_files
 from mcjepa_jax.training import context
 from mcjepa_jax.training.context import Run
 
@@ -43,7 +43,7 @@ def roll_back(run: Run, back: RollBack) -> steps.TrainState:
         raise
       run.watch.count("checkpoint")
       tqdm.tqdm.write(str(error))
-      log_files.append(
+      local_files.append(
           run.workdir / "alarms.jsonl",
           {"step": back.step, "alarm": "checkpoint", "text": str(error)},
       )
@@ -60,7 +60,7 @@ def roll_back(run: Run, back: RollBack) -> steps.TrainState:
   run.watch.forget()
   text = f"Rolled back to step {step or 0}, and past the batch: {back}"
   tqdm.tqdm.write(text)
-  log_files.append(
+  local_files.append(
       run.workdir / "alarms.jsonl",
       {"step": step or 0, "alarm": "rollback", "text": text},
   )

@@ -12,8 +12,9 @@ from mcjepa_jax import errors
 from mcjepa_jax.distributed import hosts, sharding
 from mcjepa_jax.evals import registry, result_table
 from mcjepa_jax.models import mcjepa
-from mcjepa_jax.runtime import environment, goodput, log_files
+from mcjepa_jax.runtime import environment, goodput, log_files, process_memory
 from mcjepa_jax.step import update as steps
+from mcjepa_jax.storage import local_files
 from mcjepa_jax.training import context, pictures
 from mcjepa_jax.training.context import Run
 
@@ -90,7 +91,7 @@ def finish(run: Run, state: steps.TrainState, peak_gb: float) -> dict[str, Any]:
   with run.clock.span("evaluate"):
     results, faults = evaluations(run, state)
   if hosts.first():
-    lines = log_files.read_lines(run.workdir / "metrics.jsonl")
+    lines = local_files.read_lines(run.workdir / "metrics.jsonl")
     for name, picture in pictures.of_logs(lines).items():
       log_files.save_picture(run.workdir, name, picture)
   spent = run.clock.seconds()
@@ -118,7 +119,7 @@ def finish(run: Run, state: steps.TrainState, peak_gb: float) -> dict[str, Any]:
       ),
       "compiles": run.programs.compiles,
       **run.watch.counts(),
-      "peak_rss_gb": max(peak_gb, log_files.peak_rss_gb()),
+      "peak_rss_gb": max(peak_gb, process_memory.peak_rss_gb()),
       "meta/config": run.config.name,
       "meta/step": int(state.step),
       "meta/commit": environment.commit(),
@@ -128,7 +129,7 @@ def finish(run: Run, state: steps.TrainState, peak_gb: float) -> dict[str, Any]:
   if faults:
     results[result_table.NOT_EVALUATED] = "; ".join(faults)
   if hosts.first():
-    log_files.write_json(run.workdir / "results.json", results)
+    local_files.write_json(run.workdir / "results.json", results)
   if faults:
     print(result_table.table(results))
     raise errors.UserError(*faults)

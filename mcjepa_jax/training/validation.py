@@ -9,8 +9,9 @@ from mcjepa_jax import errors
 from mcjepa_jax.data import sources
 from mcjepa_jax.losses import motion_objective
 from mcjepa_jax.models import convnext
-from mcjepa_jax.runtime import command_line, log_files
+from mcjepa_jax.runtime import command_line
 from mcjepa_jax.step import update
+from mcjepa_jax.storage import local_files
 from mcjepa_jax.training import alarms
 
 # Keys that a resumed run may change: they do not touch what is learned.
@@ -114,7 +115,7 @@ def faults(config: Any, *, devices: int | None = None) -> list[str]:
   if config.data_cache:
     cache = pathlib.Path(config.data_cache).expanduser()
     found += errors.collect(
-        lambda: log_files.check_writable(cache, "data_cache")
+        lambda: local_files.check_writable(cache, "data_cache")
     )
   reads = update.tasks_of_mode(config.mode)
   found += _size_faults(config, reads)
