@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks import report
 from mcjepa_jax.distributed import sharding
-from mcjepa_jax.runtime import command_line, process_memory
+from mcjepa_jax.runtime import config_files, process_memory
 from mcjepa_jax.step import update as steps
 from mcjepa_jax.storage import checkpoint
 from mcjepa_jax.training import build
@@ -39,7 +39,7 @@ _MEMORY = 2.0  # times the state, beside it: its copy, and what is written
 def main(argv: list[str]) -> None:
   """Prints the table, writes the JSON, exits 1 if the save is too slow."""
   del argv
-  config = command_line.load_config(_CONFIG.value, [])
+  config = config_files.load_config(_CONFIG.value, [])
   mesh = sharding.make_mesh()
   model, optimizers = build.model(config), build.optimizers(config)
   abstract = build.abstract_state(config, model, optimizers, mesh)

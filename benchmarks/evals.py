@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks import report
 from mcjepa_jax import errors
-from mcjepa_jax.runtime import command_line
+from mcjepa_jax.runtime import command_line, config_files
 
 _PARTS = ("compile", "decode", "device", "metric")
 _INTERVAL = 0.02  # seconds
@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     paths = dict(zip(given, paths, strict=True))
     checkpoint = paths.get("checkpoint", "")
-    config = command_line.load_config(file, arguments.overrides)
+    config = config_files.load_config(file, arguments.overrides)
     command_line.set_up_jax(config.compilation_cache)
     from mcjepa_jax.evals import registry
     from mcjepa_jax.runtime import environment

@@ -51,7 +51,7 @@ from mcjepa_jax.data import flow_sanity, sources
 from mcjepa_jax.data.catalog import published
 from mcjepa_jax.data.pipeline import geometry, labelled_crops
 from mcjepa_jax.data.readers import array_records, image_files
-from mcjepa_jax.runtime import command_line, visualize
+from mcjepa_jax.runtime import command_line, config_files, visualize
 from mcjepa_jax.storage import paths
 
 _SAMPLES = 16
@@ -471,7 +471,7 @@ def _asked(arguments: command_line.Arguments) -> tuple[list[str], Settings]:
   (file,) = command_line.single(flags, config="FILE.py")
   if "root" in flags:
     raise errors.UserError("--root: expected --config.data_root=FOLDER instead")
-  return of_config(command_line.load_config(file, arguments.overrides))
+  return of_config(config_files.load_config(file, arguments.overrides))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

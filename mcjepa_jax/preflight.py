@@ -70,7 +70,12 @@ import tqdm
 from mcjepa_jax import errors
 from mcjepa_jax.compiled import batch_search, flops, hlo_bytes
 from mcjepa_jax.distributed import hosts, sharding
-from mcjepa_jax.runtime import command_line, goodput, process_memory
+from mcjepa_jax.runtime import (
+    command_line,
+    config_files,
+    goodput,
+    process_memory,
+)
 from mcjepa_jax.step import diagnostics, update as steps
 from mcjepa_jax.training import build, validation
 
@@ -440,7 +445,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.flags, config="FILE.py", topology="KIND:LAYOUT"
     )
     mfu, prices, host_gb = _assumptions(arguments.flags)
-    config = command_line.load_config(file, arguments.overrides)
+    config = config_files.load_config(file, arguments.overrides)
     if "search" in arguments.flags:
       found = _search(config, topology, host_gb)
       report = found["confirmed"]

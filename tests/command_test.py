@@ -5,16 +5,16 @@ import pytest
 
 from configs import quickstart
 from mcjepa_jax import errors
-from mcjepa_jax.runtime import command_line
+from mcjepa_jax.runtime import command_line, config_files
 
 
 def test_overrides_take_the_type_that_the_key_has():
   config = quickstart.get_config()
-  command_line.override(config, "num_steps", "7")
-  command_line.override(config, "motion.weight", "2")
-  command_line.override(config, "motion.out_of_frame", "false")
-  command_line.override(config, "data_root", "12")
-  command_line.override(config, "evals", "['flow/synthetic']")
+  config_files.override(config, "num_steps", "7")
+  config_files.override(config, "motion.weight", "2")
+  config_files.override(config, "motion.out_of_frame", "false")
+  config_files.override(config, "data_root", "12")
+  config_files.override(config, "evals", "['flow/synthetic']")
   assert config.num_steps == 7
   assert isinstance(config.motion.weight, float)
   assert config.motion.weight == 2.0
@@ -37,7 +37,7 @@ def test_overrides_take_the_type_that_the_key_has():
 )
 def test_a_wrong_override_names_key_and_expectation(key, text, words):
   with pytest.raises(errors.UserError, match=key) as caught:
-    command_line.override(quickstart.get_config(), key, text)
+    config_files.override(quickstart.get_config(), key, text)
   assert words in caught.value.messages[0]
 
 
@@ -109,4 +109,4 @@ def test_a_config_that_raises_is_a_fault_of_the_config(tmp_path):
   path.parent.mkdir()
   path.write_text("def get_config():\n  return 1 / 0\n")
   with pytest.raises(errors.UserError, match="broken.py.*ZeroDivisionError"):
-    command_line.load_config(str(path), [])
+    config_files.load_config(str(path), [])

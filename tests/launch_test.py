@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from mcjepa_jax import errors
-from mcjepa_jax.runtime import command_line
+from mcjepa_jax.runtime import command_line, config_files
 from mcjepa_jax.training import validation
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -437,7 +437,7 @@ def test_the_jobset_has_what_main_reads():
   file, workdir = command_line.single(
       arguments.flags, config="FILE.py", workdir="FOLDER"
   )
-  config = command_line.load_config(str(_ROOT / file), arguments.overrides)
+  config = config_files.load_config(str(_ROOT / file), arguments.overrides)
   devices = rows * columns * job["replicas"]
   assert not validation.faults(config, devices=devices)
   mounts = {m["name"]: m["mountPath"] for m in container["volumeMounts"]}

@@ -16,7 +16,7 @@ from mcjepa_jax import errors
 from mcjepa_jax.distributed import hosts, sharding
 from mcjepa_jax.evals import registry
 from mcjepa_jax.models import mcjepa
-from mcjepa_jax.runtime import command_line
+from mcjepa_jax.runtime import config_files
 from mcjepa_jax.storage import checkpoint_reader, local_files, run_folder
 from mcjepa_jax.training import build, validation
 
@@ -58,7 +58,7 @@ def input_and_mesh(
         raise
   data = {task: s.state()["fingerprint"] for task, s in streams.items()}
   hosts.agree(
-      {"config": command_line.leaves(config), "data": data},
+      {"config": config_files.leaves(config), "data": data},
       list(dict.fromkeys(faults)),
   )
   hosts.check_shared(folder)
@@ -126,7 +126,7 @@ def resumable_config(config: Any) -> dict[str, Any]:
   """The part of a config that a resumed run must share, flat."""
   return {
       key: value
-      for key, value in command_line.leaves(config).items()
+      for key, value in config_files.leaves(config).items()
       if key.split(".")[0] not in validation.OPERATIONAL
   }
 

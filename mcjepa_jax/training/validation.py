@@ -9,7 +9,7 @@ from mcjepa_jax import errors
 from mcjepa_jax.data import sources
 from mcjepa_jax.losses import motion_objective
 from mcjepa_jax.models import convnext
-from mcjepa_jax.runtime import command_line
+from mcjepa_jax.runtime import config_files
 from mcjepa_jax.step import update
 from mcjepa_jax.storage import local_files
 from mcjepa_jax.training import alarms
@@ -59,7 +59,7 @@ OPERATIONAL = frozenset(
 def faults(config: Any, *, devices: int | None = None) -> list[str]:
   """One message for each fault: the key, what was expected, what came."""
   found = []
-  values = command_line.leaves(config)
+  values = config_files.leaves(config)
 
   def expect(key, holds, expected):
     if not holds(values[key]):
