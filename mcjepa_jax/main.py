@@ -40,7 +40,7 @@ def _seconds(variable: str, default: float) -> float:
 
 def _run(config, workdir, flags) -> None:
   # Imported here: a Grain worker imports this module again, and needs no JAX.
-  from mcjepa_jax.distributed import cluster, hosts
+  from mcjepa_jax.distributed import cluster, hosts, rendezvous
 
   seconds = _seconds("MCJEPA_START_SECONDS", 300.0)
   where = cluster.find(flags, seconds=seconds)
@@ -50,7 +50,7 @@ def _run(config, workdir, flags) -> None:
     )
   with contextlib.ExitStack() as stack:
     stack.enter_context(heartbeat.together())
-    hosts.start(
+    rendezvous.start(
         where,
         seconds=seconds,
         silence=_seconds("MCJEPA_LOST_SECONDS", heartbeat.SILENCE),

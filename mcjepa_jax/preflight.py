@@ -69,12 +69,13 @@ import tqdm
 
 from mcjepa_jax import errors
 from mcjepa_jax.compiled import batch_search, flops, hlo_bytes
-from mcjepa_jax.distributed import hosts, sharding
+from mcjepa_jax.distributed import sharding
 from mcjepa_jax.runtime import (
     command_line,
     config_files,
     goodput,
     process_memory,
+    signals,
 )
 from mcjepa_jax.step import diagnostics, update as steps
 from mcjepa_jax.training import build, validation
@@ -471,7 +472,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       )
 
   # As what is killed by it, but that the compiler is as well.
-  with hosts.on_sigterm(lambda *_: sys.exit(128 + signal.SIGTERM)):
+  with signals.on_sigterm(lambda *_: sys.exit(128 + signal.SIGTERM)):
     return command_line.guarded(body, debug="--debug" in argv)
 
 

@@ -12,7 +12,12 @@ import jax
 from mcjepa_jax import errors
 from mcjepa_jax.distributed import hosts
 from mcjepa_jax.evals import result_table
-from mcjepa_jax.runtime import process_lifetimes, process_memory, run_clock
+from mcjepa_jax.runtime import (
+    process_lifetimes,
+    process_memory,
+    run_clock,
+    signals,
+)
 from mcjepa_jax.step import update as steps
 from mcjepa_jax.storage import checkpoint, local_files, run_folder
 from mcjepa_jax.training import (
@@ -41,7 +46,7 @@ def train(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
       worker or a bucket failed in the steps (77).
   """
   # In the steps the loop's own handler takes its place.
-  with hosts.on_sigterm(hosts.leave):
+  with signals.on_sigterm(signals.stop_unsaved):
     try:
       with run_folder.opened(workdir) as folder:
         streams, mesh = preconditions.input_and_mesh(config, folder)
@@ -117,13 +122,13 @@ def _train(
       run.began = clock.seconds()
       state = run_loop(run, state)
       if run.stop.is_set():  # after the last step was saved
-        hosts.leave()
+        signals.stop_unsaved()
       peak_gb = process_memory.peak_rss_gb()  # while the workers live
     finally:
       for stream in streams.values():
         stream.close()
     # All is saved: of many hosts, too, one that has to go asks no other.
-    with hosts.on_sigterm(hosts.leave, alone=True):
+    with signals.on_sigterm(signals.stop_unsaved, alone=True):
       results = reports.finish(run, state, peak_gb)
   print(result_table.table(results))
   print(f"Pictures and curves: {workdir / 'pictures'}")
@@ -139,7 +144,7 @@ def looks_at(config: Any, number: int) -> bool:
 def run_loop(run: Run, state: steps.TrainState) -> steps.TrainState:
   """The trained state, by as many ways back as the alarms allow."""
   rolled_back = False
-  with hosts.on_sigterm(lambda *_: run.stop.set()):
+  with signals.on_sigterm(lambda *_: run.stop.set()):
     while True:
       try:
         return run_steps(run, state, rolled_back)
@@ -171,7 +176,7 @@ def run_steps(
   queue: deque[Batch] = deque()
   progress = Progress(run, start)
   watcher = step_watcher.Watcher(run, progress)
-  watch = hosts.Watch(config.hang_seconds)
+  hang_timer = signals.HangTimer(config.hang_seconds)
   kept = start  # the step from which a run that ends now would go on
 
   def following():
@@ -194,8 +199,8 @@ def run_steps(
 
   try:
     for number in range(start, config.num_steps):
-      watch.step()
-      stopping = number > start and hosts.stopping(run.stop)
+      hang_timer.step()
+      stopping = number > start and signals.stopping(run.stop)
       first = rolled_back and number == start + 1
       periodic = number > start and saving.saves_at(config, number)
       if not stopping and (first or periodic):
@@ -214,9 +219,7 @@ def run_steps(
           run.checkpoints.wait_until_finished()
         if run.checkpoints.latest_step() != number:
           raise run.folder.refusal(f"SIGTERM: step {number} could not be saved")
-        raise errors.Stop(
-            errors.EXIT_PREEMPTED, f"SIGTERM: saved at step {number}"
-        )
+        raise signals.stopped(number)
       with clock.span("input"):
         while len(queue) <= config.prefetch and (batch := next(source, None)):
           queue.append(batch)
@@ -226,10 +229,12 @@ def run_steps(
       # Compiling takes minutes, in which SIGTERM is not to be lost.
       at_once = number == kept and not rolled_back
       with (
-          hosts.on_sigterm(hosts.leave) if at_once else contextlib.nullcontext()
+          signals.on_sigterm(signals.stop_unsaved)
+          if at_once
+          else contextlib.nullcontext()
       ):
         if at_once and run.stop.is_set():  # while the batch was awaited
-          hosts.leave()
+          signals.stop_unsaved()
         watcher.before(number, state, batch, queue[0] if queue else None)
       state, logs = run.programs.run(batch.kind, state, batch.arrays)
       state, skipped = watcher.settle(state, batch.streams)
@@ -246,13 +251,10 @@ def run_steps(
         with hosts.as_one():
           saving.save(run, state, following())
           run.checkpoints.wait_until_finished()
-      if hosts.stopping(run.stop):
-        raise errors.Stop(
-            errors.EXIT_PREEMPTED,
-            f"SIGTERM: saved at step {config.num_steps}",
-        )
+      if signals.stopping(run.stop):
+        raise signals.stopped(config.num_steps)
     reports.draw(run, state, progress.log)
   finally:
-    watch.close()
+    hang_timer.close()
     progress.close()
   return state

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from mcjepa_jax import errors, replay
-from mcjepa_jax.distributed import cluster, hosts, sharding
+from mcjepa_jax.distributed import cluster, hosts, rendezvous, sharding
+from mcjepa_jax.runtime import signals
 from mcjepa_jax.training import bad_steps
 from tests import job, poison, workdirs
 
@@ -482,7 +483,7 @@ def _call_all(these, seconds=5.0):
 
   def one(i, place):
     try:
-      names, connections = hosts.roll_call(place, seconds)
+      names, connections = rendezvous.roll_call(place, seconds)
       for connection in connections.values():
         connection.close()
       assert names == [socket.gethostname()] * place.count
@@ -562,7 +563,7 @@ def test_sigterm_is_heard_while_hosts_are_awaited():
   try:
     timer.start()
     with pytest.raises(errors.Stop) as stop:
-      hosts.start(place, seconds=20.0)
+      rendezvous.start(place, seconds=20.0)
     timer.join()
   finally:
     signal.signal(signal.SIGTERM, before)
@@ -620,9 +621,9 @@ def test_where_each_may_end_alone_sigterm_is_heard_in_spite_of_jax(monkeypatch):
   heard = []
   before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
   try:
-    with hosts.on_sigterm(lambda *_: heard.append("together")):
+    with signals.on_sigterm(lambda *_: heard.append("together")):
       os.kill(os.getpid(), signal.SIGTERM)
-      with hosts.on_sigterm(lambda *_: heard.append("alone"), alone=True):
+      with signals.on_sigterm(lambda *_: heard.append("alone"), alone=True):
         os.kill(os.getpid(), signal.SIGTERM)
   finally:
     signal.signal(signal.SIGTERM, before)
@@ -634,7 +635,7 @@ def test_after_it_sigterm_ends_the_process_where_jax_had_heard_it(monkeypatch):
   set_to = []
   # As where the handler before is not of Python.
   monkeypatch.setattr(signal, "signal", lambda _, to: set_to.append(to))
-  with hosts.on_sigterm(print, alone=True):
+  with signals.on_sigterm(print, alone=True):
     pass
   assert set_to == [print, signal.SIG_DFL]
 
@@ -896,10 +897,10 @@ def test_one_process_agrees_with_itself_or_tells_its_faults():
 
 def test_a_late_step_prints_the_stacks():
   script = (
-      "import time\nfrom mcjepa_jax.distributed import hosts\n"
+      "import time\nfrom mcjepa_jax.runtime import signals\n"
       "def hang():\n  time.sleep(1.5)\n"
-      "watch = hosts.Watch(0.5)\nwatch.step()\nhang()\nwatch.close()\n"
-      "watch = hosts.Watch(0)\nwatch.step()\ntime.sleep(0.1)\n"
+      "timer = signals.HangTimer(0.5)\ntimer.step()\nhang()\ntimer.close()\n"
+      "timer = signals.HangTimer(0)\ntimer.step()\ntime.sleep(0.1)\n"
   )
   run = subprocess.run(
       [sys.executable, "-c", script],

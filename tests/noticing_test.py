@@ -19,8 +19,8 @@ import pytest
 
 from mcjepa_jax import errors, replay, train
 from mcjepa_jax.compiled.compiled_steps import Programs
-from mcjepa_jax.distributed import hosts, sharding
-from mcjepa_jax.runtime import log_files, process_lifetimes, run_clock
+from mcjepa_jax.distributed import sharding
+from mcjepa_jax.runtime import log_files, process_lifetimes, run_clock, signals
 from mcjepa_jax.storage import (
     checkpoint,
     checkpoint_reader,
@@ -717,7 +717,7 @@ def test_an_eval_that_fails_at_the_end_leaves_the_others_their_results(
 def test_a_run_that_is_preempted_saves_before_it_evaluates_or_draws(
     data, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(hosts, "stopping", lambda stop: True)
+  monkeypatch.setattr(signals, "stopping", lambda stop: True)
   monkeypatch.setattr(reports, "draw", None)
   monkeypatch.setattr(reports, "evaluations", None)
   with pytest.raises(errors.Stop, match="saved at step 1") as stop:

@@ -1,31 +1,20 @@
-"""Several hosts as one run: they find each other, agree, and notice a hang.
+"""What the hosts of a run agree on, share and do as one.
 
-Process 0 calls the roll on the coordinator's port before JAX uses it: JAX would
-end every process where one is missing, and name none. The connections of the
-roll stay open, as the lifeline; facts go through the key-value store of JAX's
-own service.
+Facts go through the key-value store of JAX's own service.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
-import faulthandler
 import hashlib
 import importlib.metadata
-import itertools
 import json
-import os
 import pathlib
-import signal
-import socket
-import sys
-import threading
 import time
 from typing import Any
 import uuid
 
 import jax
 from jax._src import distributed
-from jax.experimental import multihost_utils
 
 from mcjepa_jax import errors
 from mcjepa_jax.distributed import cluster, heartbeat, sharding
@@ -38,191 +27,6 @@ _PACKAGES = (
     *("jax", "jaxlib", "libtpu", "flax", "optax", "numpy"),
     *("orbax-checkpoint", "tensorstore", "grain"),
 )
-_LONGEST = 1024  # bytes of a line of the roll call
-_LATER = 40  # seconds after which JAX itself misses a host that is silent
-
-
-def start(
-    where: cluster.Place | None,
-    *,
-    seconds: float = 300.0,
-    silence: float = heartbeat.SILENCE,
-) -> None:
-  """Makes this process one of a run's, once all have answered the roll.
-
-  One that is silent for `silence` seconds then counts as lost.
-
-  Raises:
-    UserError: two say that they have the same place.
-    Stop: some did not come within `seconds` (77); they are named.
-  """
-  if where is None:
-    return
-  # The first process of a container hears no signal that it has no handler for.
-  with on_sigterm(leave):
-    names, connections = roll_call(where, seconds)
-  heartbeat.hold(
-      heartbeat.Lifeline(where.index, names, connections, silence=silence)
-  )
-  if where.index:
-    # Read where tqdm is imported: one bar is enough.
-    os.environ.setdefault("TQDM_DISABLE", "1")
-  jax.distributed.initialize(
-      coordinator_address=where.address,
-      num_processes=where.count,
-      process_id=where.index,
-      cluster_detection_method=None if where.cluster else "deactivate",
-      initialization_timeout=int(max(seconds, 60)),
-      # The lifeline is to notice first: JAX aborts, and names no host.
-      heartbeat_timeout_seconds=int(silence) + _LATER,
-      # One that ends with an error is not to hold the others up for long.
-      shutdown_timeout_seconds=30,
-  )
-
-
-def roll_call(
-    where: cluster.Place, seconds: float
-) -> tuple[list[str], dict[int, socket.socket]]:
-  """The names of all hosts, once they have come, and this one's connections.
-
-  Process 0 has one to each of the others, they have one to process 0.
-
-  Raises:
-    UserError: two have the same place.
-    Stop: some did not come within `seconds` (77).
-  """
-  host, _, port = where.address.rpartition(":")
-  deadline = time.monotonic() + seconds
-  if where.index:
-    return _answer(where, host.strip("[]"), int(port), deadline)
-  return _call(where, int(port), deadline)
-
-
-def _line_of(connection: socket.socket, longest: int) -> str:
-  """The next line; no byte after it is read."""
-  with connection.makefile("rb", buffering=0) as file:
-    return file.readline(longest).decode()
-
-
-def _is_closed(connection: socket.socket) -> bool:
-  """Whether the other end has closed it, which said nothing more."""
-  before = connection.gettimeout()
-  connection.settimeout(0)
-  try:
-    return not connection.recv(1, socket.MSG_PEEK)
-  except BlockingIOError:
-    return False
-  except OSError:
-    return True
-  finally:
-    connection.settimeout(before)
-
-
-def _call(
-    where: cluster.Place, port: int, deadline: float
-) -> tuple[list[str], dict[int, socket.socket]]:
-  """The roll call of process 0; what is wrong is told to all that came."""
-  present = {0: socket.gethostname()}
-  fault, waiting = "", []
-  began, both = time.monotonic(), socket.has_dualstack_ipv6()
-  try:
-    server = socket.create_server(
-        ("", port),
-        family=socket.AF_INET6 if both else socket.AF_INET,
-        backlog=where.count,
-        dualstack_ipv6=both,
-    )
-  except OSError as error:
-    raise errors.UserError(
-        f"--coordinator: cannot listen on port {port}: {error.strerror}"
-    ) from error
-  with contextlib.ExitStack() as stack:
-    stack.enter_context(server)
-    while len(present) < where.count and not fault:
-      server.settimeout(max(deadline - time.monotonic(), 0.001))
-      try:
-        connection, _ = server.accept()
-      except TimeoutError:
-        break
-      stack.enter_context(connection)
-      connection.settimeout(5)
-      try:
-        answer = _line_of(connection, _LONGEST)
-        word, count, index, name = answer.split()
-        count, index = int(count), int(index)
-      except (OSError, ValueError):
-        continue  # a stranger
-      if word != "mcjepa":
-        continue
-      # One that left, and was started again.
-      for left in [x for x in waiting if x[0] == index and _is_closed(x[1])]:
-        waiting.remove(left)
-        del present[index]
-      waiting.append((index, connection))
-      if count != where.count or not 0 < index < count:
-        fault = (
-            f"{name} says it is process {index} of {count}, process 0 expects"
-            f" {where.count}"
-        )
-      elif index in present:
-        fault = f"{present[index]} and {name} both say they are process {index}"
-      present[index] = name
-    absent = [i for i in range(where.count) if i not in present]
-    names = [present.get(i, "") for i in range(where.count)]
-    answer = f"go {json.dumps(names)}"
-    if fault:
-      answer = f"fault {fault}"
-    elif absent:
-      answer = (
-          f"absent waited {time.monotonic() - began:.0f} s for"
-          f" {where.count} processes; these did not come:"
-          f" {', '.join(map(where.name, absent))}"
-      )
-    for _, connection in waiting:
-      with contextlib.suppress(OSError):
-        connection.sendall(f"{answer}\n".encode())
-    _raise_told(answer)
-    # The others are closed here; these stay open.
-    return names, {i: connection.dup() for i, connection in waiting}
-
-
-def _raise_told(answer: str) -> None:
-  """Raises what the roll call ended with, unless it is that all go."""
-  word, _, text = answer.strip().partition(" ")
-  if word == "fault":
-    raise errors.UserError(text)
-  if word == "absent":
-    raise cluster.absent(text)
-
-
-def _answer(
-    where: cluster.Place, host: str, port: int, deadline: float
-) -> tuple[list[str], dict[int, socket.socket]]:
-  """The roll call of another process than 0."""
-  reason = "no answer"
-  while time.monotonic() < deadline:
-    try:
-      with socket.create_connection((host, port), timeout=5) as connection:
-        name = socket.gethostname()
-        line = f"mcjepa {where.count} {where.index} {name}\n"
-        connection.sendall(line.encode())
-        # Process 0 may have begun to wait later, by as much as it waits.
-        connection.settimeout(max(deadline - time.monotonic(), 0) + 600)
-        answer = _line_of(connection, _LONGEST * (where.count + 64))
-        if answer.startswith("go "):
-          return json.loads(answer[3:]), {0: connection.dup()}
-        _raise_told(answer)
-        reason = "the connection was closed"
-        if answer:
-          reason = "another service answers there"
-    except OSError as error:
-      reason = error.strerror or str(error)
-    except (UnicodeDecodeError, json.JSONDecodeError):
-      reason = "another service answers there"
-    time.sleep(0.2)
-  raise cluster.absent(
-      f"{where.name(0)} at {where.address} did not call the roll: {reason}"
-  )
 
 
 def first() -> bool:
@@ -413,44 +217,6 @@ def log_folder(workdir: pathlib.Path) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def on_sigterm(
-    handler: Callable[..., None], *, alone: bool = False
-) -> Iterator[None]:
-  """Calls `handler` on SIGTERM inside.
-
-  Of many hosts JAX has its own, which ends all at one step; where each may end
-  `alone`, the handler takes its place.
-  """
-  if jax.distributed.is_initialized() and not alone:
-    yield
-    return
-  before = signal.signal(signal.SIGTERM, handler)
-  try:
-    yield
-  finally:
-    # None where JAX's own was there: nothing asks it any more.
-    signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
-
-
-# How often this process asked whether to stop.
-_asked = itertools.count(1)
-
-
-def stopping(stop: threading.Event) -> bool:
-  """Whether to stop before this step, on SIGTERM to any host.
-
-  All hosts ask as often, and all hear it at the same step.
-  """
-  if jax.process_count() == 1 or stop.is_set():
-    return stop.is_set()
-  # Of a SIGTERM before the first question JAX makes number 1 the last one, so
-  # a resumed run's steps are no numbers to ask by.
-  if multihost_utils.reached_preemption_sync_point(next(_asked)):
-    stop.set()  # on all: JAX says so once
-  return stop.is_set()
-
-
-@contextlib.contextmanager
 def as_one() -> Iterator[None]:
   """Has a fault of this host's disk end all of several, to be started again.
 
@@ -462,33 +228,3 @@ def as_one() -> Iterator[None]:
     if jax.process_count() == 1:
       raise
     raise errors.Passing(*error.messages) from error
-
-
-def leave(*_: Any) -> None:
-  """Handles SIGTERM where there is nothing new to save."""
-  raise errors.Stop(
-      errors.EXIT_PREEMPTED,
-      "SIGTERM outside of the steps: what is saved is all there is",
-  )
-
-
-class Watch:
-  """Prints all threads' stacks when a step comes late, and again each time.
-
-  A step that hangs does so on every host, and each prints its own to stderr.
-  """
-
-  def __init__(self, seconds: float):
-    """Watches nothing before the first step, nor at 0 `seconds`."""
-    self._seconds = seconds
-
-  def step(self) -> None:
-    """Begins a step, which ends the one before."""
-    if self._seconds:
-      faulthandler.dump_traceback_later(
-          self._seconds, repeat=True, file=sys.__stderr__
-      )
-
-  def close(self) -> None:
-    """Ends the last step."""
-    faulthandler.cancel_dump_traceback_later()

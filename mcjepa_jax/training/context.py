@@ -10,9 +10,9 @@ from typing import Any
 import jax
 
 from mcjepa_jax.compiled.compiled_steps import Programs
-from mcjepa_jax.distributed import hosts, sharding
+from mcjepa_jax.distributed import sharding
 from mcjepa_jax.models import mcjepa
-from mcjepa_jax.runtime import run_clock
+from mcjepa_jax.runtime import run_clock, signals
 from mcjepa_jax.step import update as steps
 from mcjepa_jax.storage import checkpoint, checkpoint_reader, run_folder
 from mcjepa_jax.training import alarms, build
@@ -140,5 +140,5 @@ def until_sigterm(run: Run) -> Iterator[None]:
     run.stop.set()
     raise _Interrupted
 
-  with contextlib.suppress(_Interrupted), hosts.on_sigterm(interrupt):
+  with contextlib.suppress(_Interrupted), signals.on_sigterm(interrupt):
     yield
