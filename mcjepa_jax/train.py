@@ -19,7 +19,7 @@ from mcjepa_jax.runtime import (
     signals,
 )
 from mcjepa_jax.step import update as steps
-from mcjepa_jax.storage import checkpoint, local_files, run_folder
+from mcjepa_jax.storage import checkpoint, local_files, run_folder, workdir_lock
 from mcjepa_jax.training import (
     alarms,
     build,
@@ -67,7 +67,7 @@ def _train(
   abstract = build.abstract_state(config, model, optimizers, mesh)
   with (
       local_files.refusal_told(workdir),
-      preconditions.sole_owner(workdir)
+      workdir_lock.sole_owner(workdir)
       if hosts.first()
       else contextlib.nullcontext(),
       contextlib.ExitStack() as stack,

@@ -11,7 +11,7 @@ import pytest
 from mcjepa_jax import errors, evaluate, main, train
 from mcjepa_jax.data.readers import flow_files
 from mcjepa_jax.evals import registry
-from mcjepa_jax.training import preconditions
+from mcjepa_jax.storage import workdir_lock
 from tests import layouts, tiny
 
 _QUICKSTART = "--config=configs/quickstart.py"
@@ -101,12 +101,12 @@ def test_of_many_hosts_a_lock_of_one_that_died_is_waited_for(
     fcntl.flock(file, fcntl.LOCK_EX)
     timer = threading.Timer(0.5, lambda: fcntl.flock(file, fcntl.LOCK_UN))
     timer.start()
-    with preconditions.sole_owner(tmp_path):
+    with workdir_lock.sole_owner(tmp_path):
       timer.join()
     fcntl.flock(file, fcntl.LOCK_EX)
-    monkeypatch.setattr(preconditions, "_LEASE_SECONDS", 0.1)
+    monkeypatch.setattr(workdir_lock, "_LEASE_SECONDS", 0.1)
     with pytest.raises(errors.UserError, match="another run is using"):
-      with preconditions.sole_owner(tmp_path):
+      with workdir_lock.sole_owner(tmp_path):
         pytest.fail("it is another's")
 
 
