@@ -51,7 +51,10 @@ def test_waiting_for_an_array_is_the_devices():
   counts, x = collections.Counter(), jnp.ones((700, 700))
   wait = jax.jit(lambda x: jnp.linalg.svd(x)[1]).lower(x).compile()
   with evals.waiting_shown(), evals.looked_at(counts):
-    np.asarray(wait(x))
+    for _ in range(100):  # however fast the machine is
+      np.asarray(wait(x))
+      if counts.total() > 2:
+        break
   assert counts["device"] > 0.9 * counts.total() > 2
 
 
