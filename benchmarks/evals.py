@@ -94,7 +94,7 @@ def _subject(config: Any, checkpoint: str, workdir: pathlib.Path) -> Any:
   """What is evaluated: a checkpoint beside untrained parameters, or these alone."""
   from mcjepa_jax import loading
   from mcjepa_jax.distributed import sharding
-  from mcjepa_jax.evals import registry
+  from mcjepa_jax.evals import eval_subject
   from mcjepa_jax.models import mcjepa
   from mcjepa_jax.training import build
 
@@ -108,7 +108,7 @@ def _subject(config: Any, checkpoint: str, workdir: pathlib.Path) -> Any:
   initial = sharding.call_once(lambda: mcjepa.init_params(model, config.seed))
   if params is None:
     params = initial
-  return registry.Subject(config, model, params, initial, mesh, workdir)
+  return eval_subject.Subject(config, model, params, initial, mesh, workdir)
 
 
 def _measured(subject: Any, entry: str) -> dict[str, float | str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mcjepa_jax import errors, loading
 from mcjepa_jax.distributed import sharding
-from mcjepa_jax.evals import inference, registry, result_table
+from mcjepa_jax.evals import eval_subject, inference, registry, result_table
 from mcjepa_jax.evals.adapters import segmentation_adapter
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.runtime import environment
@@ -87,7 +87,7 @@ def _evaluate(config: Any, folder: run_folder.Folder) -> dict[str, Any]:
     folder.push()
 
   results, faults = registry.run(
-      registry.Subject(config, model, params, initial, mesh, folder.local),
+      eval_subject.Subject(config, model, params, initial, mesh, folder.local),
       runnable,
       ended=write,
   )

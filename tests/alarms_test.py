@@ -11,7 +11,7 @@ from mcjepa_jax import errors, train
 from mcjepa_jax.data.sets import synthetic
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.losses import flow_losses
-from mcjepa_jax.ops import flow_ops
+from mcjepa_jax.ops import flow_ops, representation
 from mcjepa_jax.step import diagnostics, update as steps
 from mcjepa_jax.training import alarms, build
 from tests import tiny
@@ -265,8 +265,8 @@ def test_correlation_is_that_of_numpy():
   z[:, 3] = -2 * z[:, 2] + 1
   matrix = np.abs(np.corrcoef(z.T))
   expected = (matrix.sum() - 6) / 30
-  found = diagnostics.correlation(jnp.asarray(z))
+  found = representation.correlation(jnp.asarray(z))
   np.testing.assert_allclose(found, expected, rtol=1e-5)
   repeated = jnp.asarray(np.repeat(z[:, :1], 4, axis=1))
-  np.testing.assert_allclose(diagnostics.correlation(repeated), 1, rtol=1e-5)
-  assert diagnostics.correlation(jnp.ones((8, 3))) == 0
+  np.testing.assert_allclose(representation.correlation(repeated), 1, rtol=1e-5)
+  assert representation.correlation(jnp.ones((8, 3))) == 0

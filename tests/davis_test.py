@@ -10,7 +10,7 @@ import pytest
 from mcjepa_jax import errors
 from mcjepa_jax.data import sources
 from mcjepa_jax.distributed import sharding
-from mcjepa_jax.evals import davis, inference, registry
+from mcjepa_jax.evals import davis, eval_subject, inference, registry
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.training import build, validation
 from tests import mask_clips, tiny
@@ -328,7 +328,7 @@ def _subject(root, devices=1, **changes):
       for seed in (1, 0)
   )
   mesh = sharding.make_mesh(devices)
-  return registry.Subject(cfg, model, params, initial, mesh, root)
+  return eval_subject.Subject(cfg, model, params, initial, mesh, root)
 
 
 def _results(subject):
@@ -351,7 +351,7 @@ def test_a_pass_has_as_many_frames_as_the_devices_divide(
   mesh = sharding.make_mesh(devices)
   untrained = {"encoder": {}}
   found = registry.run(
-      registry.Subject(
+      eval_subject.Subject(
           *(cfg, build.model(cfg), untrained, untrained, mesh, tmp_path)
       ),
       ("davis/2017",),

@@ -5,7 +5,14 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from mcjepa_jax.data.sets import synthetic
 from mcjepa_jax.distributed import sharding
-from mcjepa_jax.evals import flow, frozen_features, inference, registry
+from mcjepa_jax.evals import (
+    flow,
+    frozen_features,
+    inference,
+    knn,
+    rank_me,
+    registry,
+)
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.training import build
 from tests import tiny
@@ -131,7 +138,7 @@ def test_knn_equals_scikit_learn():
   x = rng.normal(size=(300, 8)) + 0.8 * np.eye(5, 8)[labels] * 3
   x /= np.linalg.norm(x, axis=1, keepdims=True)
   bank, queries = x[:200], x[200:]
-  ours, nearest = frozen_features.knn_accuracy(
+  ours, nearest = knn.knn_accuracy(
       bank, labels[:200], 7.0 * queries, labels[200:], ks=(20, 1), chunk=33
   )
   # Cosine distance is 1 - cosine: weights exp((1 - d) / t).
@@ -141,9 +148,9 @@ def test_knn_equals_scikit_learn():
   peer.fit(bank, labels[:200])
   # The very labels that it predicts, and so its score.
   guesses = peer.predict(queries)
-  assert frozen_features.knn_accuracy(
-      bank, labels[:200], queries, guesses, ks=(20,)
-  ) == [100.0]
+  assert knn.knn_accuracy(bank, labels[:200], queries, guesses, ks=(20,)) == [
+      100.0
+  ]
   expected = 100 * np.mean(guesses == labels[200:])
   assert ours == pytest.approx(expected)
   assert 40 < ours < 100
@@ -183,7 +190,7 @@ def parts():
 
 
 def test_knn_of_a_set_reports_its_twins_and_references(parts):
-  result = frozen_features.run("set", *parts, k=1, progress=False)
+  result = knn.run("set", *parts, k=1, progress=False)
   assert result["knn/set/top1"] == 100.0
   assert result["knn/set/top1_pixels"] < 60
   assert result["knn/set/chance"] == pytest.approx(100 / synthetic.NUM_CLASSES)
@@ -198,12 +205,12 @@ def test_a_bank_of_fewer_images_has_no_vote_of_200(parts):
   small = frozen_features.Part(
       {k: v[:200] for k, v in parts[0].features.items()}, parts[0].labels[:200]
   )
-  result = frozen_features.run("set", small, parts[1], progress=False)
+  result = knn.run("set", small, parts[1], progress=False)
   assert not [key for key in result if "k200" in key]
 
 
 def test_rank_tells_how_many_directions_features_have(parts):
-  result = frozen_features.rank("set", parts[0])
+  result = rank_me.run("set", parts[0])
   # Ten classes, one direction each, about as often.
   assert 9 < result["rankme/set/rank"] <= 10.1
   assert result["rankme/set/rank_random_init"] <= 3.01

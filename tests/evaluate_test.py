@@ -11,6 +11,7 @@ from configs import quickstart
 from mcjepa_jax import errors, evaluate, loading
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.evals import finetune, inference, registry
+from mcjepa_jax.evals.adapters import image_adapter
 from mcjepa_jax.storage import checkpoint
 from tests import tiny
 
@@ -91,7 +92,7 @@ def test_fine_tuning_that_goes_astray_is_told(untrained):
   mesh = sharding.make_mesh(1)
   model, params, _ = loading.load(untrained, mesh=mesh)
   cfg = tiny.config()
-  train, test = registry._labelled(cfg, "synthetic")
+  train, test = image_adapter._labelled(cfg, "synthetic")
   params["encoder"]["norm"]["scale"] *= jnp.nan
   with pytest.raises(errors.UserError, match="finetune.learning_rate"):
     finetune.run(

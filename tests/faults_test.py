@@ -10,7 +10,7 @@ import pytest
 
 from mcjepa_jax import errors, evaluate, main, train
 from mcjepa_jax.data.readers import flow_files
-from mcjepa_jax.evals import registry
+from mcjepa_jax.evals.adapters import flow_adapter, image_adapter
 from mcjepa_jax.storage import workdir_lock
 from tests import layouts, tiny
 
@@ -203,13 +203,13 @@ def test_a_workdir_that_nothing_can_be_written_to(capsys, value):
 def test_evaluate_writes_flat_results_whatever_the_devices(
     monkeypatch, tmp_path, untrained, devices
 ):
-  for name, count in (
-      ("_SYNTHETIC_PAIRS", 11),
-      ("_TRAIN_PAIRS", 8),
-      ("_KNN_BANK", 60),
-      ("_KNN_QUERIES", 30),
+  for adapter, name, count in (
+      (flow_adapter, "_SYNTHETIC_PAIRS", 11),
+      (flow_adapter, "_TRAIN_PAIRS", 8),
+      (image_adapter, "_KNN_BANK", 60),
+      (image_adapter, "_KNN_QUERIES", 30),
   ):
-    monkeypatch.setattr(registry, name, count)
+    monkeypatch.setattr(adapter, name, count)
   cfg = tiny.config(
       checkpoint=str(untrained),
       results=str(tmp_path / "out.json"),

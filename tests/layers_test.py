@@ -13,7 +13,7 @@ _PACKAGE = "mcjepa_jax"
 
 # A module imports lower layers only. `errors` is open to all.
 _LAYERS = (
-    """data.catalog.facts data.check data.convert evals.result_table runtime.config_files runtime.environment runtime.process_memory runtime.run_clock runtime.signals runtime.tensorboard step.augmentation step.optimizer storage.local_files storage.paths storage.workdir_lock""",
+    """data.catalog.facts data.check data.convert evals.result_table ops.representation runtime.config_files runtime.environment runtime.process_memory runtime.run_clock runtime.signals runtime.tensorboard step.augmentation step.optimizer storage.local_files storage.paths storage.workdir_lock""",
     """storage.checkpoint_reader""",
     """data.catalog.flow_facts data.catalog.image_facts data.pipeline.shared_memory data.readers.image_files""",
     """compiled.flops compiled.hlo_bytes data.catalog.published data.flow_sanity data.pipeline.geometry data.pipeline.labelled_crops data.readers.flow_files data.sets.synthetic evals.mask_metrics evals.metrics evals.tiling losses.vicreg models.convnext models.vit ops.flow_ops runtime.command_line runtime.goodput runtime.visualize""",
@@ -23,10 +23,14 @@ _LAYERS = (
     """step.accumulation""",
     """data.sets.frame_folders runtime.process_lifetimes""",
     """convert_images data.pipeline.batches data.sources distributed.hosts losses.motion_objective models.mcjepa""",
+    """evals.eval_subject""",
     """loading""",
     """evals.davis evals.flow evals.frozen_features evals.segmentation step.update""",
+    """evals.knn evals.rank_me""",
     """step.diagnostics""",
     """compiled.compiled_steps evals.finetune evals.inference evals.linear evals.submission training.alarms training.bad_steps training.build""",
+    """evals.adapters.davis_adapter evals.adapters.flow_adapter evals.adapters.image_adapter""",
+    """evals.adapters.submission_adapter""",
     """training.context""",
     """training.recovery""",
     """training.pictures training.progress training.validation""",

@@ -22,6 +22,7 @@ from mcjepa_jax.data.readers import array_records, image_files, video_files
 from mcjepa_jax.data.sets import image_sets
 from mcjepa_jax.errors import UserError
 from mcjepa_jax.evals import registry, submission
+from mcjepa_jax.evals.adapters import submission_adapter
 from mcjepa_jax.storage import paths
 from tests import (
     buckets,
@@ -169,7 +170,7 @@ def test_the_frames_of_a_submission_are_kept_in_the_cache(
       submission, "frames", lambda parts, *_, **__: parts["clean"]
   )
   cfg = tiny.config(data_root=data[1], data_cache=str(tmp_path))
-  registry._test_frames(cfg, "sintel")[0]
+  submission_adapter.examples(cfg, "sintel")[0]
   assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2
 
 

@@ -14,7 +14,7 @@ from mcjepa_jax.data import sources
 from mcjepa_jax.data.pipeline import labelled_crops
 from mcjepa_jax.data.pipeline.labelled_crops import VOID
 from mcjepa_jax.distributed import sharding
-from mcjepa_jax.evals import metrics, registry, segmentation
+from mcjepa_jax.evals import eval_subject, metrics, registry, segmentation
 from mcjepa_jax.evals.adapters import segmentation_adapter
 from mcjepa_jax.models import convnext, mcjepa, segmentation_heads
 from mcjepa_jax.training import build
@@ -401,7 +401,7 @@ def test_both_evals_give_every_number_with_its_twins(tmp_path):
   params, initial = (mcjepa.init_params(model, seed) for seed in (1, 0))
   mesh = sharding.make_mesh(4)  # of which 2 divide the batch
   found, faults = registry.run(
-      registry.Subject(cfg, model, params, initial, mesh, tmp_path)
+      eval_subject.Subject(cfg, model, params, initial, mesh, tmp_path)
   )
   assert not faults
   classes = sources.segmentation("camvid_val", str(tmp_path)).test.classes

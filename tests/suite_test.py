@@ -14,7 +14,8 @@ from mcjepa_jax import errors, evaluate, loading
 from mcjepa_jax.data import sources
 from mcjepa_jax.data.readers import flow_files
 from mcjepa_jax.distributed import sharding
-from mcjepa_jax.evals import inference, registry, result_table
+from mcjepa_jax.evals import eval_subject, inference, registry, result_table
+from mcjepa_jax.evals.adapters import flow_adapter, image_adapter
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.training import build
 from tests import layouts, mask_clips, segmentation_test, submit_test, tiny
@@ -23,13 +24,13 @@ from tests import layouts, mask_clips, segmentation_test, submit_test, tiny
 @pytest.fixture
 def small(monkeypatch):
   """Procedural sets of a few examples."""
-  for name, count in (
-      ("_SYNTHETIC_PAIRS", 7),
-      ("_TRAIN_PAIRS", 4),
-      ("_KNN_BANK", 60),
-      ("_KNN_QUERIES", 30),
+  for adapter, name, count in (
+      (flow_adapter, "_SYNTHETIC_PAIRS", 7),
+      (flow_adapter, "_TRAIN_PAIRS", 4),
+      (image_adapter, "_KNN_BANK", 60),
+      (image_adapter, "_KNN_QUERIES", 30),
   ):
-    monkeypatch.setattr(registry, name, count)
+    monkeypatch.setattr(adapter, name, count)
 
 
 def _no_load(monkeypatch):
@@ -114,7 +115,7 @@ def _subject(cfg, *, devices=1):
       sharding.call_once(lambda seed=seed: mcjepa.init_params(model, seed))
       for seed in (1, 0)
   )
-  return registry.Subject(
+  return eval_subject.Subject(
       *(cfg, model, params, initial, sharding.make_mesh(devices)),
       workdir=pathlib.Path("unused"),
   )
@@ -140,7 +141,7 @@ def test_an_eval_that_ends_in_a_fault_leaves_the_others_their_results(
   )
   cfg = tiny.config(evals=("broken/a", "fine/b", "slow/c"))
   mesh = sharding.make_mesh(1)
-  subject = registry.Subject(
+  subject = eval_subject.Subject(
       cfg, build.model(cfg), None, None, mesh, pathlib.Path("unused")
   )
   results, faults = registry.run(subject)

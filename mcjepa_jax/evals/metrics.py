@@ -6,10 +6,8 @@ the truth holds elsewhere, NaN included, is never read.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import math
 
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int64, Integer
+from jaxtyping import Bool, Float, Int64, Integer
 import numpy as np
 
 
@@ -207,28 +205,6 @@ def iou(matrix: Int64[np.ndarray, "k k"]) -> Float[np.ndarray, "k"]:
   hits, true = np.diagonal(matrix), matrix.sum(axis=1)
   union = matrix.sum(axis=0) + true - hits
   return 100 * hits / np.where(true, union, np.nan)
-
-
-def feature_std(x: Float[Array, "*n d"]) -> Float[Array, ""]:
-  """Mean over channels of the std over all else; 0 is a collapse.
-
-  Behind a channel LayerNorm a map of independent features has about 1.
-  """
-  axes = tuple(range(x.ndim - 1))
-  return jnp.mean(jnp.std(x.astype(jnp.float32), axis=axes))
-
-
-def rank_me(z: Float[np.ndarray, "n d"], *, eps: float = 1e-7) -> float:
-  """Effective rank of embeddings, 1 to min(n, d); arXiv 2210.02885, eq. 1-2.
-
-  exp(-sum_k p_k log p_k), p_k = sigma_k / sum sigma + eps, of the singular
-  values of the matrix as it is, not centred. NaN where one is not finite.
-  """
-  if not np.isfinite(z).all():  # these have no singular values
-    return math.nan
-  sigma = np.linalg.svd(z.astype(np.float64), compute_uv=False)
-  p = sigma / max(sigma.sum(), np.finfo(np.float64).tiny) + eps
-  return float(np.exp(-np.sum(p * np.log(p))))
 
 
 def _length(vector: Float[np.ndarray, "*b 2"]) -> Float[np.ndarray, "*b"]:

@@ -6,26 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from mcjepa_jax.distributed import sharding
-from mcjepa_jax.evals import metrics
 from mcjepa_jax.models import mcjepa
+from mcjepa_jax.ops import representation
 from mcjepa_jax.step import augmentation, update as steps
 
 _TINY = 1e-12
-
-
-def correlation(z: Float[Array, "n d"]) -> Float[Array, ""]:
-  """Mean |correlation| of two dimensions of embeddings; 1 is a collapse.
-
-  A dimension that does not vary correlates with none.
-  """
-  centred = z - jnp.mean(z, axis=0)
-  unit = centred / (jnp.linalg.norm(centred, axis=0) + _TINY)
-  matrix = jnp.abs(unit.T @ unit)
-  d = z.shape[1]
-  return (jnp.sum(matrix) - jnp.trace(matrix)) / max(d * (d - 1), 1)
 
 
 def _dot(a: Any, b: Any) -> jax.Array:
@@ -82,7 +69,7 @@ class Diagnosis:
     )
     found = {name: float(value) for name, value in found.items()}
     if z is not None:
-      found["rank_me"] = metrics.rank_me(z)
+      found["rank_me"] = representation.rank_me(z)
     return {f"diagnosis/{name}": value for name, value in found.items()}
 
 
@@ -104,5 +91,5 @@ def _diagnose(model, recipe, state, arrays):
     )
     # All at once: without a gradient a layer's activations go with it.
     _, z = model.apply({"params": params}, images, method=model.content)
-    found["correlation"] = correlation(z)
+    found["correlation"] = representation.correlation(z)
   return found, z

@@ -16,10 +16,9 @@ import jax.numpy as jnp
 import optax
 
 from mcjepa_jax.distributed import sharding
-from mcjepa_jax.evals import metrics
 from mcjepa_jax.losses import flow_losses, motion_objective
 from mcjepa_jax.models import convnext, mcjepa
-from mcjepa_jax.ops import flow_ops
+from mcjepa_jax.ops import flow_ops, representation
 from mcjepa_jax.step import accumulation, augmentation
 
 # What runs in a step, and which groups of parameters it moves.
@@ -181,7 +180,7 @@ def motion_forward(
       mean=mean,
   )
   monitors = {
-      f"feature_std/stride_{stride}": metrics.feature_std(x)
+      f"feature_std/stride_{stride}": representation.feature_std(x)
       for stride, x in features.items()
   }
   monitors["flow/mean_magnitude"] = jnp.mean(jnp.linalg.norm(flow, axis=-1))
@@ -244,8 +243,8 @@ def content_forward(
   z = model.apply({"params": params}, pooled, method=model.expand)
   terms = motion_objective.content_terms(z, weights=recipe.content_terms)
   monitors = {
-      "feature_std/pooled": metrics.feature_std(pooled),
-      "feature_std/embedding": metrics.feature_std(z),
+      "feature_std/pooled": representation.feature_std(pooled),
+      "feature_std/embedding": representation.feature_std(z),
   }
   return terms, monitors
 

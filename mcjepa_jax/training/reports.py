@@ -10,7 +10,7 @@ import tqdm
 
 from mcjepa_jax import errors
 from mcjepa_jax.distributed import hosts, sharding
-from mcjepa_jax.evals import registry, result_table
+from mcjepa_jax.evals import eval_subject, registry, result_table
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.runtime import environment, goodput, log_files, process_memory
 from mcjepa_jax.step import update as steps
@@ -25,7 +25,7 @@ def evaluations(
     *,
     eval_seed: int | None = None,
     between_steps: bool = False,
-) -> tuple[registry.Results, list[str]]:
+) -> tuple[eval_subject.Results, list[str]]:
   """The evals of the config for a state, and why one did not end."""
   config = run.config
   if eval_seed is not None:
@@ -37,7 +37,7 @@ def evaluations(
   )
   # Each host evaluates the whole set: all know the metrics that a save keeps.
   params, mesh = hosts.local(state.params, run.mesh)
-  subject = registry.Subject(
+  subject = eval_subject.Subject(
       *(config, run.model, params, initial, mesh, run.workdir),
       limit=config.eval_limit if between_steps else 0,
   )
@@ -46,7 +46,7 @@ def evaluations(
 
 def evaluations_on_the_way(
     run: Run, state: steps.TrainState, eval_seed: int | None = None
-) -> registry.Results:
+) -> eval_subject.Results:
   """The evals between two steps; a note of those that cannot run.
 
   The training goes on: data that cannot be read end that evaluation alone.
