@@ -3,7 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mcjepa_jax.losses import flow_losses, motion_objective, vicreg
+from mcjepa_jax.losses import (
+    content_objective,
+    flow_losses,
+    motion_objective,
+    vicreg,
+    weighting,
+)
 from mcjepa_jax.ops import flow_ops
 from tests import tiny
 
@@ -20,7 +26,7 @@ def _rng(shape, seed=0):
 def test_content_terms_average_the_hinges_and_sum_the_covariances():
   z = 3 * _rng((12, 5))
   weights = dict(invariance=1.0, variance=1.0, covariance=1.0)
-  terms = motion_objective.content_terms(z, weights=weights)
+  terms = content_objective.content_terms(z, weights=weights)
   z_1, z_2 = z[::2], z[1::2]
   np.testing.assert_allclose(
       terms["content/invariance"], jnp.mean((z_1 - z_2) ** 2), rtol=1e-5
@@ -39,7 +45,7 @@ def test_content_terms_average_the_hinges_and_sum_the_covariances():
 
 def test_a_term_of_weight_zero_is_not_computed():
   weights = dict(invariance=1.0, variance=0.0, covariance=0.0)
-  terms = motion_objective.content_terms(
+  terms = content_objective.content_terms(
       jnp.full((2, 3), jnp.nan), weights=weights
   )
   assert list(terms) == ["content/invariance"]
@@ -51,7 +57,7 @@ def test_losses_are_weights_times_terms_with_the_ramp_where_it_belongs():
       "motion/cycle/stride_4": jnp.array(3.0),
       "motion/variance/stride_4": jnp.array(5.0),
   }
-  losses = motion_objective.weighted_sums(
+  losses = weighting.weighted_sums(
       terms,
       motion_weight=0.1,
       motion_ramp=jnp.array(0.5),
@@ -65,11 +71,9 @@ def test_losses_are_weights_times_terms_with_the_ramp_where_it_belongs():
 
 
 def test_the_ramp_counts_from_its_start():
-  ramp = [
-      float(motion_objective.ramp(jnp.array(s), 10, 4)) for s in (8, 10, 12, 20)
-  ]
+  ramp = [float(weighting.ramp(jnp.array(s), 10, 4)) for s in (8, 10, 12, 20)]
   assert ramp == [0.0, 0.25, 0.75, 1.0]
-  assert float(motion_objective.ramp(jnp.array(0), 0, 0)) == 1.0
+  assert float(weighting.ramp(jnp.array(0), 0, 0)) == 1.0
 
 
 def _pair_moving_right(shift):
@@ -160,7 +164,7 @@ def test_config_names_every_kind_of_term(name):
   assert kinds == set(
       motion_objective.MOTION_KINDS
       if part == "motion"
-      else motion_objective.CONTENT_KINDS
+      else content_objective.CONTENT_KINDS
   )
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from mcjepa_jax.data.sets import synthetic
 from mcjepa_jax.distributed import sharding
-from mcjepa_jax.losses import motion_objective, vicreg
+from mcjepa_jax.losses import content_objective, motion_objective, vicreg
 from mcjepa_jax.step import update as steps
 from mcjepa_jax.training import build
 from tests import tiny
@@ -99,7 +99,7 @@ def test_the_combined_gradient_is_the_weighted_sum_of_the_tasks():
 def test_every_term_with_a_weight_is_logged_unweighted():
   cfg = tiny.config()
   _, logs, _ = _gradient(cfg, tiny.batch())
-  expected = {f"content/{kind}" for kind in motion_objective.CONTENT_KINDS}
+  expected = {f"content/{kind}" for kind in content_objective.CONTENT_KINDS}
   for kind, weights in cfg.motion.terms.items():
     expected |= {f"motion/{kind}/{s}" for s, w in weights.items() if w}
   terms = {k for k in logs if k.startswith(("content/", "motion/"))}

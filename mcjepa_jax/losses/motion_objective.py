@@ -1,19 +1,18 @@
-"""The terms of the loss, unweighted and named, and their weighted sum.
+"""The terms of the motion task, unweighted and named `motion/KIND/stride_S`.
 
-A term's name is `motion/KIND/stride_S` or `content/KIND`. A term whose weight
-is statically 0 is not computed: times 0, a NaN would remain a NaN.
+A term whose weight is statically 0 is not computed: times 0, a NaN would remain
+a NaN.
 """
 
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from mcjepa_jax.losses import flow_losses, vicreg
 from mcjepa_jax.ops import flow_ops
 
-CONTENT_KINDS = ("invariance", "variance", "covariance")
 MOTION_KINDS = (
     "reconstruction",
     "smoothness",
@@ -22,8 +21,6 @@ MOTION_KINDS = (
     "variance",
     "covariance",
 )
-# L_vc opens the motion task: it does not wait for the ramp (method.md 4).
-_UNRAMPED = ("variance", "covariance")
 
 
 def stride_of(name: str) -> int:
@@ -163,57 +160,3 @@ def covariance_terms(
   if weights["covariance"].get(name):
     terms["covariance"] = vicreg.off_diagonal(covariance)
   return {f"motion/{kind}/{name}": term for kind, term in terms.items()}
-
-
-def content_terms(
-    z: Float[Array, "n d"], *, weights: Mapping[str, float]
-) -> dict[str, Float[Array, ""]]:
-  """Each unweighted VICReg term with a weight, of interleaved embeddings.
-
-  The two views' variance hinges are averaged, their covariance terms summed,
-  as in the VICReg code.
-  """
-  # A reshape keeps a pair's rows where they are; z[::2] would gather them.
-  pairs = z.reshape(-1, 2, z.shape[-1])
-  z_1, z_2 = pairs[:, 0], pairs[:, 1]
-  terms = {}
-  if weights["invariance"]:
-    terms["invariance"] = vicreg.invariance_loss(z_1, z_2)
-  if weights["variance"]:
-    terms["variance"] = (
-        vicreg.variance_loss(z_1) + vicreg.variance_loss(z_2)
-    ) / 2
-  if weights["covariance"]:
-    terms["covariance"] = vicreg.covariance_loss(z_1) + vicreg.covariance_loss(
-        z_2
-    )
-  return {f"content/{kind}": term for kind, term in terms.items()}
-
-
-def ramp(step: Int[Array, ""], start: int, num_steps: int) -> Float[Array, ""]:
-  """(step - start + 1) / num_steps, held in [0, 1]; 1 where there is no ramp."""
-  if num_steps <= 0:
-    return jnp.ones(())
-  return jnp.clip((step - start + 1) / num_steps, 0.0, 1.0)
-
-
-def weighted_sums(
-    terms: Mapping[str, Float[Array, ""]],
-    *,
-    motion_weight: float,
-    motion_ramp: Float[Array, ""],
-    motion: Mapping[str, Mapping[str, float]],
-    content: Mapping[str, float],
-) -> dict[str, Float[Array, ""]]:
-  """Each task's loss; motion's holds alpha_flow. Their sum is the step's loss."""
-  losses = {}
-  for name, term in terms.items():
-    task, kind, *level = name.split("/")
-    if task == "content":
-      weight = content[kind]
-    else:
-      weight = motion_weight * motion[kind][level[0]]
-      if kind not in _UNRAMPED:
-        weight = weight * motion_ramp
-    losses[task] = losses.get(task, 0.0) + weight * term
-  return losses

@@ -16,7 +16,12 @@ import jax.numpy as jnp
 import optax
 
 from mcjepa_jax.distributed import sharding
-from mcjepa_jax.losses import flow_losses, motion_objective
+from mcjepa_jax.losses import (
+    content_objective,
+    flow_losses,
+    motion_objective,
+    weighting,
+)
 from mcjepa_jax.models import convnext, mcjepa
 from mcjepa_jax.ops import flow_ops, representation
 from mcjepa_jax.step import accumulation, augmentation
@@ -241,7 +246,7 @@ def content_forward(
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
   """Unweighted content terms and monitors, of all views' pooled features."""
   z = model.apply({"params": params}, pooled, method=model.expand)
-  terms = motion_objective.content_terms(z, weights=recipe.content_terms)
+  terms = content_objective.content_terms(z, weights=recipe.content_terms)
   monitors = {
       "feature_std/pooled": representation.feature_std(pooled),
       "feature_std/embedding": representation.feature_std(z),
@@ -280,10 +285,10 @@ def loss_fn(
 
 def _weighted(terms, monitors, step, recipe):
   """The loss, and all that is logged."""
-  losses = motion_objective.weighted_sums(
+  losses = weighting.weighted_sums(
       terms,
       motion_weight=recipe.motion_weight,
-      motion_ramp=motion_objective.ramp(
+      motion_ramp=weighting.ramp(
           step, recipe.start_step, recipe.motion_ramp_steps
       ),
       motion=recipe.motion_terms,
