@@ -31,7 +31,7 @@ from mcjepa_jax import (  # noqa: E402
     errors,
     train,
 )
-from mcjepa_jax.ops import flow_ops  # noqa: E402
+from mcjepa_jax.ops import occlusion  # noqa: E402
 from mcjepa_jax.runtime import command_line  # noqa: E402
 
 _STEPS = 300  # of a sick run: the warm-up and three diagnoses
@@ -58,12 +58,12 @@ def _all_levels(kind: str, weight: float) -> dict[str, float]:
 @contextlib.contextmanager
 def _hides_everything():
   """A range map that nothing arrives in."""
-  plain = flow_ops.visible_range_map
-  flow_ops.visible_range_map = lambda flow: jnp.zeros_like(flow[..., :1])
+  plain = occlusion.visible_range_map
+  occlusion.visible_range_map = lambda flow: jnp.zeros_like(flow[..., :1])
   try:
     yield
   finally:
-    flow_ops.visible_range_map = plain
+    occlusion.visible_range_map = plain
 
 
 RUNS = {

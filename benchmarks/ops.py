@@ -22,8 +22,11 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from benchmarks import report  # noqa: E402
-from mcjepa_jax.models import convnext  # noqa: E402
-from mcjepa_jax.ops import flow_ops  # noqa: E402
+from mcjepa_jax.ops import (  # noqa: E402
+    cost_volume,
+    depthwise,
+    flow_ops,
+)
 
 _JSON = flags.DEFINE_string("json", None, "Where to write the rows.")
 _ONLY = flags.DEFINE_string("only", "", "Run the rows whose name has this.")
@@ -79,28 +82,28 @@ _CASES = (
     ),
     _Case(
         "cost_volume",
-        flow_ops.cost_volume,
+        cost_volume.cost_volume,
         "shifts",
         ((32, 16, 16, 32),) * 2,
         (0.7, 0.7),
     ),
     _Case(
         "cost_volume",
-        flow_ops.cost_volume,
+        cost_volume.cost_volume,
         "shifts",
         ((32, 8, 8, 64),) * 2,
         (0.7, 0.7),
     ),
     _Case(
         "cost_volume",
-        flow_ops.cost_volume,
+        cost_volume.cost_volume,
         "shifts",
         ((32, 32, 48, 32),) * 2,
         (None, None),
     ),
     _Case(
         "depthwise_conv",
-        convnext.depthwise_conv,
+        depthwise.depthwise_conv,
         "grouped",
         ((32, 16, 16, 64), (7, 7, 1, 64)),
         (0.5, 0.7),

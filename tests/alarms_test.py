@@ -11,7 +11,7 @@ from mcjepa_jax import errors, train
 from mcjepa_jax.data.sets import synthetic
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.losses import flow_losses
-from mcjepa_jax.ops import flow_ops, representation
+from mcjepa_jax.ops import occlusion, representation
 from mcjepa_jax.step import diagnostics, update as steps
 from mcjepa_jax.training import alarms, build
 from tests import tiny
@@ -107,7 +107,7 @@ def test_flow_that_cannot_leave_zero_explains_nothing(tmp_path):
 @pytest.mark.slow
 def test_a_mask_that_occludes_everything(tmp_path, monkeypatch):
   monkeypatch.setattr(
-      flow_ops, "visible_range_map", lambda flow: jnp.zeros_like(flow[..., :1])
+      occlusion, "visible_range_map", lambda flow: jnp.zeros_like(flow[..., :1])
   )
   fired = _fired(tmp_path, mode="motion", motion__occlusion="range_map")
   assert "occluded" in fired

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mcjepa_jax.models import convnext
+from mcjepa_jax.ops import depthwise
 
 TINY = dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32))
 
@@ -277,7 +278,7 @@ def test_depthwise_forms_agree_with_their_gradients(form, shape):
   weight = rng.normal(size=shape).astype(np.float32)
 
   def loss(x, kernel, form):
-    y = convnext.depthwise_conv(x, kernel, form=form)
+    y = depthwise.depthwise_conv(x, kernel, form=form)
     return jnp.sum(y * weight), y
 
   grad = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True), static_argnums=2)
@@ -291,7 +292,7 @@ def test_depthwise_forms_agree_with_their_gradients(form, shape):
 @pytest.mark.parametrize("form", ["grouped", "shifts", "toeplitz"])
 def test_depthwise_forms_keep_bfloat16(form):
   def loss(x, kernel):
-    y = convnext.depthwise_conv(x, kernel, form=form)
+    y = depthwise.depthwise_conv(x, kernel, form=form)
     assert y.dtype == jnp.bfloat16
     return jnp.sum(y)
 

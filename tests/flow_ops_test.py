@@ -8,19 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from mcjepa_jax.ops import flow_ops
+from mcjepa_jax.ops import cost_volume, flow_ops, occlusion
 
 _COST_VOLUMES = ("shifts", "rows", "banded")
 
 # Compiled whole: op by op, the tests compile for longer.
 _warp = jax.jit(flow_ops.warp)
-_cost_volume = jax.jit(flow_ops.cost_volume, static_argnames=("radius", "form"))
+_cost_volume = jax.jit(
+    cost_volume.cost_volume, static_argnames=("radius", "form")
+)
 _inside = jax.jit(flow_ops.inside)
 _normalize_pair = jax.jit(flow_ops.normalize_pair)
 _resize_flow = jax.jit(flow_ops.resize_flow, static_argnums=1)
-_visible_forward_backward = jax.jit(flow_ops.visible_forward_backward)
+_visible_forward_backward = jax.jit(occlusion.visible_forward_backward)
 _visible_range_map = jax.jit(
-    flow_ops.visible_range_map, static_argnames="threshold"
+    occlusion.visible_range_map, static_argnames="threshold"
 )
 
 
@@ -252,7 +254,7 @@ def test_cost_volume_forms_have_equal_gradients(form):
   weight = _normal(2, 5, 7, 49, seed=2)
 
   def gradients(form):
-    cost = functools.partial(flow_ops.cost_volume, radius=3, form=form)
+    cost = functools.partial(cost_volume.cost_volume, radius=3, form=form)
     return jax.jit(lambda a, b, g: jax.vjp(cost, a, b)[1](g))(x_1, x_2, weight)
 
   for ours, reference in zip(gradients(form), gradients("shifts"), strict=True):
@@ -310,8 +312,8 @@ def test_masks_have_no_gradient():
     back = flow_ops.swap_pairs(flow)
     return (
         flow_ops.inside(flow).sum()
-        + flow_ops.visible_forward_backward(flow, back).sum()
-        + flow_ops.visible_range_map(back).sum()
+        + occlusion.visible_forward_backward(flow, back).sum()
+        + occlusion.visible_range_map(back).sum()
     )
 
   assert jnp.abs(jax.jit(jax.grad(total))(flow)).max() == 0

@@ -13,10 +13,11 @@ _PACKAGE = "mcjepa_jax"
 
 # A module imports lower layers only. `errors` is open to all.
 _LAYERS = (
-    """data.catalog.facts data.check data.convert evals.result_table losses.weighting ops.representation runtime.config_files runtime.environment runtime.process_memory runtime.run_clock runtime.signals runtime.tensorboard step.augmentation step.optimizer storage.local_files storage.paths storage.workdir_lock""",
+    """data.catalog.facts data.check data.convert evals.result_table losses.weighting ops.cost_volume ops.depthwise ops.representation runtime.config_files runtime.environment runtime.process_memory runtime.run_clock runtime.signals runtime.tensorboard step.augmentation step.optimizer storage.local_files storage.paths storage.workdir_lock""",
     """storage.checkpoint_reader""",
     """data.catalog.flow_facts data.catalog.image_facts data.pipeline.shared_memory data.readers.image_files""",
     """compiled.flops compiled.hlo_bytes data.catalog.published data.flow_sanity data.pipeline.geometry data.pipeline.labelled_crops data.readers.flow_files data.sets.synthetic evals.mask_metrics evals.metrics evals.tiling losses.vicreg models.convnext models.vit ops.flow_ops runtime.command_line runtime.goodput runtime.visualize""",
+    """ops.occlusion""",
     """losses.content_objective""",
     """data.sets.flow_pairs distributed.cluster distributed.heartbeat""",
     """distributed.rendezvous""",

@@ -12,6 +12,10 @@ from jaxtyping import Array, Float
 
 from mcjepa_jax.losses import flow_losses, vicreg
 from mcjepa_jax.ops import flow_ops
+from mcjepa_jax.ops.occlusion import (
+    visible_forward_backward,
+    visible_range_map,
+)
 
 MOTION_KINDS = (
     "reconstruction",
@@ -62,9 +66,9 @@ def motion_mask(
   if occlusion != "none":
     back = flow_ops.swap_pairs(flow)
     if occlusion == "forward_backward":
-      visible = flow_ops.visible_forward_backward(flow, back)
+      visible = visible_forward_backward(flow, back)
     else:
-      visible = flow_ops.visible_range_map(back)
+      visible = visible_range_map(back)
     mask = mask * jnp.where(occlusion_active, visible, 1.0)
   return jax.lax.stop_gradient(mask)
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mcjepa_jax.errors import UserError
-from mcjepa_jax.ops import flow_ops
+from mcjepa_jax.ops import cost_volume, flow_ops
 
 _DILATIONS = (1, 2, 4, 8, 16, 1)
 
@@ -159,7 +159,7 @@ class FlowDecoder(nn.Module):
         break
       flow = flow_ops.resize_flow(flow, x.shape[1:3])
       warped = flow_ops.warp(flow_ops.swap_pairs(x), flow)
-      cost = flow_ops.cost_volume(
+      cost = cost_volume.cost_volume(
           *flow_ops.normalize_pair(x, warped), radius=self.radius
       )
       project = nn.Dense(
