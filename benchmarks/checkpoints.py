@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks import report
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.runtime import config_files, process_memory
-from mcjepa_jax.step import update as steps
+from mcjepa_jax.step import train_state
 from mcjepa_jax.storage import checkpoint
 from mcjepa_jax.training import build
 
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
   model, optimizers = build.model(config), build.optimizers(config)
   abstract = build.abstract_state(config, model, optimizers, mesh)
   state = sharding.call_once(
-      lambda: steps.init_state(model, optimizers, config.seed),
+      lambda: train_state.init_state(model, optimizers, config.seed),
       out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
   )
   add = jax.jit(

@@ -360,7 +360,7 @@ def of_config(config: Any) -> tuple[list[str], Settings]:
     UserError: all that `train` would find wrong with the config itself.
   """
   # Imported here: they load JAX, for which a check of one set has no use.
-  from mcjepa_jax.step import update
+  from mcjepa_jax.step import task_schedule
   from mcjepa_jax.training import validation
 
   faults = validation.faults(config)
@@ -369,7 +369,7 @@ def of_config(config: Any) -> tuple[list[str], Settings]:
   motion, content = config.motion, config.content
   uses = [
       f"{task}/{name}"
-      for task in update.tasks_of_mode(config.mode)
+      for task in task_schedule.tasks_of_mode(config.mode)
       for name, *_ in config[task].sources
   ]
   for entry in config.evals:

@@ -77,7 +77,7 @@ from mcjepa_jax.runtime import (
     process_memory,
     signals,
 )
-from mcjepa_jax.step import diagnostics, update as steps
+from mcjepa_jax.step import diagnostics, task_schedule, update
 from mcjepa_jax.training import build, validation
 
 
@@ -223,8 +223,8 @@ def _compiled(
     held = _state_gib(abstract.opt_state)
     abstract = abstract.replace(opt_state={})
   else:
-    step = steps.jit_train_step(
-        steps.make_train_step(model, optimizers, recipe, kind), abstract, mesh
+    step = update.jit_train_step(
+        update.make_train_step(model, optimizers, recipe, kind), abstract, mesh
     )
   # The largest of the sources': the step is compiled for each.
   frame_size = max(build.motion_sizes(config), key=math.prod)
@@ -265,7 +265,7 @@ def _report(config: Any, topology: Topology, diagnosis: bool) -> dict[str, Any]:
   mesh = sharding.mesh_of(_devices(topology), sizes.data, sizes.shard)
   start = config.motion.start_step
   # The steps before flow starts need less than those that follow.
-  kinds = {steps.kind_at(config.mode, start + i, start) for i in (0, 1)}
+  kinds = {task_schedule.kind_at(config.mode, start + i, start) for i in (0, 1)}
   if diagnosis and len(kinds) > 1:  # of two batches
     kinds = {"both"}
   report = max(

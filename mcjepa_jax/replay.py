@@ -30,7 +30,7 @@ import numpy as np
 from mcjepa_jax import errors
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.runtime import command_line
-from mcjepa_jax.step import update as steps
+from mcjepa_jax.step import gradients, train_state
 from mcjepa_jax.storage import checkpoint_reader, run_folder
 from mcjepa_jax.training import bad_steps, build, validation
 
@@ -93,14 +93,14 @@ def replay(folder: pathlib.Path) -> dict[str, Any]:
   abstract = build.abstract_state(config, model, build.optimizers(config), mesh)
   params = checkpoint_reader.restore_params(folder, abstract.params)
   batch = sharding.to_global(arrays, mesh)
-  state = steps.TrainState(
+  state = train_state.TrainState(
       step=jnp.asarray(meta["step"], jnp.int32),
       params=params,
       opt_state={},  # the gradient does not ask for it
       key=jnp.asarray(meta["key"], jnp.uint32),
       skipped=jnp.zeros((), bool),
   )
-  gradient = steps.make_gradient(model, recipe, kind)
+  gradient = gradients.make_gradient(model, recipe, kind)
   logs, grads = jax.device_get(jax.jit(gradient)(state, batch))
   terms, leaves = _not_finite(logs), _not_finite(grads)
   operation = None

@@ -18,7 +18,7 @@ from mcjepa_jax.runtime import (
     run_clock,
     signals,
 )
-from mcjepa_jax.step import update as steps
+from mcjepa_jax.step import train_state
 from mcjepa_jax.storage import checkpoint, local_files, run_folder, workdir_lock
 from mcjepa_jax.training import (
     alarms,
@@ -141,7 +141,7 @@ def looks_at(config: Any, number: int) -> bool:
   return number > 0 and any(n and number % n == 0 for n in every)
 
 
-def run_loop(run: Run, state: steps.TrainState) -> steps.TrainState:
+def run_loop(run: Run, state: train_state.TrainState) -> train_state.TrainState:
   """The trained state, by as many ways back as the alarms allow."""
   rolled_back = False
   with signals.on_sigterm(lambda *_: run.stop.set()):
@@ -153,8 +153,8 @@ def run_loop(run: Run, state: steps.TrainState) -> steps.TrainState:
 
 
 def run_steps(
-    run: Run, state: steps.TrainState, rolled_back: bool
-) -> steps.TrainState:
+    run: Run, state: train_state.TrainState, rolled_back: bool
+) -> train_state.TrainState:
   """The trained state: save, evaluate, next batch, dispatch, settle.
 
   What is settled is the step BEFORE the one dispatched, so that the host never

@@ -13,7 +13,7 @@ from mcjepa_jax import errors
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.losses import flow_losses, vicreg
 from mcjepa_jax.models import convnext, mcjepa
-from mcjepa_jax.step import accumulation, augmentation, update as steps
+from mcjepa_jax.step import accumulation, augmentation, batch_loss, gradients
 from mcjepa_jax.training import build
 from tests import tiny
 
@@ -55,14 +55,14 @@ def _gradient(how, count=1, devices=1, tasks=("frames", "views")):
   def gradient(params, batch):
     key, step = jax.random.key(_KEY), jnp.array(_STEP)
     if how == "exact":
-      return steps.exact_value_and_grad(
+      return gradients.exact_value_and_grad(
           params, {}, model, batch, key, step, recipe
       )
 
     def loss(params, batch, key):
-      return steps.loss_fn(params, model, batch, key, step, recipe)
+      return batch_loss.loss_fn(params, model, batch, key, step, recipe)
 
-    return steps._value_and_grad(loss, params, batch, key, count)
+    return gradients._value_and_grad(loss, params, batch, key, count)
 
   # What takes LLVM its time is speed, of which nothing is asked here.
   compiled = jax.jit(
@@ -222,7 +222,7 @@ def test_batch_normalisation_is_refused_with_its_place():
   views = jax.ShapeDtypeStruct((16, 32, 32, 3), jnp.uint8)
 
   def gradient(params, views):
-    return steps.exact_value_and_grad(
+    return gradients.exact_value_and_grad(
         params,
         {},
         model,

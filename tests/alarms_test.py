@@ -12,7 +12,7 @@ from mcjepa_jax.data.sets import synthetic
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.losses import flow_losses
 from mcjepa_jax.ops import occlusion, representation
-from mcjepa_jax.step import diagnostics, update as steps
+from mcjepa_jax.step import diagnostics, train_state
 from mcjepa_jax.training import alarms, build
 from tests import tiny
 
@@ -230,7 +230,7 @@ def test_a_diagnosis_in_parts_is_that_of_the_whole_batch():
     cfg = tiny.config(accumulate=parts, accumulation=how)
     mesh = build.mesh(cfg)
     model = build.model(cfg)
-    state = steps.init_state(model, build.optimizers(cfg), 0)
+    state = train_state.init_state(model, build.optimizers(cfg), 0)
     diagnose = diagnostics.Diagnosis(model, build.recipe(cfg), mesh)
     found.append(diagnose(state, sharding.to_global(tiny.batch(), mesh)))
   assert found[0] == pytest.approx(found[1], rel=1e-4)

@@ -6,7 +6,7 @@ import pytest
 
 from configs import default
 from mcjepa_jax.distributed import sharding
-from mcjepa_jax.step import update as steps
+from mcjepa_jax.step import task_schedule
 from mcjepa_jax.training import validation
 from tests import tiny
 
@@ -67,11 +67,13 @@ def test_a_shrunken_step_of_each_config_is_finite(name):
   module = importlib.import_module(f"configs.{name}")
   cfg = tiny.config(module)
   start = cfg.motion.start_step
-  kinds = {steps.kind_at(cfg.mode, start + i, start) for i in range(2)}
+  kinds = {task_schedule.kind_at(cfg.mode, start + i, start) for i in range(2)}
   for kind in kinds:
     state, function, mesh = tiny.state_and_step(cfg, kind)
     names = {"content": "views", "motion": "frames"}
-    batch = {names[t]: tiny.batch()[names[t]] for t in steps.tasks(kind)}
+    batch = {
+        names[t]: tiny.batch()[names[t]] for t in task_schedule.tasks(kind)
+    }
     state, logs = function(state, sharding.to_global(batch, mesh))
     assert int(state.step) == 1
     assert all(np.isfinite(float(value)) for value in logs.values())

@@ -7,14 +7,14 @@ import pytest
 
 from mcjepa_jax import errors, replay
 from mcjepa_jax.distributed import sharding
-from mcjepa_jax.step import update as steps
+from mcjepa_jax.step import train_state
 from mcjepa_jax.storage import checkpoint_reader
 from mcjepa_jax.training import bad_steps
 from tests import tiny
 
 
 def _state():
-  return steps.TrainState(
+  return train_state.TrainState(
       step=jnp.asarray(8),
       params={"encoder": {"kernel": jnp.arange(6.0)}},
       opt_state={"encoder": jnp.ones(3)},

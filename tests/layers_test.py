@@ -25,6 +25,8 @@ _LAYERS = (
     """step.accumulation""",
     """data.sets.frame_folders runtime.process_lifetimes""",
     """convert_images data.pipeline.batches data.sources distributed.hosts losses.motion_objective models.mcjepa""",
+    """step.batch_loss step.task_schedule step.train_state""",
+    """step.gradients""",
     """evals.eval_subject""",
     """loading""",
     """evals.davis evals.flow evals.frozen_features evals.segmentation step.update""",

@@ -21,7 +21,7 @@ from configs import quickstart
 from mcjepa_jax import preflight
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.errors import UserError
-from mcjepa_jax.step import update as steps
+from mcjepa_jax.step import train_state, update
 from mcjepa_jax.training import build
 
 _KEYS = {
@@ -145,7 +145,7 @@ def test_reports_on_emulated_devices():
   # Each gradient of the encoder and the expander is reduced over the devices.
   mesh = sharding.make_mesh(1)
   model, optimizers = build.model(config), build.optimizers(config)
-  state = steps.abstract_state(model, optimizers, mesh, min_bytes=2**40)
+  state = train_state.abstract_state(model, optimizers, mesh, min_bytes=2**40)
   moved = jax.tree.leaves([state.params[g] for g in ("encoder", "expander")])
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in moved)
   # No upper bound: the CPU form of the depthwise convolution reduces products
@@ -318,11 +318,11 @@ def _groups_that_gather(config: Any, name: str) -> list[np.ndarray]:
   mesh = sharding.mesh_of(preflight._devices(topology))
   model, optimizers = build.model(config), build.optimizers(config)
   abstract = build.abstract_state(config, model, optimizers, mesh)
-  step = steps.make_train_step(
+  step = update.make_train_step(
       model, optimizers, build.recipe(config), "content"
   )
   shapes = build.batch_shapes(config, "content", (64, 64))
-  lowered = steps.jit_train_step(step, abstract, mesh).lower(abstract, shapes)
+  lowered = update.jit_train_step(step, abstract, mesh).lower(abstract, shapes)
   text, found = lowered.compile().as_text(), []
   for groups in re.findall(
       r" all-gather(?:-start)?\(.*replica_groups=(\S+?)(?:, |$)", text, re.M

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from mcjepa_jax.compiled.compiled_steps import Programs
-from mcjepa_jax.step import update as steps
+from mcjepa_jax.step import train_state
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def programs():
 
 
 def _state(step):
-  return steps.TrainState(step, {}, {}, None, None)
+  return train_state.TrainState(step, {}, {}, None, None)
 
 
 _ABSTRACT = _state(jax.ShapeDtypeStruct((), jnp.float32))

@@ -6,7 +6,7 @@ import pytest
 from mcjepa_jax.data.sets import synthetic
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.losses import content_objective, motion_objective, vicreg
-from mcjepa_jax.step import update as steps
+from mcjepa_jax.step import batch_loss, task_schedule, train_state
 from mcjepa_jax.training import build
 from tests import tiny
 
@@ -30,17 +30,17 @@ def _norm(tree):
 
 def _take(kind):
   names = {"content": "views", "motion": "frames"}
-  keys = [names[task] for task in steps.tasks(kind)]
+  keys = [names[task] for task in task_schedule.tasks(kind)]
   return {key: tiny.batch()[key] for key in keys}
 
 
 def _gradient(cfg, batch, *, devices=1, groups=("encoder",)):
   model, recipe = build.model(cfg), build.recipe(cfg)
   mesh = sharding.make_mesh(devices)
-  params = steps.init_state(model, build.optimizers(cfg), 0).params
+  params = train_state.init_state(model, build.optimizers(cfg), 0).params
 
   def loss(moving, batch):
-    return steps.loss_fn(
+    return batch_loss.loss_fn(
         params | moving, model, batch, jax.random.key(0), jnp.array(5), recipe
     )
 
@@ -216,23 +216,23 @@ def test_accumulation_of_motion_equals_the_whole_batch():
 def test_parameters_depend_on_the_seed_and_on_no_batch_size():
   model = build.model(tiny.config())
   optimizers = build.optimizers(tiny.config(content__batch_size=16))
-  one = steps.init_state(model, optimizers, 3)
-  two = steps.init_state(model, optimizers, 3)
-  other = steps.init_state(model, optimizers, 4)
+  one = train_state.init_state(model, optimizers, 3)
+  two = train_state.init_state(model, optimizers, 3)
+  other = train_state.init_state(model, optimizers, 4)
   assert _equal(one, two)
   assert not _equal(one.params, other.params)
 
 
-@pytest.mark.parametrize("mode", steps.MODES)
+@pytest.mark.parametrize("mode", task_schedule.MODES)
 def test_batches_before_counts_what_the_kinds_of_steps_read(mode):
   start_step = 3
   counts = {"content": 0, "motion": 0}
   for number in range(12):
-    assert steps.batches_before(mode, number, start_step) == counts
-    kind = steps.kind_at(mode, number, start_step)
-    for task in steps.tasks(kind):
+    assert task_schedule.batches_before(mode, number, start_step) == counts
+    kind = task_schedule.kind_at(mode, number, start_step)
+    for task in task_schedule.tasks(kind):
       counts[task] += 1
-      assert task in steps.tasks_of_mode(mode)
+      assert task in task_schedule.tasks_of_mode(mode)
 
 
 @pytest.mark.parametrize(
@@ -250,14 +250,18 @@ def test_batches_before_counts_what_the_kinds_of_steps_read(mode):
 def test_flow_begins_with_the_first_step_of_another_kind(
     mode, start_step, first
 ):
-  found = [n for n in range(9) if steps.is_first_with_flow(mode, n, start_step)]
+  found = [
+      n
+      for n in range(9)
+      if task_schedule.is_first_with_flow(mode, n, start_step)
+  ]
   assert found == first
 
 
 @pytest.mark.slow
 def test_no_motion_term_is_computed_before_flow_start():
-  assert steps.kind_at("combined", 2, 3) == "content"
-  assert steps.kind_at("combined", 3, 3) == "both"
+  assert task_schedule.kind_at("combined", 2, 3) == "content"
+  assert task_schedule.kind_at("combined", 3, 3) == "both"
   _, logs, _ = _gradient(tiny.config(), {"views": tiny.batch()["views"]})
   assert not any(name.startswith("motion/") for name in logs)
 

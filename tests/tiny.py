@@ -10,7 +10,7 @@ from PIL import Image
 
 from configs import default, quickstart
 from mcjepa_jax.distributed import sharding
-from mcjepa_jax.step import update as steps
+from mcjepa_jax.step import train_state, update
 from mcjepa_jax.storage import checkpoint
 from mcjepa_jax.training import build
 
@@ -75,15 +75,15 @@ def state_and_step(cfg, kind, *, devices=1, data=-1, min_mib=4.0):
   """A new state over a mesh, the jitted step of a kind, and the mesh."""
   mesh = sharding.make_mesh(devices, data)
   model, optimizers = build.model(cfg), build.optimizers(cfg)
-  abstract = steps.abstract_state(
+  abstract = train_state.abstract_state(
       model, optimizers, mesh, min_bytes=int(min_mib * 2**20)
   )
   state = jax.jit(
-      lambda: steps.init_state(model, optimizers, cfg.seed),
+      lambda: train_state.init_state(model, optimizers, cfg.seed),
       out_shardings=jax.tree.map(lambda x: x.sharding, abstract),
   )()
-  function = steps.make_train_step(model, optimizers, build.recipe(cfg), kind)
-  return state, steps.jit_train_step(function, abstract, mesh), mesh
+  function = update.make_train_step(model, optimizers, build.recipe(cfg), kind)
+  return state, update.jit_train_step(function, abstract, mesh), mesh
 
 
 def save_image(path: pathlib.Path, size=(40, 48), seed=0) -> pathlib.Path:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from mcjepa_jax.compiled import flops
-from mcjepa_jax.step import update as steps
+from mcjepa_jax.step import train_state
 
 Key = tuple[Any, ...]
 Arrays = Mapping[str, jax.Array | jax.ShapeDtypeStruct]
@@ -56,7 +56,9 @@ class Programs:
     """Whether a batch finds its program."""
     return self._key(kind, arrays) in self._compiled
 
-  def begin(self, kind: str, state: steps.TrainState, arrays: Arrays) -> None:
+  def begin(
+      self, kind: str, state: train_state.TrainState, arrays: Arrays
+  ) -> None:
     """Starts to compile the step of such a batch, beside what comes next."""
     function = self._functions[kind]
 
@@ -67,7 +69,10 @@ class Programs:
     self._begun[self._key(kind, arrays)] = self._thread.submit(compiled)
 
   def compile(
-      self, kind: str, state: steps.TrainState, arrays: Mapping[str, jax.Array]
+      self,
+      kind: str,
+      state: train_state.TrainState,
+      arrays: Mapping[str, jax.Array],
   ) -> None:
     """Compiles the step of a batch, or waits for what was begun."""
     key = self._key(kind, arrays)
@@ -79,11 +84,11 @@ class Programs:
   def run(
       self,
       kind: str,
-      state: steps.TrainState,
+      state: train_state.TrainState,
       arrays: Mapping[str, jax.Array],
       *,
       again: bool = False,
-  ) -> tuple[steps.TrainState, dict[str, jax.Array]]:
+  ) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
     """The step of a batch, dispatched; one that is run `again` counts once."""
     key = self._key(kind, arrays)
     if not again:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.ops import representation
-from mcjepa_jax.step import augmentation, update as steps
+from mcjepa_jax.step import augmentation, batch_loss, gradients, train_state
 
 _TINY = 1e-12
 
@@ -35,7 +35,7 @@ def _compare(grads: Mapping[str, Any]) -> dict[str, jax.Array]:
 
 
 def jit_diagnosis(
-    model: mcjepa.MCJEPA, recipe: steps.Recipe, mesh: jax.sharding.Mesh
+    model: mcjepa.MCJEPA, recipe: batch_loss.Recipe, mesh: jax.sharding.Mesh
 ) -> Callable[..., Any]:
   """The program of a diagnosis: of a state without its optimizer, and a batch."""
   return jax.jit(
@@ -55,13 +55,13 @@ class Diagnosis:
   def __init__(
       self,
       model: mcjepa.MCJEPA,
-      recipe: steps.Recipe,
+      recipe: batch_loss.Recipe,
       mesh: jax.sharding.Mesh,
   ):
     self._function = jit_diagnosis(model, recipe, mesh)
 
   def __call__(
-      self, state: steps.TrainState, arrays: Mapping[str, jax.Array]
+      self, state: train_state.TrainState, arrays: Mapping[str, jax.Array]
   ) -> dict[str, float]:
     # The optimizer's part is not asked for.
     found, z = jax.device_get(
@@ -79,7 +79,7 @@ def _diagnose(model, recipe, state, arrays):
   for task, name in tasks.items():
     if name in arrays:
       # As the step takes it, in as many parts.
-      gradient = steps.make_gradient(model, recipe, task)
+      gradient = gradients.make_gradient(model, recipe, task)
       grads[task] = gradient(state, {name: arrays[name]})[1]["encoder"]
   found, z = _compare(grads), None
   if "views" in arrays:

@@ -7,7 +7,7 @@ import math
 import statistics
 from typing import Any
 
-from mcjepa_jax.step import update as steps
+from mcjepa_jax.step import task_schedule
 
 # What is counted where it happens, and no rule judges.
 EVENTS = ("not_finite", "rollback", "recompilation", "checkpoint")
@@ -66,7 +66,7 @@ class Alarm:
 def rules(config: Any) -> list[Rule]:
   """The rules of `config.alarms`, for the tasks that the mode trains."""
   alarms = config.alarms
-  reads = set(steps.tasks_of_mode(config.mode))
+  reads = set(task_schedule.tasks_of_mode(config.mode))
   starts = {"content": 0, "motion": 0}
   if len(reads) > 1:
     # Of both tasks: from the later one's start on.

@@ -20,7 +20,7 @@ import numpy as np
 
 from mcjepa_jax import errors
 from mcjepa_jax.distributed import heartbeat, hosts
-from mcjepa_jax.step import update as steps
+from mcjepa_jax.step import task_schedule, train_state
 from mcjepa_jax.storage import checkpoint, checkpoint_reader, paths, run_folder
 
 _NAMES = ("frames", "views")
@@ -69,7 +69,7 @@ def has_room(workdir: str | os.PathLike, *, step: int, limit: int) -> bool:
 
 def save(
     workdir: str | os.PathLike,
-    state: steps.TrainState,
+    state: train_state.TrainState,
     *,
     step: int,
     kind: str,
@@ -191,7 +191,7 @@ def read_meta(folder: pathlib.Path) -> tuple[dict[str, Any], Any]:
   meta = checkpoint_reader.read_meta(folder)
   try:
     config = ml_collections.ConfigDict(_tuples(meta["config"])).lock()
-    steps.tasks(meta["kind"])
+    task_schedule.tasks(meta["kind"])
     if type(meta["hosts"]) is not int or meta["hosts"] < 1:
       raise ValueError(f"hosts: {meta['hosts']}")
     if not 0 <= int(meta["step"]) < 2**31:
@@ -216,7 +216,7 @@ def read_arrays(
   """
   arrays = {}
   for task, name in zip(("motion", "content"), _NAMES, strict=True):
-    if task not in steps.tasks(kind):
+    if task not in task_schedule.tasks(kind):
       continue
     parts = [
         _read(folder / f"{name}.{host}.npy", name) for host in range(host_count)

@@ -12,7 +12,7 @@ from mcjepa_jax.data.catalog import published
 from mcjepa_jax.data.pipeline import batches
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.models import mcjepa
-from mcjepa_jax.step import optimizer, update
+from mcjepa_jax.step import batch_loss, optimizer, task_schedule, train_state
 
 
 def model(config: Any) -> mcjepa.MCJEPA:
@@ -22,7 +22,7 @@ def model(config: Any) -> mcjepa.MCJEPA:
 
 def optimizers(config: Any) -> dict[str, optax.GradientTransformation]:
   """One optimizer per group, each over the updates that its group gets."""
-  updates = update.updates(
+  updates = task_schedule.updates(
       config.mode, config.num_steps, config.motion.start_step
   )
   shared = dict(
@@ -57,9 +57,9 @@ def abstract_state(
     model: mcjepa.MCJEPA,
     optimizers: Mapping[str, optax.GradientTransformation],
     mesh: jax.sharding.Mesh,
-) -> update.TrainState:
+) -> train_state.TrainState:
   """The state of a run as shapes, split over the mesh as the config says."""
-  return update.abstract_state(
+  return train_state.abstract_state(
       model,
       optimizers,
       mesh,
@@ -79,10 +79,10 @@ def batch_shapes(
 ) -> dict[str, jax.ShapeDtypeStruct]:
   """The shapes of the arrays that a step of this kind reads."""
   motion, content, shapes = config.motion, config.content, {}
-  if "motion" in update.tasks(kind):
+  if "motion" in task_schedule.tasks(kind):
     shape = (2 * motion.batch_size, *frame_size, 3)
     shapes["frames"] = jax.ShapeDtypeStruct(shape, jnp.uint8)
-  if "content" in update.tasks(kind):
+  if "content" in task_schedule.tasks(kind):
     shape = (2 * content.batch_size, content.size, content.size, 3)
     shapes["views"] = jax.ShapeDtypeStruct(shape, jnp.uint8)
   return shapes
@@ -93,10 +93,10 @@ def _photometry(jitter: Any) -> dict[str, float]:
   return values | {"jitter_probability": values.pop("p")}
 
 
-def recipe(config: Any) -> update.Recipe:
+def recipe(config: Any) -> batch_loss.Recipe:
   """What a step computes besides the model."""
   motion, content = config.motion, config.content
-  return update.Recipe(
+  return batch_loss.Recipe(
       mode=config.mode,
       # Without content steps before it, motion starts at once, its ramp too.
       start_step=0
@@ -135,7 +135,7 @@ def streams(config: Any) -> dict[str, batches.Stream]:
   """
   result = {}
   host = dict(host_index=sharding.host_index(), host_count=jax.process_count())
-  reads = update.tasks_of_mode(config.mode)
+  reads = task_schedule.tasks_of_mode(config.mode)
   root = sources.data_root(config.data_root, config.data_cache)
   if "motion" in reads:
     motion = config.motion

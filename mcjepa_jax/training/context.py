@@ -13,7 +13,7 @@ from mcjepa_jax.compiled.compiled_steps import Programs
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.runtime import run_clock, signals
-from mcjepa_jax.step import update as steps
+from mcjepa_jax.step import task_schedule, train_state, update
 from mcjepa_jax.storage import checkpoint, checkpoint_reader, run_folder
 from mcjepa_jax.training import alarms, build
 
@@ -27,7 +27,7 @@ class Run:
   folder: run_folder.Folder
   model: mcjepa.MCJEPA
   optimizers: dict[str, Any]
-  abstract: steps.TrainState
+  abstract: train_state.TrainState
   mesh: jax.sharding.Mesh
   streams: dict[str, Any]
   checkpoints: checkpoint.Checkpoints
@@ -49,11 +49,11 @@ class Batch:
   streams: dict[str, Any]
 
 
-def first_state(run: Run) -> steps.TrainState:
+def first_state(run: Run) -> train_state.TrainState:
   """A new state, made straight into its shardings."""
   config = run.config
   state = sharding.call_once(
-      lambda: steps.init_state(run.model, run.optimizers, config.seed),
+      lambda: train_state.init_state(run.model, run.optimizers, config.seed),
       out_shardings=jax.tree.map(lambda leaf: leaf.sharding, run.abstract),
   )
   if config.init_checkpoint:
@@ -67,11 +67,11 @@ def first_state(run: Run) -> steps.TrainState:
 def begin_step(run: Run) -> None:
   """Starts on the batch of step 0, and on its program where its size is known."""
   config = run.config
-  kind = steps.kind_at(config.mode, 0, config.motion.start_step)
-  for task in steps.tasks(kind):
+  kind = task_schedule.kind_at(config.mode, 0, config.motion.start_step)
+  for task in task_schedule.tasks(kind):
     run.streams[task].start()
   size, *others = build.motion_sizes(config)
-  if others and "motion" in steps.tasks(kind):
+  if others and "motion" in task_schedule.tasks(kind):
     return
   shapes = build.batch_shapes(config, kind, size)
   run.programs.begin(kind, run.abstract, shapes)
@@ -81,10 +81,10 @@ def batches(run: Run, start: int) -> Iterator[Batch]:
   """The batch of each step from `start` on, as its kind reads it."""
   config = run.config
   for number in range(start, config.num_steps):
-    kind = steps.kind_at(config.mode, number, config.motion.start_step)
+    kind = task_schedule.kind_at(config.mode, number, config.motion.start_step)
     before = {task: stream.state() for task, stream in run.streams.items()}
     arrays, records, faults = {}, {}, {}
-    for task in steps.tasks(kind):
+    for task in task_schedule.tasks(kind):
       part = next(run.streams[task])
       arrays |= part.arrays
       records[task], faults[task] = part.records, part.faults
@@ -96,21 +96,21 @@ def step_programs(
     config: Any,
     model: mcjepa.MCJEPA,
     optimizers: dict[str, Any],
-    abstract: steps.TrainState,
+    abstract: train_state.TrainState,
     mesh: jax.sharding.Mesh,
 ) -> Programs:
   """The steps of each kind that a run has; none is compiled yet."""
   recipe = build.recipe(config)
   start = config.motion.start_step
   kinds = {
-      steps.kind_at(config.mode, number, start)
+      task_schedule.kind_at(config.mode, number, start)
       for number in (0, start, start + 1)
       if number < config.num_steps
   }
   sizes = len(build.motion_sizes(config))
   functions = {
-      kind: steps.jit_train_step(
-          steps.make_train_step(model, optimizers, recipe, kind),
+      kind: update.jit_train_step(
+          update.make_train_step(model, optimizers, recipe, kind),
           abstract,
           mesh,
       )
@@ -119,7 +119,8 @@ def step_programs(
   return Programs(
       functions,
       expected={
-          kind: sizes if "motion" in steps.tasks(kind) else 1 for kind in kinds
+          kind: sizes if "motion" in task_schedule.tasks(kind) else 1
+          for kind in kinds
       },
       devices=mesh.size,
   )

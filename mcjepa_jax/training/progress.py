@@ -7,7 +7,7 @@ import tqdm
 
 from mcjepa_jax.distributed import hosts
 from mcjepa_jax.runtime import log_files
-from mcjepa_jax.step import update as steps
+from mcjepa_jax.step import task_schedule
 from mcjepa_jax.storage import local_files
 from mcjepa_jax.training import context
 
@@ -42,7 +42,7 @@ class Progress:
     config = self._run.config
     self._bar.update()
     losses, examples = [f"loss {values['loss']:.3f}"], 0
-    for task in steps.tasks_of_mode(config.mode):
+    for task in task_schedule.tasks_of_mode(config.mode):
       if f"loss/{task}" in values:
         self._reports[task] += 1
         self._before.setdefault(task, self._run.clock.seconds()["step"])

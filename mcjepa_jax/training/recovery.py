@@ -8,7 +8,7 @@ import tqdm
 
 from mcjepa_jax import errors
 from mcjepa_jax.distributed import hosts
-from mcjepa_jax.step import update as steps
+from mcjepa_jax.step import train_state
 from mcjepa_jax.storage import local_files
 from mcjepa_jax.training import context
 from mcjepa_jax.training.context import Run
@@ -23,7 +23,7 @@ class RollBack(Exception):
     self.streams = streams
 
 
-def roll_back(run: Run, back: RollBack) -> steps.TrainState:
+def roll_back(run: Run, back: RollBack) -> train_state.TrainState:
   """A state of `back.step` or before; the streams go on where they are.
 
   Raises:

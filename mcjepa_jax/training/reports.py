@@ -13,7 +13,7 @@ from mcjepa_jax.distributed import hosts, sharding
 from mcjepa_jax.evals import eval_subject, registry, result_table
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.runtime import environment, goodput, log_files, process_memory
-from mcjepa_jax.step import update as steps
+from mcjepa_jax.step import train_state
 from mcjepa_jax.storage import local_files
 from mcjepa_jax.training import context, pictures
 from mcjepa_jax.training.context import Run
@@ -21,7 +21,7 @@ from mcjepa_jax.training.context import Run
 
 def evaluations(
     run: Run,
-    state: steps.TrainState,
+    state: train_state.TrainState,
     *,
     eval_seed: int | None = None,
     between_steps: bool = False,
@@ -45,7 +45,7 @@ def evaluations(
 
 
 def evaluations_on_the_way(
-    run: Run, state: steps.TrainState, eval_seed: int | None = None
+    run: Run, state: train_state.TrainState, eval_seed: int | None = None
 ) -> eval_subject.Results:
   """The evals between two steps; a note of those that cannot run.
 
@@ -59,7 +59,9 @@ def evaluations_on_the_way(
   return results
 
 
-def draw(run: Run, state: steps.TrainState, log: log_files.Journal) -> None:
+def draw(
+    run: Run, state: train_state.TrainState, log: log_files.Journal
+) -> None:
   """Logs the pictures of a state, on the first batch of each stream."""
   with run.clock.span("pictures"):
     number = int(state.step)
@@ -79,7 +81,9 @@ def draw(run: Run, state: steps.TrainState, log: log_files.Journal) -> None:
       log.picture(number, name, picture)
 
 
-def finish(run: Run, state: steps.TrainState, peak_gb: float) -> dict[str, Any]:
+def finish(
+    run: Run, state: train_state.TrainState, peak_gb: float
+) -> dict[str, Any]:
   """Evaluates the trained parameters and writes the results.
 
   `peak_gb` is the memory of training, its workers included.
@@ -146,7 +150,7 @@ def read_results(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def look(
-    run: Run, state: steps.TrainState, number: int, log: log_files.Journal
+    run: Run, state: train_state.TrainState, number: int, log: log_files.Journal
 ) -> None:
   """Logs the evaluation and the pictures that are due before a step."""
   config = run.config

@@ -6,14 +6,14 @@ from typing import Any
 
 from mcjepa_jax import errors
 from mcjepa_jax.runtime import environment
-from mcjepa_jax.step import update as steps
+from mcjepa_jax.step import task_schedule, train_state
 from mcjepa_jax.training import context, reports
 from mcjepa_jax.training.context import Run
 
 
 def save(
     run: Run,
-    state: steps.TrainState,
+    state: train_state.TrainState,
     streams: dict[str, Any],
     *,
     hurry: bool = False,
@@ -61,6 +61,6 @@ def save(
 def saves_at(config: Any, number: int) -> bool:
   """Whether the state is saved before a step."""
   # The first step with flow is compiled, which takes minutes.
-  return number % config.save_every == 0 or steps.is_first_with_flow(
+  return number % config.save_every == 0 or task_schedule.is_first_with_flow(
       config.mode, number, config.motion.start_step
   )

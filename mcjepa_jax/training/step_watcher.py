@@ -11,7 +11,7 @@ import numpy as np
 
 from mcjepa_jax import errors
 from mcjepa_jax.distributed import hosts
-from mcjepa_jax.step import diagnostics, update as steps
+from mcjepa_jax.step import diagnostics, train_state
 from mcjepa_jax.training import alarms, bad_steps, build, recovery
 from mcjepa_jax.training.context import Batch, Run
 from mcjepa_jax.training.progress import Progress
@@ -43,7 +43,7 @@ class Watcher:
   def before(
       self,
       number: int,
-      state: steps.TrainState,
+      state: train_state.TrainState,
       batch: Batch,
       following: Batch | None,
   ) -> None:
@@ -109,8 +109,8 @@ class Watcher:
     self._pending = _Pending(number, batch, logs)
 
   def settle(
-      self, state: steps.TrainState, following: Streams
-  ) -> tuple[steps.TrainState, bool]:
+      self, state: train_state.TrainState, following: Streams
+  ) -> tuple[train_state.TrainState, bool]:
     """The state to go on with, and whether the pending update was skipped.
 
     Args:
@@ -148,7 +148,7 @@ class Watcher:
       pending: _Pending,
       values: dict[str, float],
       total: int,
-      state: steps.TrainState,
+      state: train_state.TrainState,
       following: Streams,
   ) -> None:
     """Dumps what was skipped; rolls back after a row, stops after too many."""
@@ -174,7 +174,7 @@ class Watcher:
       self,
       pending: _Pending,
       values: dict[str, float],
-      state: steps.TrainState,
+      state: train_state.TrainState,
   ) -> str:
     """Keeps a step to look at; how to, for the line that tells of it."""
     run, step = self._run, pending.number

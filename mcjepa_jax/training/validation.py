@@ -10,7 +10,7 @@ from mcjepa_jax.data import sources
 from mcjepa_jax.losses import motion_objective
 from mcjepa_jax.models import convnext
 from mcjepa_jax.runtime import config_files
-from mcjepa_jax.step import update
+from mcjepa_jax.step import task_schedule
 from mcjepa_jax.storage import local_files
 from mcjepa_jax.training import alarms
 
@@ -75,7 +75,7 @@ def faults(config: Any, *, devices: int | None = None) -> list[str]:
     return lambda value: value in names, "one of " + ", ".join(names)
 
   expect("data_cache", lambda x: "://" not in x, "a local folder")
-  expect("mode", *one_of(*update.MODES))
+  expect("mode", *one_of(*task_schedule.MODES))
   expect("task", *one_of("train", "evaluate"))
   expect("alarms.action", *one_of(*alarms.ACTIONS))
   expect("model.encoder.stem", *one_of("split", "patch"))
@@ -117,7 +117,7 @@ def faults(config: Any, *, devices: int | None = None) -> list[str]:
     found += errors.collect(
         lambda: local_files.check_writable(cache, "data_cache")
     )
-  reads = update.tasks_of_mode(config.mode)
+  reads = task_schedule.tasks_of_mode(config.mode)
   found += _size_faults(config, reads)
   found += _weight_faults(config)
   found += _nothing_to_learn(config, reads)
@@ -144,7 +144,8 @@ def no_way_back(config: Any) -> list[str]:
   # One is of the step from which there is flow, where that is none of the others.
   start = config.motion.start_step
   extra = any(
-      update.is_first_with_flow(config.mode, n, start) and n % config.save_every
+      task_schedule.is_first_with_flow(config.mode, n, start)
+      and n % config.save_every
       for n in (start, start + 1)
   )
   reach = (config.keep_last - 1 - extra) * config.save_every
