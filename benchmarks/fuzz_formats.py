@@ -26,6 +26,7 @@ from mcjepa_jax.data.sets import (
     flow_sets,
     image_sets,
     mask_sets,
+    record_sets,
     segmentation_sets,
 )
 
@@ -243,7 +244,7 @@ def _damage_records(data: bytes, rng: np.random.Generator) -> bytes:
 def _read_converted(folder: pathlib.Path) -> None:
   # It holds files open, by their path.
   array_records._reader.cache_clear()
-  _check_set(array_records.ConvertedImages(folder))
+  _check_set(record_sets.ConvertedImages(folder))
 
 
 def _prepared() -> list[Files]:
@@ -279,7 +280,7 @@ def _prepared() -> list[Files]:
 
 def _read_prepared(folder: pathlib.Path) -> None:
   array_records._reader.cache_clear()
-  _check_set(array_records.TfdsImages(folder, "train"))
+  _check_set(record_sets.TfdsImages(folder, "train"))
 
 
 def _chairs() -> list[Files]:

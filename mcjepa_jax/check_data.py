@@ -51,6 +51,7 @@ from mcjepa_jax.data import flow_sanity, sources
 from mcjepa_jax.data.catalog import published
 from mcjepa_jax.data.pipeline import geometry, labelled_crops
 from mcjepa_jax.data.readers import array_records, image_files
+from mcjepa_jax.data.sets import record_sets
 from mcjepa_jax.runtime import command_line, config_files, visualize
 from mcjepa_jax.storage import paths
 
@@ -199,7 +200,7 @@ class _Source:
 
   def verify_shards(self) -> None:
     """Reads all shards of convert_images and compares them with the manifest."""
-    if not isinstance(self.dataset, array_records.ConvertedImages):
+    if not isinstance(self.dataset, record_sets.ConvertedImages):
       return
     folder = self.dataset.folder
     shards = array_records.read_manifest(folder)["shards"]

@@ -13,6 +13,7 @@ from PIL import Image
 import pytest
 
 from mcjepa_jax.data.readers import array_records
+from mcjepa_jax.data.sets import record_sets
 from mcjepa_jax.errors import UserError
 
 
@@ -76,7 +77,7 @@ def test_a_path_that_runs_past_its_record_is_refused():
 
 
 def test_converted_images_are_read_shard_after_shard(tmp_path):
-  images = array_records.ConvertedImages(_shards(tmp_path))
+  images = record_sets.ConvertedImages(_shards(tmp_path))
   assert len(images) == 5 and images.classes == ["cat", "dog"]
   assert [int(images[i]["image"][0, 0, 0]) for i in range(5)] == [
       *(0, 10, 20, 30, 40)
@@ -89,12 +90,12 @@ def test_converted_images_are_read_shard_after_shard(tmp_path):
 
 
 def test_a_set_without_classes_has_no_labels(tmp_path):
-  images = array_records.ConvertedImages(_shards(tmp_path, classes=()))
+  images = record_sets.ConvertedImages(_shards(tmp_path, classes=()))
   assert set(images[0]) == {"image"}
 
 
 def test_a_pickled_set_is_small_and_holds_no_file(tmp_path):
-  images = array_records.ConvertedImages(_shards(tmp_path))
+  images = record_sets.ConvertedImages(_shards(tmp_path))
   images[0]
   assert len(pickle.dumps(images)) < 1000
   assert pickle.loads(pickle.dumps(images))[4]["image"][0, 0, 0] == 40
@@ -102,7 +103,7 @@ def test_a_pickled_set_is_small_and_holds_no_file(tmp_path):
 
 def test_many_shards_leave_few_files_open(tmp_path, monkeypatch):
   monkeypatch.setattr(array_records, "_reader", _cached_reader(3))
-  images = array_records.ConvertedImages(_shards(tmp_path, counts=(1,) * 12))
+  images = record_sets.ConvertedImages(_shards(tmp_path, counts=(1,) * 12))
   for i in [*range(12), *range(12)]:
     assert images.path(i) == f"é/{i}.png"
   links = [os.path.realpath(f"/proc/self/fd/{f}") for f in _open_files()]
@@ -122,11 +123,11 @@ def _open_files():
 
 def test_unfinished_and_missing_folders_are_refused(tmp_path):
   with pytest.raises(UserError, match="none/manifest.json"):
-    array_records.ConvertedImages(tmp_path / "none")
+    record_sets.ConvertedImages(tmp_path / "none")
   folder = _shards(tmp_path / "set")
   (folder / "manifest.json").unlink()
   with pytest.raises(UserError, match="set: expected .* finished, came one"):
-    array_records.ConvertedImages(folder)
+    record_sets.ConvertedImages(folder)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +160,7 @@ def test_unfinished_and_missing_folders_are_refused(tmp_path):
 def test_manifests_that_do_not_fit_are_refused(tmp_path, changes):
   folder = _shards(tmp_path, changes=changes)
   with pytest.raises(UserError, match="manifest.json: expected classes, and"):
-    array_records.ConvertedImages(folder)
+    record_sets.ConvertedImages(folder)
 
 
 @pytest.mark.parametrize(
@@ -177,24 +178,24 @@ def test_manifests_that_do_not_fit_are_refused(tmp_path, changes):
 def test_manifests_that_are_none_are_refused(tmp_path, text, fault):
   (tmp_path / "manifest.json").write_bytes(text.encode("latin-1"))
   with pytest.raises(UserError, match=f"manifest.json: .*{fault}"):
-    array_records.ConvertedImages(tmp_path)
+    record_sets.ConvertedImages(tmp_path)
 
 
 def test_a_manifest_with_a_figure_changed_is_refused(tmp_path):
   path = _shards(tmp_path) / "manifest.json"
   path.write_text(path.read_text().replace('"count": 5', '"count": 6'))
   with pytest.raises(UserError, match="the manifest fails its checksum"):
-    array_records.ConvertedImages(tmp_path)
+    record_sets.ConvertedImages(tmp_path)
 
 
 def test_shards_that_are_not_those_of_the_manifest_are_refused(tmp_path):
   folder = _shards(tmp_path)
-  images = array_records.ConvertedImages(folder)
+  images = record_sets.ConvertedImages(folder)
   shard = folder / array_records.shard_name(2, 3)
   whole = shard.read_bytes()
   shard.write_bytes(whole[:-1])
   with pytest.raises(UserError, match="00002-of-00003.* bytes, as manifest"):
-    array_records.ConvertedImages(folder)
+    record_sets.ConvertedImages(folder)
   for size in (0, 100, len(whole) // 2, len(whole) - 1):
     shard.write_bytes(whole[:size])
     with pytest.raises(UserError, match="00002-of-00003"):
@@ -216,7 +217,7 @@ def test_shards_that_are_not_those_of_the_manifest_are_refused(tmp_path):
 
 
 def test_a_label_of_no_class_is_refused(tmp_path):
-  images = array_records.ConvertedImages(_shards(tmp_path, classes=["cat"]))
+  images = record_sets.ConvertedImages(_shards(tmp_path, classes=["cat"]))
   assert images[0]["label"] == 0
   with pytest.raises(UserError, match="record 1: expected a label below 1"):
     images[1]
@@ -224,7 +225,7 @@ def test_a_label_of_no_class_is_refused(tmp_path):
 
 def test_random_damage_to_a_shard_ends_in_a_user_error_or_in_images(tmp_path):
   folder = _shards(tmp_path, counts=(4,))
-  images = array_records.ConvertedImages(folder)
+  images = record_sets.ConvertedImages(folder)
   shard = folder / array_records.shard_name(0, 1)
   whole = np.frombuffer(shard.read_bytes(), np.uint8)
   # The rest is padding.
@@ -321,10 +322,10 @@ def test_sets_of_tfds_are_read_without_tensorflow(tmp_path):
 
 def test_sets_that_tfds_has_not_prepared_are_refused(tmp_path):
   with pytest.raises(UserError, match="dataset_info.json"):
-    array_records.TfdsImages(tmp_path, "train")
+    record_sets.TfdsImages(tmp_path, "train")
   folder = _prepared(tmp_path / "set")
   with pytest.raises(UserError, match="expected a split 'val' .*'train'"):
-    array_records.TfdsImages(folder, "val")
+    record_sets.TfdsImages(folder, "val")
   info = (folder / "dataset_info.json").read_text()
   for other, fault in (
       (info.replace("array_record", "tfrecord"), "array_record"),
@@ -339,14 +340,14 @@ def test_sets_that_tfds_has_not_prepared_are_refused(tmp_path):
   ):
     (folder / "dataset_info.json").write_text(other)
     with pytest.raises(UserError, match=fault):
-      array_records.TfdsImages(folder, "train")
+      record_sets.TfdsImages(folder, "train")
 
 
 def test_shards_of_tfds_in_another_folder_are_refused(tmp_path):
   template = "../{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
   folder = _prepared(tmp_path / "set", template=template)
   with pytest.raises(UserError, match="expected shards in it, came"):
-    array_records.TfdsImages(folder, "train")
+    record_sets.TfdsImages(folder, "train")
 
 
 @pytest.mark.parametrize(
@@ -361,7 +362,7 @@ def test_a_feature_that_names_another_module_is_not_imported(tmp_path, key):
   image[key] = "antigravity.Image"
   path.write_text(json.dumps(features))
   with pytest.raises(UserError, match="features.json: .*'antigravity.Image'"):
-    array_records.TfdsImages(folder, "train")
+    record_sets.TfdsImages(folder, "train")
   assert "antigravity" not in sys.modules
 
 
@@ -378,10 +379,10 @@ def test_a_module_named_in_json_within_json_is_not_imported(tmp_path):
   }
   path.write_text(json.dumps(old))
   with pytest.raises(UserError, match="features.json: .*'antigravity.Image'"):
-    array_records.TfdsImages(folder, "train")
+    record_sets.TfdsImages(folder, "train")
   assert "antigravity" not in sys.modules
   path.write_text(json.dumps(old).replace("antigravity", _IMAGE))
-  assert len(array_records.TfdsImages(folder, "train")) == 7
+  assert len(record_sets.TfdsImages(folder, "train")) == 7
 
 
 def test_a_number_of_classes_that_fits_no_memory_is_refused(tmp_path):
@@ -390,12 +391,12 @@ def test_a_number_of_classes_that_fits_no_memory_is_refused(tmp_path):
   path = folder / "features.json"
   path.write_text(path.read_text().replace('"2"', f'"{2**40}"'))
   with pytest.raises(UserError, match=f"classes.*came {2**40}"):
-    array_records.TfdsImages(folder, "train")
+    record_sets.TfdsImages(folder, "train")
 
 
 def test_examples_of_tfds_that_hold_no_image_are_named(tmp_path):
   folder = _prepared(tmp_path / "set")
-  images = array_records.TfdsImages(folder, "train")
+  images = record_sets.TfdsImages(folder, "train")
   shard = folder / "imagenet2012-train.array_record-00001-of-00002"
   _write_records(shard, [b"", b"no proto", images._records[0]])
   assert images[6]["label"] == 0
@@ -407,7 +408,7 @@ def test_examples_of_tfds_that_hold_no_image_are_named(tmp_path):
 
 def test_random_damage_to_examples_ends_in_a_user_error_or_in_images(tmp_path):
   folder = _prepared(tmp_path / "set", counts=(4,))
-  images = array_records.TfdsImages(folder, "train")
+  images = record_sets.TfdsImages(folder, "train")
   (shard,) = folder.glob("*.array_record-*")
   records = [images._records[i] for i in range(4)]
   rng = np.random.default_rng(0)

@@ -16,7 +16,7 @@ import pytest
 
 from mcjepa_jax import convert_images
 from mcjepa_jax.data.readers import array_records
-from mcjepa_jax.data.sets import image_sets
+from mcjepa_jax.data.sets import image_sets, record_sets
 from mcjepa_jax.errors import UserError
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -51,7 +51,7 @@ def test_a_folder_and_its_shards_hold_the_same_images(source, tmp_path):
   )
   assert report["images"] == 10 and report["shards"] == 3
   folder = image_sets.ImageFolder(source)
-  shards = array_records.ConvertedImages(tmp_path / "out")
+  shards = record_sets.ConvertedImages(tmp_path / "out")
   assert shards.classes == folder.classes == ["a", "b"]
   # Shard k holds images k, k + 3, ...
   order = [i for k in range(3) for i in range(k, 10, 3)]
@@ -72,7 +72,7 @@ def test_any_tree_is_converted_without_labels(tmp_path):
   convert_images.convert(
       source=tmp_path / "in", output=tmp_path / "out", shards=64
   )
-  images = array_records.ConvertedImages(tmp_path / "out")
+  images = record_sets.ConvertedImages(tmp_path / "out")
   assert [images.path(i) for i in range(4)] == sorted(names, key=len)[:0] + [
       *("é.png", "x/1.png", "x/y/2.png", names[3])
   ]
@@ -138,13 +138,13 @@ def test_files_that_do_not_decode_are_all_named(source, tmp_path, capsys):
   shards = [p.name for p in (tmp_path / "out").glob("*array_record*")]
   assert shards == [array_records.shard_name(0, 3)]
   with pytest.raises(UserError, match="finished"):
-    array_records.ConvertedImages(tmp_path / "out")
+    record_sets.ConvertedImages(tmp_path / "out")
   # Files that are mended are found.
   for name, value in (("a/2", 2), ("b/5", 5), ("b/7", 7)):
     (source / f"{name}.png").unlink()
     _write(source / f"{name}.png", value)
   assert _command(*flags, "--workers=1") == 0
-  assert len(array_records.ConvertedImages(tmp_path / "out")) == 10
+  assert len(record_sets.ConvertedImages(tmp_path / "out")) == 10
 
 
 def test_skipped_files_are_in_the_manifest(source, tmp_path, capsys):
@@ -154,7 +154,7 @@ def test_skipped_files_are_in_the_manifest(source, tmp_path, capsys):
   assert _command(*flags, "--workers=1", "--skip-bad") == 0
   report = json.loads(capsys.readouterr().out.splitlines()[-1])
   assert (report["images"], report["skipped"]) == (8, 2)
-  images = array_records.ConvertedImages(tmp_path / "out")
+  images = record_sets.ConvertedImages(tmp_path / "out")
   assert [images.path(i)[2] for i in range(8)] == [*"46813579"]
   manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
   assert [entry["path"] for entry in manifest["skipped"]] == [
@@ -307,7 +307,7 @@ def test_a_killed_conversion_goes_on_with_what_is_missing(tmp_path):
   assert "verifying: 100%" in done.stderr
   assert json.loads(done.stdout.splitlines()[-1])["images"] == 96
   assert not list(out.glob("*.part"))
-  assert len(array_records.ConvertedImages(out)) == 96
+  assert len(record_sets.ConvertedImages(out)) == 96
 
 
 def test_real_photographs_are_converted_as_they_are(shared_data, tmp_path):
@@ -316,7 +316,7 @@ def test_real_photographs_are_converted_as_they_are(shared_data, tmp_path):
       source=source, output=tmp_path / "out", shards=4
   )
   assert report["images"] == report["classes"] == 1000
-  images = array_records.ConvertedImages(tmp_path / "out")
+  images = record_sets.ConvertedImages(tmp_path / "out")
   assert images.path(250) == "n01443537/n01443537_0.JPEG"
   assert images[250]["label"] == 1
   assert min(images[250]["image"].shape[:2]) == 160

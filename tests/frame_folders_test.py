@@ -6,8 +6,8 @@ from PIL import Image
 import pytest
 
 from mcjepa_jax.data import sources
-from mcjepa_jax.data.readers import image_files, video_files
-from mcjepa_jax.data.sets import frame_folders
+from mcjepa_jax.data.readers import image_files
+from mcjepa_jax.data.sets import frame_folders, sequences
 from mcjepa_jax.errors import UserError
 
 
@@ -30,7 +30,7 @@ def test_a_folder_of_scenes_pairs_neighbours_in_natural_order(tmp_path):
   for scene in ("scene_10", "scene_9"):
     _write_frames(tmp_path / scene, ["8.png", "9.png", "10.png"])
   _write_frames(tmp_path / ".hidden", ["1.png", "2.png"])
-  pairs = video_files.SequencePairs(frame_folders.frame_folders(tmp_path))
+  pairs = sequences.SequencePairs(frame_folders.frame_folders(tmp_path))
   assert _ids(pairs) == [
       *("scene_9/8+1", "scene_9/9+1", "scene_10/8+1", "scene_10/9+1"),
   ]
@@ -63,7 +63,7 @@ def test_names_that_differ_in_the_last_number_are_a_sequence(
 ):
   _write_frames(tmp_path, [n for n in names if n != "notes.txt"])
   (tmp_path / "notes_1.txt").write_text("")
-  pairs = video_files.SequencePairs(frame_folders.frame_folders(tmp_path))
+  pairs = sequences.SequencePairs(frame_folders.frame_folders(tmp_path))
   assert _ids(pairs) == ids
 
 
@@ -79,7 +79,7 @@ def test_only_the_folders_that_are_given_are_looked_at(tmp_path):
 
 def test_frames_that_are_left_out_end_a_sequence(tmp_path):
   _write_frames(tmp_path, [f"s_{n:02d}.png" for n in range(6)])
-  pairs = video_files.SequencePairs(
+  pairs = sequences.SequencePairs(
       frame_folders.frame_folders(tmp_path, leave_out=r".*_0[23]"), gaps=(1, 5)
   )
   assert _ids(pairs) == ["s_00+1", "s_04+1"]
@@ -95,7 +95,7 @@ def test_folders_without_a_sequence_are_refused(tmp_path):
 def test_frames_of_two_sizes_are_both_named(tmp_path):
   _write_frames(tmp_path / "s", ["1.png"])
   _write_frames(tmp_path / "s", ["2.png"], size=(6, 8))
-  pairs = video_files.SequencePairs(frame_folders.frame_folders(tmp_path))
+  pairs = sequences.SequencePairs(frame_folders.frame_folders(tmp_path))
   with pytest.raises(UserError, match="s/2: expected 8x6.*s/1, came 6x8"):
     pairs[0]
 
@@ -172,7 +172,7 @@ def test_real_samples_are_sequences_without_cuts(shared_data):
       shared_data / "DAVIS" / "JPEGImages" / "480p"
   )
   assert [s.name for s in davis] == ["blackswan", "car-shadow"]
-  assert len(video_files.SequencePairs(davis)) == 49 + 39
-  assert not any(video_files.cuts(s.thumbnails()).any() for s in davis)
+  assert len(sequences.SequencePairs(davis)) == 49 + 39
+  assert not any(sequences.cuts(s.thumbnails()).any() for s in davis)
   chairs = frame_folders.frame_folders(shared_data / "FlyingChairs_release")
-  assert len(video_files.SequencePairs(chairs)) == 4
+  assert len(sequences.SequencePairs(chairs)) == 4

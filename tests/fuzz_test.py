@@ -23,6 +23,7 @@ from mcjepa_jax.data.readers import (
     image_files,
     video_files,
 )
+from mcjepa_jax.data.sets import record_sets
 from mcjepa_jax.errors import UserError
 
 _FORMATS = pytest.mark.parametrize("name", list(fuzz_formats.FORMATS))
@@ -157,7 +158,7 @@ def test_a_shard_without_its_size_is_refused(tmp_path):
     (tmp_path / name).write_bytes(data)
   array_records.write_manifest(tmp_path, manifest)
   with pytest.raises(UserError, match="00000-of-00001.*expected None bytes"):
-    array_records.ConvertedImages(tmp_path)
+    record_sets.ConvertedImages(tmp_path)
 
 
 @pytest.mark.parametrize("dtypes", [("<u4", "<f8"), ("<u8", "<u8")])

@@ -13,7 +13,7 @@ _PACKAGE = "mcjepa_jax"
 
 # A module imports lower layers only. `errors` is open to all.
 _LAYERS = (
-    """data.catalog.facts data.check data.convert evals.result_table losses.weighting ops.cost_volume ops.depthwise ops.representation runtime.config_files runtime.environment runtime.process_memory runtime.run_clock runtime.signals runtime.tensorboard step.augmentation step.optimizer storage.local_files storage.paths storage.workdir_lock""",
+    """data.catalog.facts data.check data.convert data.sets.sequences evals.result_table losses.weighting ops.cost_volume ops.depthwise ops.representation runtime.config_files runtime.environment runtime.process_memory runtime.run_clock runtime.signals runtime.tensorboard step.augmentation step.optimizer storage.local_files storage.paths storage.workdir_lock""",
     """storage.checkpoint_reader""",
     """data.catalog.flow_facts data.catalog.image_facts data.pipeline.shared_memory data.readers.image_files""",
     """compiled.flops compiled.hlo_bytes data.catalog.published data.flow_sanity data.pipeline.geometry data.pipeline.labelled_crops data.readers.flow_files data.sets.synthetic evals.mask_metrics evals.metrics evals.tiling losses.vicreg models.convnext models.vit ops.flow_ops runtime.command_line runtime.goodput runtime.visualize""",
@@ -22,6 +22,7 @@ _LAYERS = (
     """data.sets.flow_pairs distributed.cluster distributed.heartbeat""",
     """distributed.rendezvous""",
     """data.pipeline.stream data.readers.array_records data.readers.video_files data.sets.cutouts data.sets.flow_sets data.sets.image_sets data.sets.mask_sets data.sets.segmentation_sets distributed.sharding losses.flow_losses models.flow_decoder models.segmentation_heads runtime.log_files storage.checkpoint storage.run_folder""",
+    """data.sets.record_sets""",
     """step.accumulation""",
     """data.sets.frame_folders runtime.process_lifetimes""",
     """convert_images data.pipeline.batches data.sources distributed.hosts losses.motion_objective models.mcjepa""",

@@ -18,8 +18,8 @@ import pytest
 
 from mcjepa_jax import check_data, convert_images, errors
 from mcjepa_jax.data import sources
-from mcjepa_jax.data.readers import array_records, image_files, video_files
-from mcjepa_jax.data.sets import image_sets
+from mcjepa_jax.data.readers import image_files, video_files
+from mcjepa_jax.data.sets import image_sets, record_sets, sequences
 from mcjepa_jax.errors import UserError
 from mcjepa_jax.evals import registry, submission
 from mcjepa_jax.evals.adapters import submission_adapter
@@ -424,12 +424,12 @@ def test_a_video_is_read_from_a_bucket(gs, tmp_path, monkeypatch):
   for name in ("a.avi", "b/c.avi"):
     video_test._write_video(folder / name, video_test._moving(5))
   place = gs.put(folder, "some/video")
-  local = video_files.SequencePairs(video_files.videos(folder))
-  _same(local, video_files.SequencePairs(video_files.videos(place)))
+  local = sequences.SequencePairs(video_files.videos(folder))
+  _same(local, sequences.SequencePairs(video_files.videos(place)))
   gs.requests.clear()
   shutil.rmtree(paths.path(place).folder)
   # Once decoded, the video itself is not asked for.
-  _same(local, video_files.SequencePairs(video_files.videos(place)))
+  _same(local, sequences.SequencePairs(video_files.videos(place)))
   assert not gs.requests
   gs.store.pipe_file(f"{place}/cut.avi", (folder / "a.avi").read_bytes()[:-99])
   _forget()
@@ -443,7 +443,7 @@ def test_images_of_a_bucket_are_converted(images, tmp_path):
   for number, source in enumerate((folder, address)):
     flags = f"--input={source}", f"--output={tmp_path / str(number)}"
     assert convert_images.main([*flags, "--shards=2", "--workers=1"]) == 0
-    out.append(array_records.ConvertedImages(tmp_path / str(number)))
+    out.append(record_sets.ConvertedImages(tmp_path / str(number)))
   _same(*out)
 
 
@@ -460,12 +460,12 @@ def test_shards_in_a_bucket_are_those_on_a_disk_and_made_once(
 ):
   folder, address = images
   convert_images.convert(source=folder, output=tmp_path / "out", shards=3)
-  expected = array_records.ConvertedImages(tmp_path / "out")
+  expected = record_sets.ConvertedImages(tmp_path / "out")
   flags = [f"--input={address}", "--output=gs://b/out", "--shards=3"]
   assert convert_images.main([*flags, "--workers=1"]) == 0
   report = json.loads(capsys.readouterr().out)
   assert report["shards"] == 3 and report["images"] == len(expected)
-  _same(expected, array_records.ConvertedImages("gs://b/out"))
+  _same(expected, record_sets.ConvertedImages("gs://b/out"))
   # One that is gone and one that is another's are written once more.
   shards = _shards(gs, "out")
   first, second, _ = sorted(shards)
@@ -474,7 +474,7 @@ def test_shards_in_a_bucket_are_those_on_a_disk_and_made_once(
   assert convert_images.main([*flags, "--workers=1"]) == 0
   assert json.loads(capsys.readouterr().out) == report
   _forget()
-  _same(expected, array_records.ConvertedImages("gs://b/out"))
+  _same(expected, record_sets.ConvertedImages("gs://b/out"))
   assert _shards(gs, "out").keys() == shards.keys()
 
 
@@ -487,8 +487,8 @@ def test_processes_write_a_bucket_as_one_does(images, gs, tmp_path):
   )
   _forget()
   _same(
-      array_records.ConvertedImages(tmp_path / "out"),
-      array_records.ConvertedImages("gs://b/two"),
+      record_sets.ConvertedImages(tmp_path / "out"),
+      record_sets.ConvertedImages("gs://b/two"),
   )
 
 
@@ -659,7 +659,7 @@ def test_workers_read_a_bucket_without_a_cache(gs, images, tmp_path):
   ):
     mixed = [
         batches.ContentSource("a", image_sets.ImageFolder(images_root)),
-        batches.ContentSource("b", array_records.ConvertedImages(shards_root)),
+        batches.ContentSource("b", record_sets.ConvertedImages(shards_root)),
     ]
     with batches.content_stream(
         mixed, batch_size=3, size=8, seed=0, num_workers=workers

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mcjepa_jax.data.readers import video_files
+from mcjepa_jax.data.sets import sequences
 from mcjepa_jax.errors import UserError
 
 CODES = pytest.mark.parametrize(
@@ -57,7 +58,7 @@ def test_video_frames_are_rgb_in_order(tmp_path, name, code):
 
 def test_video_pairs_hold_two_frames_and_nothing_else(tmp_path):
   path = _write_video(tmp_path / "a.avi", _moving(5))
-  pairs = video_files.SequencePairs(_open(path, tmp_path), gaps=(1, 2))
+  pairs = sequences.SequencePairs(_open(path, tmp_path), gaps=(1, 2))
   assert _ids(pairs) == [
       *("a.avi/000000+1", "a.avi/000001+1", "a.avi/000002+1", "a.avi/000003+1"),
       *("a.avi/000000+2", "a.avi/000001+2", "a.avi/000002+2"),
@@ -112,37 +113,35 @@ def test_the_byte_limit_holds_for_all_videos_of_a_folder(tmp_path):
 def test_a_cut_between_two_scenes_is_not_paired_over(tmp_path):
   frames = _moving(8) + _moving(8, seed=1)
   opened = _open(_write_video(tmp_path / "a.avi", frames), tmp_path)
-  assert np.flatnonzero(video_files.cuts(opened[0].thumbnails())).tolist() == [
-      7
-  ]
-  pairs = video_files.SequencePairs(opened, gaps=(1, 3), skip_cuts=True)
+  assert np.flatnonzero(sequences.cuts(opened[0].thumbnails())).tolist() == [7]
+  pairs = sequences.SequencePairs(opened, gaps=(1, 3), skip_cuts=True)
   assert len(pairs) == 15 + 14 + 13 - (1 + 2 + 3)
   assert not {"a.avi/000007+1", "a.avi/000006+2", "a.avi/000007+3"} & set(
       _ids(pairs)
   )
-  kept = video_files.SequencePairs(opened, gaps=(1, 3))
+  kept = sequences.SequencePairs(opened, gaps=(1, 3))
   assert len(kept) == 15 + 14 + 13
 
 
 def test_fast_motion_is_no_cut_but_a_lone_step_as_large_is():
   rest = np.full((12, 32, 32, 3), 100, np.uint8)
   fast = rest + (np.arange(12) % 2 * 20)[:, None, None, None].astype(np.uint8)
-  assert not video_files.cuts(fast).any()
+  assert not sequences.cuts(fast).any()
   rest[6:] += 20
-  assert np.flatnonzero(video_files.cuts(rest)).tolist() == [5]
+  assert np.flatnonzero(sequences.cuts(rest)).tolist() == [5]
   rest[6:] -= 9
-  assert not video_files.cuts(rest).any()
-  assert not video_files.cuts(rest[:1]).size
+  assert not sequences.cuts(rest).any()
+  assert not sequences.cuts(rest[:1]).size
 
 
 def test_pairs_that_stand_still_are_left_out_on_request(tmp_path):
   frames = _moving(4) + _moving(4)[-1:] * 3
   opened = _open(_write_video(tmp_path / "a.avi", frames), tmp_path)
-  assert len(video_files.SequencePairs(opened)) == 6
-  pairs = video_files.SequencePairs(opened, min_change=0.5)
+  assert len(sequences.SequencePairs(opened)) == 6
+  pairs = sequences.SequencePairs(opened, min_change=0.5)
   assert _ids(pairs) == ["a.avi/000000+1", "a.avi/000001+1", "a.avi/000002+1"]
   with pytest.raises(UserError, match="came none in 7 frames"):
-    video_files.SequencePairs(opened, min_change=250.0)
+    sequences.SequencePairs(opened, min_change=250.0)
 
 
 def test_the_byte_limit_is_set_by_the_environment(tmp_path, monkeypatch):
@@ -160,7 +159,7 @@ def test_the_byte_limit_is_set_by_the_environment(tmp_path, monkeypatch):
 @pytest.mark.parametrize("gaps", [(0, 1), (2, 1), (-1, -1)])
 def test_gaps_that_are_no_range_are_refused(gaps):
   with pytest.raises(UserError, match="gaps: expected"):
-    video_files.SequencePairs([], gaps=gaps)
+    sequences.SequencePairs([], gaps=gaps)
 
 
 @CODES
@@ -204,7 +203,7 @@ def test_videos_of_one_name_in_two_folders_keep_apart(tmp_path):
   for folder, count in (("a", 2), ("b", 3)):
     (tmp_path / folder).mkdir()
     _write_video(tmp_path / folder / "x.avi", _moving(count))
-  pairs = video_files.SequencePairs(_open(tmp_path, tmp_path))
+  pairs = sequences.SequencePairs(_open(tmp_path, tmp_path))
   assert _ids(pairs) == [
       *("a/x.avi/000000+1", "b/x.avi/000000+1", "b/x.avi/000001+1")
   ]
@@ -232,5 +231,5 @@ def test_real_samples_are_whole_and_without_cuts(shared_data, tmp_path):
   for name, count in (("carphone_pristine.mp4", 120), ("vtest.avi", 341)):
     opened = _open(shared_data / "video" / name, tmp_path, max_side=64)
     assert len(opened[0]) == count
-    pairs = video_files.SequencePairs(opened, skip_cuts=True)
+    pairs = sequences.SequencePairs(opened, skip_cuts=True)
     assert len(pairs) == count - 1

@@ -13,14 +13,16 @@ from jaxtyping import Integer
 import numpy as np
 
 from mcjepa_jax import errors
-from mcjepa_jax.data.readers import array_records, video_files
+from mcjepa_jax.data.readers import video_files
 from mcjepa_jax.data.sets import (
     cutouts,
     flow_sets,
     frame_folders,
     image_sets,
     mask_sets,
+    record_sets,
     segmentation_sets,
+    sequences,
     synthetic,
 )
 from mcjepa_jax.storage import paths
@@ -106,16 +108,16 @@ def _motion_table(
     seed: int, size: tuple[int, int], gaps: tuple[int, int]
 ) -> dict[str, Callable[[paths.Location], Any]]:
 
-  def sequences(find, *args, leave_out="", **options):
+  def in_sequence(find, *args, leave_out="", **options):
     def make(root):
       found = find(root, *args, **options)
       folders = frame_folders.frame_folders(*found, leave_out=leave_out)
-      return video_files.SequencePairs(folders, gaps=gaps)
+      return sequences.SequencePairs(folders, gaps=gaps)
 
     return make
 
   def filmed(found):
-    return video_files.SequencePairs(
+    return sequences.SequencePairs(
         found, gaps=gaps, skip_cuts=True, min_change=_STILL
     )
 
@@ -125,7 +127,7 @@ def _motion_table(
 
   def kitti(year):
     name = f"kitti_{year}"
-    frames = functools.partial(sequences, flow_sets.kitti_frames, year)
+    frames = functools.partial(in_sequence, flow_sets.kitti_frames, year)
     return {
         name: frames("training", leave_out=_KITTI_NO_PAIR),
         f"{name}_test": frames("testing", leave_out=_KITTI_NO_PAIR),
@@ -146,31 +148,31 @@ def _motion_table(
       "frames": lambda root: filmed(
           frame_folders.frame_folders(root / "frames")
       ),
-      "davis": sequences(lambda root: (root / "DAVIS/JPEGImages/480p",)),
+      "davis": in_sequence(lambda root: (root / "DAVIS/JPEGImages/480p",)),
       "flying_chairs": pairs(flows.flying_chairs, "training"),
       "flying_chairs_2": pairs(flows.flying_chairs_2, "train"),
-      "flying_things": sequences(flows.flying_things_frames, "clean"),
-      "flying_things_final": sequences(flows.flying_things_frames, "final"),
+      "flying_things": in_sequence(flows.flying_things_frames, "clean"),
+      "flying_things_final": in_sequence(flows.flying_things_frames, "final"),
       "flying_things_subset": pairs(
           flows.flying_things_subset, "train", cameras=both
       ),
       "flying_things_subset_final": pairs(
           flows.flying_things_subset, "train", cameras=both, render="final"
       ),
-      "hd1k": sequences(flows.hd1k_frames, "hd1k_input"),
-      "hd1k_test": sequences(flows.hd1k_frames, "hd1k_challenge"),
+      "hd1k": in_sequence(flows.hd1k_frames, "hd1k_input"),
+      "hd1k_test": in_sequence(flows.hd1k_frames, "hd1k_challenge"),
       **kitti("2012"),
       **kitti("2015"),
-      "middlebury": sequences(flows.middlebury_frames),
-      "sintel_clean": sequences(flows.sintel_frames, "training", "clean"),
-      "sintel_final": sequences(flows.sintel_frames, "training", "final"),
-      "sintel_test_clean": sequences(flows.sintel_frames, "test", "clean"),
-      "sintel_test_final": sequences(flows.sintel_frames, "test", "final"),
-      "spring": sequences(flows.spring_frames, "train"),
-      "spring_test": sequences(flows.spring_frames, "test"),
-      "tartanair": sequences(flows.tartanair_frames),
-      "viper": sequences(flows.viper_frames, "train"),
-      "viper_test": sequences(flows.viper_frames, "test"),
+      "middlebury": in_sequence(flows.middlebury_frames),
+      "sintel_clean": in_sequence(flows.sintel_frames, "training", "clean"),
+      "sintel_final": in_sequence(flows.sintel_frames, "training", "final"),
+      "sintel_test_clean": in_sequence(flows.sintel_frames, "test", "clean"),
+      "sintel_test_final": in_sequence(flows.sintel_frames, "test", "final"),
+      "spring": in_sequence(flows.spring_frames, "train"),
+      "spring_test": in_sequence(flows.spring_frames, "test"),
+      "tartanair": in_sequence(flows.tartanair_frames),
+      "viper": in_sequence(flows.viper_frames, "train"),
+      "viper_test": in_sequence(flows.viper_frames, "test"),
   }
 
 
@@ -196,11 +198,11 @@ def images(
           root / "imagenet" / "train"
       ),
       "imagenet_tfds": lambda root: _tfds(root / "imagenet2012", "train"),
-      "imagenet_records": lambda root: array_records.ConvertedImages(
+      "imagenet_records": lambda root: record_sets.ConvertedImages(
           root / "imagenet_records" / "train"
       ),
       "images": lambda root: image_sets.ImageFolder(root / "images"),
-      "records": lambda root: array_records.ConvertedImages(root / "records"),
+      "records": lambda root: record_sets.ConvertedImages(root / "records"),
       "cifar10": lambda root: image_sets.NpzImages(
           root / "cifar10" / "train.npz"
       ),
@@ -222,7 +224,7 @@ def images(
   return make(_root(root, name))
 
 
-def _tfds(folder: paths.Location, split: str) -> array_records.TfdsImages:
+def _tfds(folder: paths.Location, split: str) -> record_sets.TfdsImages:
   """A split of the one version of a set that tfds has prepared."""
   found = sorted(folder.glob("*/dataset_info.json"))
   if len(found) != 1:
@@ -231,7 +233,7 @@ def _tfds(folder: paths.Location, split: str) -> array_records.TfdsImages:
         f"{folder}: expected one version prepared by tfds, such as 5.1.0, with"
         f" its dataset_info.json, came {versions}"
     )
-  return array_records.TfdsImages(found[0].parent, split)
+  return record_sets.TfdsImages(found[0].parent, split)
 
 
 def flow_pairs(
@@ -325,7 +327,7 @@ def labelled(
           root / "imagenet" / "train"
       ),
       "imagenet_train_tfds": lambda root: _tfds(root / "imagenet2012", "train"),
-      "imagenet_train_records": lambda root: array_records.ConvertedImages(
+      "imagenet_train_records": lambda root: record_sets.ConvertedImages(
           root / "imagenet_records" / "train"
       ),
       "imagenet_val": lambda root: image_sets.ImageFolder(
@@ -334,7 +336,7 @@ def labelled(
       "imagenet_val_tfds": lambda root: _tfds(
           root / "imagenet2012", "validation"
       ),
-      "imagenet_val_records": lambda root: array_records.ConvertedImages(
+      "imagenet_val_records": lambda root: record_sets.ConvertedImages(
           root / "imagenet_records" / "val"
       ),
       "cifar10_bin_train": lambda root: image_sets.cifar10_binary(
