@@ -190,8 +190,8 @@ def _pillow_element(index: int, image: Image.Image) -> np.ndarray:
   return pillow_views(image, np.random.default_rng(index))
 
 
-def _pillow_batch(views: list[np.ndarray]) -> stream.Part:
-  return stream.Part({"views": np.concatenate(views)}, [], [])
+def _pillow_batch(views: list[np.ndarray]) -> stream.TaskBatch:
+  return stream.TaskBatch({"views": np.concatenate(views)}, [], [])
 
 
 def pillow_stream(dataset: Any, num_workers: int) -> stream.Stream:

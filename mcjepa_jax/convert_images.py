@@ -150,23 +150,23 @@ def _verify(shard: _Shard) -> tuple[dict[str, Any], list[Fault]] | None:
   None if it does not hold the bytes of all its files that decode.
   """
   try:
-    place, is_spare = paths.copied(shard.path)
+    local, is_spare = paths.copied(shard.path)
   except OSError:
     return None
   try:
-    return _compared(shard, place)
+    return _compared(shard, local)
   finally:
     if is_spare:
-      os.unlink(place)
+      os.unlink(local)
 
 
 def _compared(
-    shard: _Shard, place: image_files.Path
+    shard: _Shard, local: image_files.Path
 ) -> tuple[dict[str, Any], list[Fault]] | None:
   faults = []
   try:
-    count = array_records.num_records(place)
-    records = array_records.Records([place], [count], uncompressed=True)
+    count = array_records.num_records(local)
+    records = array_records.Records([local], [count], uncompressed=True)
     done = 0
     for name, label in zip(shard.names, shard.labels, strict=True):
       data = _read(shard, name)
@@ -184,7 +184,7 @@ def _compared(
       _count()
     if done != count:
       return None
-    with open(place, "rb") as file:
+    with open(local, "rb") as file:
       digest = hashlib.file_digest(file, "sha256").hexdigest()
       size = os.fstat(file.fileno()).st_size
   except paths.Unreachable:

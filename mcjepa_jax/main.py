@@ -43,15 +43,15 @@ def _run(config, workdir, flags) -> None:
   from mcjepa_jax.distributed import cluster, hosts, rendezvous
 
   seconds = _seconds("MCJEPA_START_SECONDS", 300.0)
-  where = cluster.find(flags, seconds=seconds)
-  if where and config.task == "evaluate":
+  process = cluster.find(flags, seconds=seconds)
+  if process and config.task == "evaluate":
     raise errors.UserError(
-        f"task: evaluate runs on one host, got {where.count}"
+        f"task: evaluate runs on one host, got {process.count}"
     )
   with contextlib.ExitStack() as stack:
-    stack.enter_context(heartbeat.together())
+    stack.enter_context(heartbeat.report_failures())
     rendezvous.start(
-        where,
+        process,
         seconds=seconds,
         silence=_seconds("MCJEPA_LOST_SECONDS", heartbeat.SILENCE),
     )

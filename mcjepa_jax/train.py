@@ -30,7 +30,7 @@ from mcjepa_jax.training import (
     saving,
     step_watcher,
 )
-from mcjepa_jax.training.context import Batch, Run
+from mcjepa_jax.training.context import Batch, RunContext
 from mcjepa_jax.training.progress import Progress
 
 
@@ -87,7 +87,9 @@ def _train(
       print(result_table.table(results))
       return results
     earlier = stack.enter_context(
-        process_lifetimes.kept(folder, clock.started, first=hosts.first())
+        process_lifetimes.record_lifetime(
+            folder, clock.started, first=hosts.first()
+        )
     )
     workdir = hosts.log_folder(workdir)
     local_files.write_json(
@@ -98,9 +100,9 @@ def _train(
             abstract.params, include_stats=False
         )
     )
-    run = Run(
+    run = RunContext(
         config, workdir, folder, model, optimizers, abstract, mesh,
-        streams, checkpoints, clock, alarms.Watch(config),
+        streams, checkpoints, clock, alarms.AlarmMonitor(config),
         context.step_programs(config, model, optimizers, abstract, mesh),
     )  # fmt: skip
     try:
@@ -108,12 +110,14 @@ def _train(
         if newest is None:
           context.begin_step(run)
           state = context.first_state(run)
-          lost = process_lifetimes.lost(earlier, 0.0)
+          lost = process_lifetimes.lost_seconds(earlier, 0.0)
         else:
           state, saved, meta = checkpoints.restore(newest, abstract)
           clock.add(meta["seconds"])
-          lost = process_lifetimes.lost(earlier, meta.get("time", time.time()))
-          run.watch.restore(meta["watch"])
+          lost = process_lifetimes.lost_seconds(
+              earlier, meta.get("time", time.time())
+          )
+          run.monitor.restore(meta["watch"])
           for task, stream in streams.items():
             stream.restore(saved[task])
           print(f"Resumed at step {newest} of {config.num_steps}.")
@@ -141,7 +145,9 @@ def looks_at(config: Any, number: int) -> bool:
   return number > 0 and any(n and number % n == 0 for n in every)
 
 
-def run_loop(run: Run, state: train_state.TrainState) -> train_state.TrainState:
+def run_loop(
+    run: RunContext, state: train_state.TrainState
+) -> train_state.TrainState:
   """The trained state, by as many ways back as the alarms allow."""
   rolled_back = False
   with signals.on_sigterm(lambda *_: run.stop.set()):
@@ -153,11 +159,11 @@ def run_loop(run: Run, state: train_state.TrainState) -> train_state.TrainState:
 
 
 def run_steps(
-    run: Run, state: train_state.TrainState, rolled_back: bool
+    run: RunContext, state: train_state.TrainState, rolled_back: bool
 ) -> train_state.TrainState:
-  """The trained state: save, evaluate, next batch, dispatch, settle.
+  """The trained state: save, evaluate, next batch, dispatch, finish the step before.
 
-  What is settled is the step BEFORE the one dispatched, so that the host never
+  What is finished is the step BEFORE the one dispatched, so that the host never
   waits. A checkpoint holds the streams as of the next batch to be consumed:
   the queue runs ahead, so each queued batch carries its streams' states.
 
@@ -175,7 +181,7 @@ def run_steps(
   source = context.batches(run, start)
   queue: deque[Batch] = deque()
   progress = Progress(run, start)
-  watcher = step_watcher.Watcher(run, progress)
+  watcher = step_watcher.StepWatcher(run, progress)
   hang_timer = signals.HangTimer(config.hang_seconds)
   kept = start  # the step from which a run that ends now would go on
 
@@ -187,9 +193,9 @@ def run_steps(
   def keep(state, number, *, hurry):
     nonlocal kept
     refused = None
-    state, _ = watcher.settle(state, following())
+    state, _ = watcher.finish_pending(state, following())
     # In a row of skipped updates what was saved before it stays newest.
-    if hurry or not run.watch.row:
+    if hurry or not run.monitor.row:
       with clock.span("checkpoint"), watcher.writing(number):
         refused = saving.save(run, state, following(), hurry=hurry)
         kept = number
@@ -207,7 +213,7 @@ def run_steps(
         state = keep(state, number, hurry=False)
       # What stops has seconds left, and nothing to lose but its state.
       if not stopping and looks_at(config, number):
-        state, _ = watcher.settle(state, following())
+        state, _ = watcher.finish_pending(state, following())
         reports.look(run, state, number, progress.log)
       # SIGTERM meanwhile, to one host. What a run is rolled back to is saved with
       # the batches that it is to pass over: that takes one step more.
@@ -236,14 +242,14 @@ def run_steps(
         if at_once and run.stop.is_set():  # while the batch was awaited
           signals.stop_unsaved()
         watcher.before(number, state, batch, queue[0] if queue else None)
-      state, logs = run.programs.run(batch.kind, state, batch.arrays)
-      state, skipped = watcher.settle(state, batch.streams)
+      state, logs = run.compiled_steps.run(batch.kind, state, batch.arrays)
+      state, skipped = watcher.finish_pending(state, batch.streams)
       if skipped:  # then the step just dispatched has changed nothing
-        state, logs = run.programs.run(
+        state, logs = run.compiled_steps.run(
             batch.kind, state, batch.arrays, again=True
         )
       watcher.dispatched(number, batch, logs)
-    state, _ = watcher.settle(state, following())
+    state, _ = watcher.finish_pending(state, following())
     if start < config.num_steps:
       with clock.span("checkpoint"):
         with watcher.writing(config.num_steps):

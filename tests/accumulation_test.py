@@ -151,36 +151,36 @@ def test_micro_batches_keep_pairs_and_come_back(count):
 @pytest.mark.slow
 def test_a_part_of_a_batch_draws_what_it_would_in_the_whole():
   images = jnp.asarray(tiny.batch(8, 8)["views"])
-  places = jnp.array([2, 3, 6, 7, 14, 15])
+  indices = jnp.array([2, 3, 6, 7, 14, 15])
   key = jax.random.key(1)
   encoder = convnext.ConvNeXt(depths=(2,), dims=(4,), drop_path=0.9)
   params = jax.jit(encoder.init)(key, jnp.zeros((1, 4, 4, 3)))
 
-  def pooled(images, places):
+  def pooled(images, batch_rows):
     pyramid = encoder.apply(
         params,
         images / 255.0,
         deterministic=False,
-        places=places,
+        batch_rows=batch_rows,
         rngs={"drop_path": key},
     )
     return pyramid[-1]
 
   for augmented in (
-      lambda x, places: augmentation.content_views(x, key, places=places),
-      lambda x, places: augmentation.motion_frames(
-          x, key, erase_probability=0.5, places=places
+      lambda x, indices: augmentation.content_views(x, key, indices=indices),
+      lambda x, indices: augmentation.motion_frames(
+          x, key, erase_probability=0.5, indices=indices
       )[1],
-      lambda x, places: pooled(
-          x, places if places is None else (places, len(images))
+      lambda x, indices: pooled(
+          x, indices if indices is None else (indices, len(images))
       ),
   ):
     augmented = jax.jit(augmented)
     whole = augmented(images, None)
-    part = augmented(images[places], places)
-    np.testing.assert_allclose(part, whole[places], atol=1e-5)
-    moved = augmented(images[places], None)
-    assert np.max(np.abs(moved - whole[places])) > 1e-2
+    part = augmented(images[indices], indices)
+    np.testing.assert_allclose(part, whole[indices], atol=1e-5)
+    moved = augmented(images[indices], None)
+    assert np.max(np.abs(moved - whole[indices])) > 1e-2
 
 
 def test_means_over_masks_count_the_pixels_of_all_micro_batches():
@@ -189,7 +189,7 @@ def test_means_over_masks_count_the_pixels_of_all_micro_batches():
   mask = jnp.asarray(rng.random((8, 4, 4, 1)) < 0.3, jnp.float32)
   mask = mask.at[:4].set(0)  # nothing counts in the first micro-batch
 
-  def forward(params, micro, places, mean):
+  def forward(params, micro, indices, mean):
     # Two maps of one call each, so that the order of the counts matters.
     loss = mean(params * micro["x"], micro["mask"])
     loss += 2 * mean(params * jnp.square(micro["x"]), 1 - micro["mask"])

@@ -220,7 +220,7 @@ def test_a_loop_over_blocks_is_the_blocks_in_turn(dtype, remat):
         params,
         images,
         deterministic=False,
-        places=(jnp.array([4, 0, 2]), 6),
+        batch_rows=(jnp.array([4, 0, 2]), 6),
         rngs={"drop_path": jax.random.key(0)},
     )
     return sum(jnp.sum(jnp.sin(x.astype(jnp.float32))) for x in pyramid)

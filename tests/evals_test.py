@@ -202,7 +202,7 @@ def test_knn_of_a_set_reports_its_twins_and_references(parts):
 
 
 def test_a_bank_of_fewer_images_has_no_vote_of_200(parts):
-  small = frozen_features.Part(
+  small = frozen_features.FeatureSet(
       {k: v[:200] for k, v in parts[0].features.items()}, parts[0].labels[:200]
   )
   result = knn.run("set", small, parts[1], progress=False)

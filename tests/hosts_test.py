@@ -506,24 +506,24 @@ def _call_all(these, seconds=5.0):
 
 def test_the_roll_ends_when_all_are_here():
   address = f"127.0.0.1:{job.free_port()}"
-  these = [cluster.Place(address, 3, i) for i in (2, 0, 1)]
+  these = [cluster.Process(address, 3, i) for i in (2, 0, 1)]
   assert _call_all(these) == ["all here"] * 3
 
 
 def test_the_absent_are_named_to_all_that_came():
   address = f"127.0.0.1:{job.free_port()}"
   names = ("tpu-a", "tpu-b", "tpu-c")
-  these = [cluster.Place(address, 3, i, names) for i in (0, 2)]
+  these = [cluster.Process(address, 3, i, names) for i in (0, 2)]
   for fault in _call_all(these, 0.5):
     assert fault.endswith("these did not come: process 1 (tpu-b)")
 
 
 def test_two_with_one_place_and_another_count_are_told():
   address = f"127.0.0.1:{job.free_port()}"
-  these = [cluster.Place(address, 3, i) for i in (0, 1, 1)]
+  these = [cluster.Process(address, 3, i) for i in (0, 1, 1)]
   assert all("both say they are process 1" in f for f in _call_all(these))
   address = f"127.0.0.1:{job.free_port()}"
-  these = [cluster.Place(address, 3, 0), cluster.Place(address, 2, 1)]
+  these = [cluster.Process(address, 3, 0), cluster.Process(address, 2, 1)]
   assert all("process 0 expects 3" in f for f in _call_all(these))
 
 
@@ -542,7 +542,7 @@ def test_one_that_left_and_was_started_again_is_no_second_one():
       except OSError:
         time.sleep(0.02)
 
-  these = [cluster.Place(f"127.0.0.1:{port}", 3, i) for i in range(3)]
+  these = [cluster.Process(f"127.0.0.1:{port}", 3, i) for i in range(3)]
   found = []
   caller = threading.Thread(
       target=lambda: found.extend(_call_all(these[:1], 20.0))
@@ -555,7 +555,7 @@ def test_one_that_left_and_was_started_again_is_no_second_one():
 
 
 def test_sigterm_is_heard_while_hosts_are_awaited():
-  place = cluster.Place(f"127.0.0.1:{job.free_port()}", 2, 0)
+  place = cluster.Process(f"127.0.0.1:{job.free_port()}", 2, 0)
   pid = os.getpid()
   timer = threading.Timer(0.5, lambda: os.kill(pid, signal.SIGTERM))
   # As of the first process of a container.
@@ -571,7 +571,7 @@ def test_sigterm_is_heard_while_hosts_are_awaited():
 
 
 def test_without_process_0_the_others_say_so():
-  place = cluster.Place(f"127.0.0.1:{job.free_port()}", 2, 1)
+  place = cluster.Process(f"127.0.0.1:{job.free_port()}", 2, 1)
   (fault,) = _call_all([place], 0.5)
   assert fault.startswith("process 0 at 127.0.0.1:")
   assert "did not call the roll: Connection refused" in fault
@@ -594,7 +594,7 @@ def test_a_stranger_on_the_port_is_not_counted():
   threads.append(threading.Thread(target=stranger))
   threads[0].start()
   address = f"127.0.0.1:{port}"
-  (fault,) = _call_all([cluster.Place(address, 2, 0)], 2.0)
+  (fault,) = _call_all([cluster.Process(address, 2, 0)], 2.0)
   threads[0].join()
   assert "these did not come: process 1" in fault
 
@@ -611,7 +611,7 @@ def test_another_service_on_the_coordinators_port_is_no_roll_call():
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
-    place = cluster.Place(f"127.0.0.1:{port}", 2, 1)
+    place = cluster.Process(f"127.0.0.1:{port}", 2, 1)
     (fault,) = _call_all([place], 0.3)
   assert "did not call the roll: another service answers there" in fault
 
@@ -645,7 +645,7 @@ def test_flags_go_before_variables_and_both_before_none(monkeypatch):
   monkeypatch.setenv("MCJEPA_PROCESSES", "4")
   monkeypatch.setenv("MCJEPA_PROCESS", "3")
   place = cluster.find({"process": ["2"]})
-  assert place == cluster.Place("10.0.0.1:1234", 4, 2)
+  assert place == cluster.Process("10.0.0.1:1234", 4, 2)
   monkeypatch.setenv("MCJEPA_PROCESSES", "1")
   assert cluster.find({"process": ["0"]}) is None
 
@@ -812,7 +812,7 @@ def two(monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 0)
     monkeypatch.setattr(hosts.distributed.global_state, "client", client)
     held = types.SimpleNamespace(names=["process 0 (a)", "process 1 (b)"])
-    monkeypatch.setattr(hosts.heartbeat, "_held", held)
+    monkeypatch.setattr(hosts.heartbeat, "_heartbeat", held)
 
   return set_up
 

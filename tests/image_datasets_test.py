@@ -1,4 +1,4 @@
-"""Image sets: labels, places, and hostile .npz files."""
+"""Image sets: labels, order, and hostile .npz files."""
 
 import contextlib
 import io
@@ -42,7 +42,7 @@ def _npz(path, **changes):
   return path
 
 
-def test_labels_are_the_places_of_sorted_class_folders(tmp_path):
+def test_labels_are_the_numbers_of_sorted_class_folders(tmp_path):
   _write(tmp_path / "n02" / "b.JPEG", 9)
   _write(tmp_path / "n02" / "a.png", 8)
   _write(tmp_path / "n01" / "c.jpg", 7)

@@ -29,9 +29,9 @@ def written(tmp_path_factory, name, text):
 
 def start(config_path, workdir, *overrides, index=0, count=1, port=0, **env):
   """The process of one host of `count`; variables are added to its own."""
-  places = []
+  process_flags = []
   if count > 1:
-    places = [
+    process_flags = [
         f"--coordinator=127.0.0.1:{port}",
         f"--processes={count}",
         f"--process={index}",
@@ -39,7 +39,7 @@ def start(config_path, workdir, *overrides, index=0, count=1, port=0, **env):
   return subprocess.Popen(
       [
           sys.executable, "-m", "mcjepa_jax.main", f"--config={config_path}",
-          f"--workdir={workdir}", *places, *overrides,
+          f"--workdir={workdir}", *process_flags, *overrides,
       ],
       env=os.environ
       | {

@@ -113,11 +113,11 @@ def test_a_line_says_whether_the_input_is_the_limit(
 ):
   stream = types.SimpleNamespace(rate=lambda: made)
   config = tiny.config(mode="motion")
-  run = object.__new__(context.Run)  # no model, no checkpoints
+  run = object.__new__(context.RunContext)  # no model, no checkpoints
   vars(run).update(
       config=config,
       workdir=tmp_path,
-      watch=alarms.Watch(config),
+      monitor=alarms.AlarmMonitor(config),
       clock=run_clock.Clock(),
       streams={"motion": stream},
   )

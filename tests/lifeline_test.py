@@ -20,7 +20,7 @@ class _Run:
     self.left = {}  # exit codes of those that a line ended
     names = [f"host-{i}" for i in range(count)]
     self.lines = [
-        heartbeat.Lifeline(
+        heartbeat.Heartbeat(
             i,
             names,
             {0: self.far[i]} if i else self.near,
@@ -134,11 +134,11 @@ def test_hosts_that_stop_are_given_time_to_save(capfd):
 
 def test_an_error_that_comes_of_another_hosts_end_tells_that(monkeypatch):
   run = _Run(2, grace=5.0)
-  monkeypatch.setattr(heartbeat, "_held", run.lines[0])
+  monkeypatch.setattr(heartbeat, "_heartbeat", run.lines[0])
   failing = threading.Thread(target=run.end, args=({1: 2}, "disk full"))
   failing.start()
   with pytest.raises(errors.Stop, match="host-1.*disk full") as caught:
-    with heartbeat.together():
+    with heartbeat.report_failures():
       raise ValueError("Gloo AllGather failed")
   assert caught.value.code == 2
   assert run.end({0: caught.value.code}) == {0: 2}
@@ -148,13 +148,13 @@ def test_an_error_that_comes_of_another_hosts_end_tells_that(monkeypatch):
 
 def test_an_error_of_ones_own_is_kept_for_the_others(monkeypatch, capsys):
   run = _Run(2)
-  monkeypatch.setattr(heartbeat, "_held", run.lines[0])
+  monkeypatch.setattr(heartbeat, "_heartbeat", run.lines[0])
   monkeypatch.setattr(heartbeat, "_CAUSE", 0.1)
-  with pytest.raises(errors.UserError), heartbeat.together():
+  with pytest.raises(errors.UserError), heartbeat.report_failures():
     raise errors.UserError("one", "two")
   assert run.lines[0].reason == "one; two"
   with pytest.raises(errors.Stop, match="KeyError: 'x'") as caught:
-    with heartbeat.together():
+    with heartbeat.report_failures():
       raise KeyError("x")
   assert caught.value.code == 1
   assert "Traceback" in capsys.readouterr().err
@@ -174,5 +174,5 @@ def test_another_time_is_told_once_with_both_hosts(capsys, monkeypatch):
 def test_alone_nothing_is_told():
   assert heartbeat.end(3) == 3
   assert heartbeat.name(2) == "process 2"
-  with pytest.raises(KeyError), heartbeat.together():
+  with pytest.raises(KeyError), heartbeat.report_failures():
     raise KeyError("x")

@@ -31,7 +31,7 @@ def _part(count, seed):
   told = common + signs + 0.4 * rng.normal(size=signs.shape)
   x = np.concatenate([told, common], axis=1).astype(np.float32)
   noise = rng.normal(size=x.shape).astype(np.float32)
-  return frozen_features.Part(
+  return frozen_features.FeatureSet(
       {"": x, "random_init": noise, "pixels": noise + x}, labels
   )
 
@@ -74,7 +74,9 @@ def test_the_rate_is_chosen_by_held_out_training_images_alone():
   assert result["linear/set/learning_rate"] == 0.05
   assert result["linear/set/top1"] > 2 * result["linear/set/chance"]
   # Test labels that are all wrong change the score and nothing else.
-  wrong = frozen_features.Part(test.features, (test.labels + 1) % _CLASSES)
+  wrong = frozen_features.FeatureSet(
+      test.features, (test.labels + 1) % _CLASSES
+  )
   other = linear.run("set", train, wrong, **options)
   for key in ("learning_rate", "top1_held_out"):
     assert other[f"linear/set/{key}"] == result[f"linear/set/{key}"]

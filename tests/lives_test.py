@@ -12,18 +12,20 @@ from mcjepa_jax.storage import run_folder
 def _opened(folder, monkeypatch, *, first=True):
   monkeypatch.setattr(process_lifetimes, "SECONDS", 0.02)
   run = run_folder.Folder(folder, folder)
-  return process_lifetimes.kept(run, time.perf_counter(), first=first)
+  return process_lifetimes.record_lifetime(
+      run, time.perf_counter(), first=first
+  )
 
 
 def test_only_what_was_lived_after_the_save_is_lost():
   earlier = [(0.0, 100.0), (150.0, 170.0)]
-  assert process_lifetimes.lost(earlier, 0.0) == 120
-  assert process_lifetimes.lost(earlier, 90.0) == 30
-  assert process_lifetimes.lost(earlier, 120.0) == 20
-  assert process_lifetimes.lost(earlier, 160.0) == 10
+  assert process_lifetimes.lost_seconds(earlier, 0.0) == 120
+  assert process_lifetimes.lost_seconds(earlier, 90.0) == 30
+  assert process_lifetimes.lost_seconds(earlier, 120.0) == 20
+  assert process_lifetimes.lost_seconds(earlier, 160.0) == 10
   assert (
-      process_lifetimes.lost(earlier, 200.0)
-      == process_lifetimes.lost([], 0.0)
+      process_lifetimes.lost_seconds(earlier, 200.0)
+      == process_lifetimes.lost_seconds([], 0.0)
       == 0
   )
 

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from mcjepa_jax import errors, replay, train
-from mcjepa_jax.compiled.compiled_steps import Programs
+from mcjepa_jax.compiled.compiled_steps import CompiledSteps
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.runtime import log_files, process_lifetimes, run_clock, signals
 from mcjepa_jax.storage import (
@@ -232,7 +232,7 @@ def test_after_a_row_of_skips_it_goes_back_and_past_them_also_when_resumed(
 
   def killed(run, state, *args, **kwargs):
     saves(run, state, *args, **kwargs)
-    if run.watch.counts()["alarm/rollback"]:
+    if run.monitor.counts()["alarm/rollback"]:
       raise Killed
 
   with monkeypatch.context() as patch:
@@ -606,7 +606,7 @@ def test_the_best_evaluated_checkpoint_outlives_those_after_it(
 def test_a_dead_worker_ends_the_run_with_77_and_it_goes_on(
     data, tmp_path, monkeypatch
 ):
-  plain, killed = Programs.run, []
+  plain, killed = CompiledSteps.run, []
 
   def run(self, *args, **kwargs):
     if not killed:
@@ -618,7 +618,7 @@ def test_a_dead_worker_ends_the_run_with_77_and_it_goes_on(
   # More than the worker has read before it is killed.
   config = _config(data, workers=1, num_steps=30, save_every=1, keep_last=2)
   with monkeypatch.context() as patch:
-    patch.setattr(Programs, "run", run)
+    patch.setattr(CompiledSteps, "run", run)
     with pytest.raises(errors.Stop, match="worker.*SIGKILL") as stop:
       train.train(config, tmp_path)
   assert stop.value.code == 77 and time.monotonic() - killed[0] < 60
@@ -646,7 +646,7 @@ def test_logs_that_a_bucket_refuses_are_told_and_the_state_is_saved(
 def test_sigterm_while_a_step_compiles_loses_none_before_it(
     tmp_path, monkeypatch, start_step
 ):
-  plain = Programs.compile
+  plain = CompiledSteps.compile
 
   def compile(self, kind, state, arrays):
     if kind == "both":
@@ -655,7 +655,7 @@ def test_sigterm_while_a_step_compiles_loses_none_before_it(
       raise AssertionError("SIGTERM was not heard")
     plain(self, kind, state, arrays)
 
-  monkeypatch.setattr(Programs, "compile", compile)
+  monkeypatch.setattr(CompiledSteps, "compile", compile)
   monkeypatch.setattr(context, "begin_step", lambda run: None)
   config = tiny.config(motion__start_step=start_step, save_every=100)
   with pytest.raises(errors.Stop, match="what is saved is all there is") as e:

@@ -269,7 +269,7 @@ def holed(*holes: int, **options):
   )
 
 
-def test_an_unreadable_record_is_replaced_and_all_others_keep_their_places():
+def test_an_unreadable_record_is_replaced_and_all_others_keep_their_positions():
   whole, part = holed()[0].records + holed()[1].records, [
       holed(3, 4)[k] for k in (0, 1)
   ]

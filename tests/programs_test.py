@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mcjepa_jax.compiled.compiled_steps import Programs
+from mcjepa_jax.compiled.compiled_steps import CompiledSteps
 from mcjepa_jax.step import train_state
 
 
@@ -18,7 +18,7 @@ def programs():
       raise ValueError("three")
     return state.replace(step=state.step + arrays["views"].sum()), {}
 
-  made = Programs(
+  made = CompiledSteps(
       {"content": jax.jit(step), "both": jax.jit(step)},
       expected={"content": 1, "both": 2},
       devices=1,

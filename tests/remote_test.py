@@ -244,8 +244,8 @@ def test_readers_that_want_one_file_at_once_copy_it_once(gs, images, tmp_path):
   path.stat()
   gs.requests.clear()
   with futures.ThreadPoolExecutor(4) as pool:
-    places = set(pool.map(paths.local, [path] * 4))
-  assert places == {path.copy} and len(gs.requests) == 1
+    copies = set(pool.map(paths.local, [path] * 4))
+  assert copies == {path.copy} and len(gs.requests) == 1
   assert [p for p in (tmp_path / "cache").rglob("*") if p.is_file()] == [
       path.copy
   ]

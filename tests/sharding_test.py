@@ -92,13 +92,13 @@ def test_hosts_count_in_the_order_of_their_rows(monkeypatch):
       _Device(id=i, process_index=i, slice_index=i % 2) for i in range(4)
   ]
   monkeypatch.setattr(jax, "devices", lambda: devices)
-  places = []
+  found = []
   for process in range(4):
     monkeypatch.setattr(jax, "process_index", lambda p=process: p)
-    places.append(sharding.host_index())
-  assert places == [0, 2, 1, 3]
+    found.append(sharding.host_index())
+  assert found == [0, 2, 1, 3]
   order = [d.process_index for d in sharding.mesh_of(devices).devices.flat]
-  assert [order.index(process) for process in range(4)] == places
+  assert [order.index(process) for process in range(4)] == found
 
 
 @pytest.mark.parametrize(

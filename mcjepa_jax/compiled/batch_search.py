@@ -19,14 +19,14 @@ _MARGIN = 0.95  # of what a program may use: the foretold is not exact
 _GRADIENT = 1 / 3
 
 
-class Batch(NamedTuple):
+class BatchSize(NamedTuple):
   """Images and pairs of a step, of all devices together."""
 
   images: int
   pairs: int
 
 
-def sized(config: Any, batch: Batch, policy: str) -> Any:
+def sized(config: Any, batch: BatchSize, policy: str) -> Any:
   """The config with another batch and another rematerialisation."""
   config = config.copy_and_resolve_references()
   with config.unlocked():
@@ -35,7 +35,7 @@ def sized(config: Any, batch: Batch, policy: str) -> Any:
   return config
 
 
-def smallest(config: Any, devices: int) -> Batch:
+def smallest(config: Any, devices: int) -> BatchSize:
   """The smallest batch in the config's proportion that the devices divide.
 
   Raises:
@@ -44,7 +44,7 @@ def smallest(config: Any, devices: int) -> Batch:
   images, pairs = config.content.batch_size, config.motion.batch_size
   parts = math.gcd(images, pairs)
   for part in range(1, parts + 1):
-    batch = Batch(images // parts * part, pairs // parts * part)
+    batch = BatchSize(images // parts * part, pairs // parts * part)
     faults = validation.faults(
         sized(config, batch, config.remat), devices=devices
     )
@@ -55,7 +55,7 @@ def smallest(config: Any, devices: int) -> Batch:
 
 def foretold(
     report: dict[str, Any],
-    batch: Batch,
+    batch: BatchSize,
     larger: tuple[int, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
   """The largest batch by the report on one: `times` it, and the memory then.
@@ -122,7 +122,7 @@ def search(
   first = report = reports[policy]
   corrected = rows[policy]
   if times > 1:  # else the report is on that batch already
-    many = Batch(times * batch.images, times * batch.pairs)
+    many = BatchSize(times * batch.images, times * batch.pairs)
     report = compiled(
         sized(config, many, policy), f"{policy}, {many.images}+{many.pairs}"
     )

@@ -13,7 +13,7 @@ Key = tuple[Any, ...]
 Arrays = Mapping[str, jax.Array | jax.ShapeDtypeStruct]
 
 
-class Programs:
+class CompiledSteps:
   """Each kind of step compiled once for each shape of its batch."""
 
   def __init__(

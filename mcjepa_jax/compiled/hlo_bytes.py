@@ -156,22 +156,22 @@ class _Fusion:
       defined[name] = operation, names, attributes
       if operation == "parameter":
         parameters[int(operands)] = name
-      for place, operand in enumerate(names):
+      for number, operand in enumerate(names):
         users.setdefault(operand, []).append(
-            (name, operation, attributes, place)
+            (name, operation, attributes, number)
         )
 
     def read(name):
       """Bytes of a parameter, or of what is bitcast from it, that are read."""
       whole, parts = shape_bytes(shapes[name]), 0
-      for user, operation, attributes, place in users.get(name, ()):
+      for user, operation, attributes, number in users.get(name, ()):
         if operation == "bitcast":
           parts += read(user)
         elif operation == "fusion":
-          parts += fused(attributes).reads[place]
-        elif operation in _READ_A_PART and place == 0:
+          parts += fused(attributes).reads[number]
+        elif operation in _READ_A_PART and number == 0:
           parts += shape_bytes(shapes[user])
-        elif operation != "dynamic-update-slice" or place:
+        elif operation != "dynamic-update-slice" or number:
           return whole
       return min(whole, parts)
 

@@ -17,7 +17,7 @@ def absent(message: str) -> errors.Stop:
   return errors.Stop(errors.EXIT_LOST, message)
 
 
-class Place(NamedTuple):
+class Process(NamedTuple):
   """Where this process stands among those of a run."""
 
   address: str  # HOST:PORT of process 0
@@ -36,8 +36,8 @@ class Place(NamedTuple):
 
 def find(
     flags: Mapping[str, Sequence[str]], *, seconds: float = 300.0
-) -> Place | None:
-  """The place that flags, MCJEPA_* variables or the cluster give; None alone.
+) -> Process | None:
+  """This process, by flags, MCJEPA_* variables or the cluster; None if alone.
 
   Clusters are those that JAX knows: Cloud TPU, one slice or several, created
   directly or by GKE, and SLURM.
@@ -51,7 +51,7 @@ def find(
     value = " ".join(flags.get(name, ()))
     given[name] = value or os.environ.get(f"MCJEPA_{name.upper()}", "")
   if any(given.values()):
-    return _given_place(given)
+    return _given_process(given)
   for cluster in (
       clusters.SlurmCluster,
       clusters.GkeTpuCluster,
@@ -75,7 +75,7 @@ def find(
               f"slice {i // workers}, worker {i % workers}"
               for i in range(count)
           )
-      return Place(
+      return Process(
           address, count, cluster.get_process_id(), names, cluster.name
       )
   return None
@@ -108,7 +108,7 @@ def _nodes(count: int) -> tuple[str, ...]:
   return names if len(names) == count else ()
 
 
-def _given_place(given: Mapping[str, str]) -> Place | None:
+def _given_process(given: Mapping[str, str]) -> Process | None:
   faults = []
   for name, pattern, hint in (
       ("coordinator", r".+:\d{1,5}", "HOST:PORT of process 0"),
@@ -130,4 +130,4 @@ def _given_place(given: Mapping[str, str]) -> Place | None:
   count = int(given["processes"])
   if count == 1:
     return None
-  return Place(given["coordinator"], count, int(given["process"]))
+  return Process(given["coordinator"], count, int(given["process"]))

@@ -1,4 +1,4 @@
-"""A line between the hosts of a run, by which all learn of the end of one.
+"""The heartbeat of the hosts of a run, by which all learn of the end of one.
 
 Process 0 holds a connection to each of the others. All say now and then that
 they live, with their time, and at last how they ended. JAX alone would tell no
@@ -35,11 +35,11 @@ _CAUSE = 3.0
 _LAST = 2.0
 CLOCKS = 60.0  # seconds between two hosts' clocks that are told
 
-Fault = tuple[int, str]  # exit code and line
+Ending = tuple[int, str]  # exit code and line
 
 
-class Lifeline:
-  """This process's end of the line, watched by a thread until `end`."""
+class Heartbeat:
+  """This process's connections to the others, watched by a thread until `end`."""
 
   def __init__(
       self,
@@ -72,7 +72,7 @@ class Lifeline:
     self._buffers = dict.fromkeys(connections, b"")
     self._ended: dict[int, int] = {}  # exit codes
     self._warned: set[int] = set()
-    self._fault: Fault | None = None
+    self._fault: Ending | None = None
     self._deadline = float("inf")  # when another's fault ends this one
     self._code: int | None = None  # of this one, once it is at its end
     # Of sends, and of what is decided by what was heard.
@@ -84,7 +84,7 @@ class Lifeline:
     self._thread = threading.Thread(target=self._watch, daemon=True)
     self._thread.start()
 
-  def fault(self, seconds: float) -> Fault | None:
+  def fault(self, seconds: float) -> Ending | None:
     """The exit code and the line of another host's end, if one is heard of."""
     with self._news:
       self._news.wait_for(lambda: self._fault, seconds)
@@ -241,22 +241,22 @@ class Lifeline:
     self._leave(code)
 
 
-_held: Lifeline | None = None
+_heartbeat: Heartbeat | None = None
 
 
-def hold(line: Lifeline) -> None:
-  """Makes a line the one of this process."""
-  global _held
-  _held = line
+def install(heartbeat: Heartbeat) -> None:
+  """Makes a heartbeat the one of this process."""
+  global _heartbeat
+  _heartbeat = heartbeat
 
 
 def name(index: int) -> str:
   """How messages call a process."""
-  return _held.names[index] if _held else f"process {index}"
+  return _heartbeat.names[index] if _heartbeat else f"process {index}"
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def report_failures() -> Iterator[None]:
   """Keeps why the body ended, for the others; theirs is raised if it is why.
 
   Raises:
@@ -266,19 +266,21 @@ def together() -> Iterator[None]:
   try:
     yield
   except (errors.UserError, errors.Stop) as error:
-    if _held:
-      _held.reason = "; ".join(str(error).splitlines())
+    if _heartbeat:
+      _heartbeat.reason = "; ".join(str(error).splitlines())
       if getattr(error, "code", None) == errors.EXIT_LOST:
-        _held.reason = f"{_held.names[_held.index]}: {_held.reason}"
+        _heartbeat.reason = (
+            f"{_heartbeat.names[_heartbeat.index]}: {_heartbeat.reason}"
+        )
     raise
   except Exception as error:
-    if not _held:
+    if not _heartbeat:
       raise
-    if fault := _held.fault(_CAUSE):
+    if fault := _heartbeat.fault(_CAUSE):
       raise errors.Stop(*fault) from error
     traceback.print_exc()
-    _held.reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    raise errors.Stop(errors.EXIT_CRASHED, _held.reason) from error
+    _heartbeat.reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    raise errors.Stop(errors.EXIT_CRASHED, _heartbeat.reason) from error
 
 
 def end(code: int) -> int:
@@ -286,11 +288,11 @@ def end(code: int) -> int:
 
   JAX, at exit, would wait for all hosts and abort where they do not come.
   """
-  global _held
-  if not _held:
+  global _heartbeat
+  if not _heartbeat:
     return code
-  line, _held = _held, None
-  code = line.end(code)
+  ending, _heartbeat = _heartbeat, None
+  code = ending.end(code)
   if code:
     command_line.leave(code)
   return code

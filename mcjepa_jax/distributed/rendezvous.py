@@ -22,7 +22,7 @@ _LATER = 40  # seconds after which JAX itself misses a host that is silent
 
 
 def start(
-    where: cluster.Place | None,
+    process: cluster.Process | None,
     *,
     seconds: float = 300.0,
     silence: float = heartbeat.SILENCE,
@@ -32,27 +32,27 @@ def start(
   One that is silent for `silence` seconds then counts as lost.
 
   Raises:
-    UserError: two say that they have the same place.
+    UserError: two say that they are the same process.
     Stop: some did not come within `seconds` (77); they are named.
   """
-  if where is None:
+  if process is None:
     return
   # The first process of a container hears no signal that it has no handler for.
   with signals.on_sigterm(signals.stop_unsaved):
-    names, connections = roll_call(where, seconds)
-  heartbeat.hold(
-      heartbeat.Lifeline(where.index, names, connections, silence=silence)
+    names, connections = roll_call(process, seconds)
+  heartbeat.install(
+      heartbeat.Heartbeat(process.index, names, connections, silence=silence)
   )
-  if where.index:
+  if process.index:
     # Read where tqdm is imported: one bar is enough.
     os.environ.setdefault("TQDM_DISABLE", "1")
   jax.distributed.initialize(
-      coordinator_address=where.address,
-      num_processes=where.count,
-      process_id=where.index,
-      cluster_detection_method=None if where.cluster else "deactivate",
+      coordinator_address=process.address,
+      num_processes=process.count,
+      process_id=process.index,
+      cluster_detection_method=None if process.cluster else "deactivate",
       initialization_timeout=int(max(seconds, 60)),
-      # The lifeline is to notice first: JAX aborts, and names no host.
+      # The heartbeat is to notice first: JAX aborts, and names no host.
       heartbeat_timeout_seconds=int(silence) + _LATER,
       # One that ends with an error is not to hold the others up for long.
       shutdown_timeout_seconds=30,
@@ -60,21 +60,21 @@ def start(
 
 
 def roll_call(
-    where: cluster.Place, seconds: float
+    process: cluster.Process, seconds: float
 ) -> tuple[list[str], dict[int, socket.socket]]:
   """The names of all hosts, once they have come, and this one's connections.
 
   Process 0 has one to each of the others, they have one to process 0.
 
   Raises:
-    UserError: two have the same place.
+    UserError: two say that they are the same process.
     Stop: some did not come within `seconds` (77).
   """
-  host, _, port = where.address.rpartition(":")
+  host, _, port = process.address.rpartition(":")
   deadline = time.monotonic() + seconds
-  if where.index:
-    return _answer(where, host.strip("[]"), int(port), deadline)
-  return _call(where, int(port), deadline)
+  if process.index:
+    return _answer(process, host.strip("[]"), int(port), deadline)
+  return _call(process, int(port), deadline)
 
 
 def _line_of(connection: socket.socket, longest: int) -> str:
@@ -98,7 +98,7 @@ def _is_closed(connection: socket.socket) -> bool:
 
 
 def _call(
-    where: cluster.Place, port: int, deadline: float
+    process: cluster.Process, port: int, deadline: float
 ) -> tuple[list[str], dict[int, socket.socket]]:
   """The roll call of process 0; what is wrong is told to all that came."""
   present = {0: socket.gethostname()}
@@ -108,7 +108,7 @@ def _call(
     server = socket.create_server(
         ("", port),
         family=socket.AF_INET6 if both else socket.AF_INET,
-        backlog=where.count,
+        backlog=process.count,
         dualstack_ipv6=both,
     )
   except OSError as error:
@@ -117,7 +117,7 @@ def _call(
     ) from error
   with contextlib.ExitStack() as stack:
     stack.enter_context(server)
-    while len(present) < where.count and not fault:
+    while len(present) < process.count and not fault:
       server.settimeout(max(deadline - time.monotonic(), 0.001))
       try:
         connection, _ = server.accept()
@@ -138,24 +138,24 @@ def _call(
         waiting.remove(left)
         del present[index]
       waiting.append((index, connection))
-      if count != where.count or not 0 < index < count:
+      if count != process.count or not 0 < index < count:
         fault = (
             f"{name} says it is process {index} of {count}, process 0 expects"
-            f" {where.count}"
+            f" {process.count}"
         )
       elif index in present:
         fault = f"{present[index]} and {name} both say they are process {index}"
       present[index] = name
-    absent = [i for i in range(where.count) if i not in present]
-    names = [present.get(i, "") for i in range(where.count)]
+    absent = [i for i in range(process.count) if i not in present]
+    names = [present.get(i, "") for i in range(process.count)]
     answer = f"go {json.dumps(names)}"
     if fault:
       answer = f"fault {fault}"
     elif absent:
       answer = (
           f"absent waited {time.monotonic() - began:.0f} s for"
-          f" {where.count} processes; these did not come:"
-          f" {', '.join(map(where.name, absent))}"
+          f" {process.count} processes; these did not come:"
+          f" {', '.join(map(process.name, absent))}"
       )
     for _, connection in waiting:
       with contextlib.suppress(OSError):
@@ -175,7 +175,7 @@ def _raise_told(answer: str) -> None:
 
 
 def _answer(
-    where: cluster.Place, host: str, port: int, deadline: float
+    process: cluster.Process, host: str, port: int, deadline: float
 ) -> tuple[list[str], dict[int, socket.socket]]:
   """The roll call of another process than 0."""
   reason = "no answer"
@@ -183,11 +183,11 @@ def _answer(
     try:
       with socket.create_connection((host, port), timeout=5) as connection:
         name = socket.gethostname()
-        line = f"mcjepa {where.count} {where.index} {name}\n"
+        line = f"mcjepa {process.count} {process.index} {name}\n"
         connection.sendall(line.encode())
         # Process 0 may have begun to wait later, by as much as it waits.
         connection.settimeout(max(deadline - time.monotonic(), 0) + 600)
-        answer = _line_of(connection, _LONGEST * (where.count + 64))
+        answer = _line_of(connection, _LONGEST * (process.count + 64))
         if answer.startswith("go "):
           return json.loads(answer[3:]), {0: connection.dup()}
         _raise_told(answer)
@@ -200,5 +200,5 @@ def _answer(
       reason = "another service answers there"
     time.sleep(0.2)
   raise cluster.absent(
-      f"{where.name(0)} at {where.address} did not call the roll: {reason}"
+      f"{process.name(0)} at {process.address} did not call the roll: {reason}"
   )

@@ -122,7 +122,7 @@ def device_order(device: Any) -> tuple[int, int, int]:
 
 
 def host_index() -> int:
-  """The place of this process among those whose rows make a batch, in order."""
+  """The index of this process among those whose rows make a batch, in order."""
   ordered = sorted(jax.devices(), key=device_order)
   processes = list(dict.fromkeys(d.process_index for d in ordered))
   return processes.index(jax.process_index())

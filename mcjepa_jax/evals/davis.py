@@ -85,8 +85,8 @@ def nearest(
   near = (offset >= 0) & (offset <= 2 * radius)
   near = near[:, None, :, None] & near[None, :, None, :]
 
-  def tile(place):
-    start = place // columns * _TILE, place % columns * _TILE, 0
+  def tile(number):
+    start = number // columns * _TILE, number % columns * _TILE, 0
     ours = lax.dynamic_slice(query, start, (_TILE, _TILE, d))
     theirs = lax.dynamic_slice(key, start, (side, side, d))
     similarity = jnp.einsum(

@@ -165,11 +165,11 @@ def _head(model, params, size, num_classes):
   }
 
 
-def _batch(train, size, batch_size, seed, epoch, place):
+def _batch(train, size, batch_size, seed, epoch, number):
   """Views and labels of one step; an epoch's last rows fill no batch."""
   order = np.random.default_rng((seed, epoch)).permutation(len(train))
   images, labels = [], []
-  for i in order[place * batch_size : (place + 1) * batch_size].tolist():
+  for i in order[number * batch_size : (number + 1) * batch_size].tolist():
     example = train[i]
     rng = np.random.default_rng((seed, epoch, i))
     images.append(view(example["image"], rng, size))

@@ -25,7 +25,7 @@ _PIXEL_VALUES = 2**30  # of a part, 4 GB: larger sets have smaller pictures
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class FeatureSet:
   """The training or the test part of a set, as features."""
 
   features: dict[str, Float[np.ndarray, "n _"]]
@@ -44,7 +44,7 @@ def extract(
     size: int,
     name: str,
     progress: bool = True,
-) -> Part:
+) -> FeatureSet:
   """The features of all images, at `size`; a few images are held at a time.
 
   Raw pixels are in [0, 1]; their mean is the caller's to remove. Sets of so
@@ -75,7 +75,7 @@ def extract(
     for suffix, embed in embedders.items():
       _put(found, suffix, count, rows, embed(np.stack(images)))
   bar.close()
-  return Part(found, labels)
+  return FeatureSet(found, labels)
 
 
 def _sized(image, size):
@@ -90,6 +90,6 @@ def _put(found, key, count, rows, values):
   found[key][rows] = values
 
 
-def chance(test: Part) -> float:
+def chance(test: FeatureSet) -> float:
   """The accuracy of a guess among the classes that come, in percent."""
   return 100 / int(np.count_nonzero(np.bincount(test.labels)))

@@ -55,8 +55,8 @@ def _unit(x):
 
 def run(
     name: str,
-    bank: frozen_features.Part,
-    queries: frozen_features.Part,
+    bank: frozen_features.FeatureSet,
+    queries: frozen_features.FeatureSet,
     *,
     k: int = 20,
     progress: bool = True,

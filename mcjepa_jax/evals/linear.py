@@ -116,8 +116,8 @@ def accuracies(
 
 def run(
     name: str,
-    train: frozen_features.Part,
-    test: frozen_features.Part,
+    train: frozen_features.FeatureSet,
+    test: frozen_features.FeatureSet,
     *,
     learning_rates: Sequence[float],
     epochs: int = 100,

@@ -11,7 +11,7 @@ _RANKED = 25_600  # images, as in arXiv 2210.02885
 _RANKED_SIDE = 16  # of the pixels' twin: a rank of up to 768
 
 
-def run(name: str, part: frozen_features.Part) -> dict[str, float]:
+def run(name: str, part: frozen_features.FeatureSet) -> dict[str, float]:
   """RankMe of each feature, keyed `rankme/NAME/METRIC`.
 
   Of up to 25,600 images, spread over the part; the pixels' is of pictures of

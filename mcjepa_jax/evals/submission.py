@@ -128,12 +128,12 @@ def run(
   Raises:
     UserError: a file cannot be written, or does not hold what was written.
   """
-  place, archive = folder / name, folder / f"{name}.zip"
+  unpacked, archive = folder / name, folder / f"{name}.zip"
   try:
     # A file that is left of an earlier archive would be bundled too.
-    shutil.rmtree(place, ignore_errors=True)
+    shutil.rmtree(unpacked, ignore_errors=True)
     archive.unlink(missing_ok=True)
-    for parent in {(place / member).parent for member in dataset.members}:
+    for parent in {(unpacked / member).parent for member in dataset.members}:
       parent.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise errors.UserError(
@@ -153,10 +153,10 @@ def run(
     for example, field in zip(group, flows, strict=True):
       member = example["record"]
       sizes[member] = example["frame_1"].shape[:2]
-      change = max(change, _write(place / member, field))
+      change = max(change, _write(unpacked / member, field))
       bar.update()
   bar.close()
-  _pack(archive, place, sizes)
+  _pack(archive, unpacked, sizes)
   check(archive, sizes)
   return {
       f"submit/{name}/count": len(dataset),
@@ -185,7 +185,7 @@ def _write(path: pathlib.Path, field: Float[np.ndarray, "h w 2"]) -> float:
   return float(np.abs(read - field).max())  # with what the format cuts off
 
 
-def _pack(archive, place, members):
+def _pack(archive, unpacked, members):
   partial = archive.with_name(f".{archive.name}")
   try:
     # Flow hardly shrinks: 1 is the fastest.
@@ -193,7 +193,7 @@ def _pack(archive, place, members):
         partial, "w", zipfile.ZIP_DEFLATED, compresslevel=1
     ) as packed:
       for member in members:
-        packed.write(place / member, member)
+        packed.write(unpacked / member, member)
     partial.replace(archive)
   except OSError as error:
     raise errors.UserError(

@@ -18,8 +18,8 @@ import numpy as np
 
 from mcjepa_jax.ops import depthwise
 
-# Of a part of a batch: each example's place in the whole, and the whole's size.
-Places = tuple[Int[Array, " n"], int]
+# Of a part of a batch: each example's row in the whole, and the whole's size.
+BatchRows = tuple[Int[Array, " n"], int]
 
 REMAT = ("none", "stage", "block")
 
@@ -151,7 +151,7 @@ class Block(nn.Module):
       *,
       drop_path: float | Float[Array, ""] = 0.0,
       key: Any = None,
-      places: Places | None = None,
+      batch_rows: BatchRows | None = None,
   ) -> Float[Array, "n h w c"]:
     y = DepthwiseConv(self.dtype, self.kernel_init, name="conv_dw")(x)
     y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(y)
@@ -162,7 +162,7 @@ class Block(nn.Module):
       y = y * gamma.astype(self.dtype)
     if key is not None:  # without one nothing is dropped
       keep = jnp.asarray(1 - drop_path, jnp.float32)
-      taken, count = places or (slice(None), x.shape[0])
+      taken, count = batch_rows or (slice(None), x.shape[0])
       kept = jax.random.bernoulli(key, keep, (count, 1, 1, 1))[taken]
       y = jnp.where(kept, y / keep, 0).astype(self.dtype)
     return x + y
@@ -210,7 +210,7 @@ class Stage(nn.Module):
       x: Float[Array, "n h w c"],
       *,
       deterministic: bool = True,
-      places: Places | None = None,
+      batch_rows: BatchRows | None = None,
   ) -> Float[Array, "n h2 w2 d"]:
     if self.downsamples:
       for layer in self.downsample:
@@ -219,22 +219,22 @@ class Stage(nn.Module):
     if any(self.drop_paths) and not deterministic:
       keys = jax.random.split(self.make_rng("drop_path"), len(self.drop_paths))
     if self.loop and not self.is_initializing():
-      return self._loop(x, keys, places)
+      return self._loop(x, keys, batch_rows)
     run = _again if self.remat else _once
     for i, (block, rate) in enumerate(
         zip(self.blocks, self.drop_paths, strict=True)
     ):
       key = keys[i] if keys is not None and rate else None
-      x = run(block, x, drop_path=rate, key=key, places=places)
+      x = run(block, x, drop_path=rate, key=key, batch_rows=batch_rows)
     return x
 
-  def _loop(self, x, keys, places):
+  def _loop(self, x, keys, batch_rows):
     """The blocks by one program, run on the parameters of each in turn."""
     block = Block(self.layer_scale, self.dtype, self.kernel_init, parent=None)
 
     def body(x, one):
       params, rate, key = one
-      options = dict(drop_path=rate, key=key, places=places)
+      options = dict(drop_path=rate, key=key, batch_rows=batch_rows)
       return block.apply({"params": params}, x, **options), None
 
     params = jax.tree.map(
@@ -313,12 +313,12 @@ class ConvNeXt(nn.Module):
       images: Float[Array, "n h w 3"],
       *,
       deterministic: bool = True,
-      places: Places | None = None,
+      batch_rows: BatchRows | None = None,
   ) -> list[Float[Array, "n _ _ _"]]:
     """The pyramid of images in [0, 1], fine to coarse, as `strides` says.
 
     With `deterministic=False` drop path needs an rng named "drop_path"; the
-    examples at some `places` of a batch lose the paths that they lose in it.
+    examples at some rows of a batch lose the paths that they lose in it.
     """
     x = (images - jnp.array(IMAGENET_MEAN)) / jnp.array(IMAGENET_STD)
     coarsest = self.strides[-1]
@@ -334,7 +334,7 @@ class ConvNeXt(nn.Module):
       x = self.stem_4(self.stem_3(_gelu(x)))
     run = _again if self.remat == "stage" else _once
     for stage in self.stages:
-      x = run(stage, x, deterministic=deterministic, places=places)
+      x = run(stage, x, deterministic=deterministic, batch_rows=batch_rows)
       pyramid.append(x)
     if self.is_initializing():
       self.pool(pyramid)

@@ -64,11 +64,11 @@ class MCJEPA(nn.Module):
       images: Float[Array, "n h w 3"],
       *,
       deterministic: bool = True,
-      places: convnext.Places | None = None,
+      batch_rows: convnext.BatchRows | None = None,
   ) -> Float[Array, "n c"]:
     """The encoder's feature vector of each image, before the expander."""
     return self.encoder.pool(
-        self.encoder(images, deterministic=deterministic, places=places)
+        self.encoder(images, deterministic=deterministic, batch_rows=batch_rows)
     )
 
   def expand(self, pooled: Float[Array, "n c"]) -> Float[Array, "n d"]:

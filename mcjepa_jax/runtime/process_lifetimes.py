@@ -20,10 +20,10 @@ _FILE = "lives.json"
 SECONDS = 10.0  # between two writes
 _OF_A_BUCKET = 6  # times as long: each is a request
 
-Lives = list[tuple[float, float]]  # (began, seen) of each process
+Lifetimes = list[tuple[float, float]]  # (began, seen) of each process
 
 
-def lost(earlier: Lives, since: float) -> float:
+def lost_seconds(earlier: Lifetimes, since: float) -> float:
   """Seconds that earlier processes lived after what is gone on from was saved."""
   return math.fsum(
       max(seen - max(began, since), 0.0) for began, seen in earlier
@@ -31,9 +31,9 @@ def lost(earlier: Lives, since: float) -> float:
 
 
 @contextlib.contextmanager
-def kept(
+def record_lifetime(
     folder: run_folder.Folder, started: float, *, first: bool
-) -> Iterator[Lives]:
+) -> Iterator[Lifetimes]:
   """Gives the earlier lives; inside, this one is written down.
 
   `started` is when it began, on the scale of time.perf_counter. What cannot be
@@ -64,7 +64,7 @@ def kept(
     thread.join(1)  # a bucket may take longer
 
 
-def _read(path: pathlib.Path) -> Lives:
+def _read(path: pathlib.Path) -> Lifetimes:
   """What an earlier process wrote; nothing if it is not that."""
   try:
     lives = [

@@ -115,7 +115,7 @@ def value_and_grad(
   """The logs and the gradient of a batch in `count` micro-batches.
 
   Args:
-    forward: (params, micro-batch, its places in the batch, mean over masks) ->
+    forward: (params, micro-batch, its indices in the batch, mean over masks) ->
       ((loss, logs), rows, sums): what of loss and logs is a mean over the
       micro-batches, and the statistics that are to be stacked and added up.
     finish: (params, rows, sums) -> (loss, logs), the rest of both.
@@ -127,7 +127,7 @@ def value_and_grad(
     UserError: the model normalises over its batch.
   """
   micro = {k: micro_batches(v, count) for k, v in batch.items()}
-  places = {
+  indices = {
       k: micro_batches(jnp.arange(len(v)), count) for k, v in batch.items()
   }
   unrolled = unroll(count)
@@ -157,10 +157,10 @@ def value_and_grad(
     return _add(total, new), rows
 
   with nn.intercept_methods(_refuse_batch_norm):
-    first = jax.tree.map(lambda x: x[0], (micro, places))
+    first = jax.tree.map(lambda x: x[0], (micro, indices))
     shapes, _ = jax.eval_shape(gather, first)
     (sums, counts), rows = jax.lax.scan(
-        add_gathered, _zeros(shapes), (micro, places), unroll=unrolled
+        add_gathered, _zeros(shapes), (micro, indices), unroll=unrolled
     )
     (_, finished), (grads, rows_bar, sums_bar) = jax.value_and_grad(
         finish, argnums=(0, 1, 2), has_aux=True
@@ -170,7 +170,7 @@ def value_and_grad(
     (logs, grads), _ = jax.lax.scan(
         add_share,
         (_zeros(logs), grads),
-        ((micro, places), rows_bar),
+        ((micro, indices), rows_bar),
         unroll=unrolled,
     )
   return {

@@ -3,7 +3,7 @@
 The arithmetic is torchvision's on float tensors, clipping included. Every
 example draws from its own key, fold_in(key, its index in the global batch), so
 results do not depend on the number of devices. A probability or a strength that
-is 0 in Python is not computed at all. `places` are the indices of a part of a
+is 0 in Python is not computed at all. `indices` are the indices of a part of a
 batch, which draws what it would in the whole.
 """
 
@@ -161,8 +161,8 @@ def adjust_color(
   return jnp.stack(planes, axis=-1)
 
 
-def _keys(key: Key[Array, ""], places: Int[Array, " n"]) -> Key[Array, " n"]:
-  return jax.vmap(jax.random.fold_in, (None, 0))(key, places)
+def _keys(key: Key[Array, ""], indices: Int[Array, " n"]) -> Key[Array, " n"]:
+  return jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
 
 
 def _all(images: Float[Array, "n h w 3"]) -> Int[Array, " n"]:
@@ -190,7 +190,7 @@ def color_jitter(
     hue: float = 0.1,
     probability: float = 0.8,
     group: int = 1,
-    places: Int[Array, " n"] | None = None,
+    indices: Int[Array, " n"] | None = None,
 ) -> Float[Array, "n h w 3"]:
   """Returns the images jittered in colour, in random order, with `probability`.
 
@@ -200,8 +200,8 @@ def color_jitter(
   strengths = dict(
       brightness=brightness, contrast=contrast, saturation=saturation, hue=hue
   )
-  places = _all(images) if places is None else places
-  draws = _uniform(_keys(key, places[::group] // group), 9)
+  indices = _all(images) if indices is None else indices
+  draws = _uniform(_keys(key, indices[::group] // group), 9)
   draws = [jnp.repeat(draw, group) for draw in draws]
   amounts, ranks = {}, {}
   for i, (name, strength) in enumerate(strengths.items()):
@@ -232,7 +232,7 @@ def content_views(
     blur_sigma: tuple[float, float] = (0.1, 2.0),
     solarize_probability: tuple[float, float] = (0.0, 0.2),
     solarize_threshold: float = 0.5,
-    places: Int[Array, " n"] | None = None,
+    indices: Int[Array, " n"] | None = None,
 ) -> Float[Array, "n h w 3"]:
   """Returns interleaved views augmented by VICReg's recipe, in [0, 1].
 
@@ -243,7 +243,7 @@ def content_views(
   """
   images = views.astype(jnp.float32) / 255
   height = views.shape[1]
-  places = _all(images) if places is None else places
+  indices = _all(images) if indices is None else indices
   jitter_key, rest_key = jax.random.split(key)
   images = color_jitter(
       images,
@@ -253,10 +253,10 @@ def content_views(
       saturation=saturation,
       hue=hue,
       probability=jitter_probability,
-      places=places,
+      indices=indices,
   )
-  gray, blur, solar, sigma = _uniform(_keys(rest_key, places), 4)
-  view_2 = places % 2
+  gray, blur, solar, sigma = _uniform(_keys(rest_key, indices), 4)
+  view_2 = indices % 2
 
   def per_view(probabilities):
     return jnp.where(view_2, probabilities[1], probabilities[0])
@@ -287,11 +287,11 @@ def _erase(
     key: Key[Array, ""],
     probability: float,
     size: tuple[float, float],
-    places: Int[Array, " n"],
+    indices: Int[Array, " n"],
 ) -> Float[Array, "n h w 3"]:
   """Returns the images, a rectangle of odd entries filled with their mean."""
   height, width = images.shape[1:3]
-  chosen, *draws = _uniform(_keys(key, places), 5)
+  chosen, *draws = _uniform(_keys(key, indices), 5)
   x, y, w, h = (draw[:, None, None, None] for draw in draws)
   low, high = (s * height for s in size)
   rows = jnp.abs(jnp.arange(height)[:, None, None] - y * height)
@@ -299,7 +299,7 @@ def _erase(
   inside = (rows <= (low + (high - low) * h) / 2) & (
       columns <= (low + (high - low) * w) / 2
   )
-  odd = places % 2
+  odd = indices % 2
   mean = images.mean(axis=(1, 2), keepdims=True)
   return jnp.where(_chosen(chosen, probability * odd) & inside, mean, images)
 
@@ -315,7 +315,7 @@ def motion_frames(
     jitter_probability: float = 0.8,
     erase_probability: float = 0.0,
     erase_size: tuple[float, float] = (0.15, 0.3),
-    places: Int[Array, " n"] | None = None,
+    indices: Int[Array, " n"] | None = None,
 ) -> tuple[Float[Array, "n h w 3"], Float[Array, "n h w 3"]]:
   """Returns interleaved frames in [0, 1], plain and jittered.
 
@@ -325,7 +325,7 @@ def motion_frames(
   in the jittered frames (RAFT, arXiv 2003.12039).
   """
   plain = frames.astype(jnp.float32) / 255
-  places = _all(plain) if places is None else places
+  indices = _all(plain) if indices is None else indices
   jitter_key, erase_key = jax.random.split(key)
   jittered = color_jitter(
       plain,
@@ -336,10 +336,10 @@ def motion_frames(
       hue=hue,
       probability=jitter_probability,
       group=2,
-      places=places,
+      indices=indices,
   )
   if erase_probability:
     jittered = _erase(
-        jittered, erase_key, erase_probability, erase_size, places
+        jittered, erase_key, erase_probability, erase_size, indices
     )
   return plain, jittered

@@ -47,15 +47,15 @@ def motion_forward(
     step: jax.Array,
     recipe: Recipe,
     *,
-    places: jax.Array | None = None,
+    indices: jax.Array | None = None,
     mean: flow_losses.Mean = flow_losses.masked_mean,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict[int, jax.Array]]:
   """Unweighted motion terms, monitors and features, of interleaved u8 frames.
 
-  At some `places` of a batch, frames are jittered as they are in it.
+  At some indices of a batch, frames are jittered as they are in it.
   """
   plain, jittered = augmentation.motion_frames(
-      frames, key, **recipe.motion_jitter, places=places
+      frames, key, **recipe.motion_jitter, indices=indices
   )
   features, flows = model.apply(
       {"params": params}, jittered, method=model.motion
@@ -111,24 +111,24 @@ def pooled_forward(
     views: jax.Array,
     key: jax.Array,
     recipe: Recipe,
-    places: convnext.Places | None = None,
+    batch_rows: convnext.BatchRows | None = None,
 ) -> jax.Array:
   """The pooled features of interleaved u8 views.
 
-  At some `places` of a batch, views are augmented and lose paths as in it.
+  At some rows of a batch, views are augmented and lose paths as they do in it.
   """
   augment_key, drop_key = jax.random.split(key)
   images = augmentation.content_views(
       views,
       augment_key,
       **recipe.content_augmentation,
-      places=places and places[0],
+      indices=batch_rows and batch_rows[0],
   )
   return model.apply(
       {"params": params},
       images,
       deterministic=False,
-      places=places,
+      batch_rows=batch_rows,
       rngs={"drop_path": drop_key},
       method=model.pooled,
   )

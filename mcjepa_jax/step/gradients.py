@@ -68,7 +68,7 @@ def exact_value_and_grad(
       recipe, motion_terms=recipe.motion_terms | {k: {} for k in weights}
   )
 
-  def forward(params, micro, places, mean):
+  def forward(params, micro, indices, mean):
     rows, means, within, terms, monitors = {}, {}, {}, {}, {}
     if "views" in micro:
       rows["pooled"] = batch_loss.pooled_forward(
@@ -77,7 +77,7 @@ def exact_value_and_grad(
           micro["views"],
           content_key,
           recipe,
-          (places["views"], sizes["views"]),
+          (indices["views"], sizes["views"]),
       )
     if "frames" in micro:
       terms, monitors, features = batch_loss.motion_forward(
@@ -87,7 +87,7 @@ def exact_value_and_grad(
           motion_key,
           step,
           local,
-          places=places["frames"],
+          indices=indices["frames"],
           mean=mean,
       )
       for s in strides:

@@ -524,7 +524,7 @@ def _list(folder: Remote, *, below: bool) -> None:
   except FileNotFoundError:
     found = []
   prefix = f"{folder.key}/"
-  places: dict[str, _Names] = {"": {}}
+  folders: dict[str, _Names] = {"": {}}
   for entry in found:
     relative = entry["name"].removeprefix(prefix)
     # A name that ends in a slash stands for an empty folder.
@@ -534,7 +534,7 @@ def _list(folder: Remote, *, below: bool) -> None:
     if relative == entry["name"] or {"", ".", ".."} & {*parents, name}:
       continue
     parent = "/".join(parents)
-    names = _names_of(places, parent)
+    names = _names_of(folders, parent)
     if is_folder:
       names[name] = None
       continue
@@ -543,17 +543,17 @@ def _list(folder: Remote, *, below: bool) -> None:
     names.setdefault(name, stat)
     if folder.keeps:
       _drop_if_old(folder.joinpath(parent, name), stat)
-  for place, names in places.items():
-    _listings[folder / place] = names
+  for below, names in folders.items():
+    _listings[folder / below] = names
 
 
-def _names_of(places: dict[str, _Names], place: str) -> _Names:
+def _names_of(folders: dict[str, _Names], folder: str) -> _Names:
   """Returns the names in a folder, which its own parents then name."""
-  if place not in places:
-    parent, _, name = place.rpartition("/")
-    _names_of(places, parent)[name] = None
-    places[place] = {}
-  return places[place]
+  if folder not in folders:
+    parent, _, name = folder.rpartition("/")
+    _names_of(folders, parent)[name] = None
+    folders[folder] = {}
+  return folders[folder]
 
 
 def _drop_if_old(path: Remote, stat: Stat) -> None:

@@ -110,17 +110,17 @@ def fetched(address: str | os.PathLike) -> Iterator[pathlib.Path]:
   Raises:
     UserError: a bucket that cannot be read.
   """
-  place = paths.path(address)
-  if not isinstance(place, paths.Remote):
-    yield place
+  location = paths.path(address)
+  if not isinstance(location, paths.Remote):
+    yield location
     return
   with tempfile.TemporaryDirectory(prefix="mcjepa_dump_") as local:
-    for folder, _, names in place.walk():
+    for folder, _, names in location.walk():
       for name in names:
-        target = pathlib.Path(local) / folder.relative_to(place) / name
+        target = pathlib.Path(local) / folder.relative_to(location) / name
         _fetch(folder / name, target)
     if not any(pathlib.Path(local).iterdir()):
-      raise errors.UserError(f"{place}: there is nothing")
+      raise errors.UserError(f"{location}: there is nothing")
     yield pathlib.Path(local)
 
 
@@ -136,16 +136,16 @@ def opened(workdir: str | os.PathLike) -> Iterator[Folder]:
   Raises:
     UserError: a bucket that cannot be read or written.
   """
-  place = paths.path(workdir)
-  if not isinstance(place, paths.Remote):
-    yield Folder(place, place)
+  location = paths.path(workdir)
+  if not isinstance(location, paths.Remote):
+    yield Folder(location, location)
     return
-  if place.scheme != "gs":
+  if location.scheme != "gs":
     raise errors.UserError(
-        f"workdir: expected a local folder or gs://BUCKET/FOLDER, got {place}"
+        f"workdir: expected a local folder or gs://BUCKET/FOLDER, got {location}"
     )
   with tempfile.TemporaryDirectory(prefix="mcjepa_run_") as local:
-    folder = _Mirrored(pathlib.Path(local), place)
+    folder = _Mirrored(pathlib.Path(local), location)
     try:
       yield folder
     except BaseException:

@@ -150,7 +150,7 @@ def rules(config: Any) -> list[Rule]:
   return [one for task, one in found if task in reads]
 
 
-class Watch:
+class AlarmMonitor:
   """Judges what each step logs, and counts what was noticed."""
 
   def __init__(self, config: Any):

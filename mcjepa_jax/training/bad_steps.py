@@ -45,26 +45,26 @@ def has_room(workdir: str | os.PathLike, *, step: int, limit: int) -> bool:
   Raises:
     UserError: on all, where the first cannot look.
   """
-  place = paths.path(workdir) / run_folder.DUMPS
+  location = paths.path(workdir) / run_folder.DUMPS
 
   def room():
     if not hosts.first():
       return False
-    paths.forget_below(place)
-    listed = paths.names(place) if place.is_dir() else []
+    paths.forget_below(location)
+    listed = paths.names(location) if location.is_dir() else []
     names = {name for name in listed if name.startswith("step_")}
     whole = {
         name
         for name in names
-        if checkpoint_reader.newest_step(place / name) is not None
+        if checkpoint_reader.newest_step(location / name) is not None
     }
-    if isinstance(place, pathlib.Path):
+    if isinstance(location, pathlib.Path):
       for name in names - whole:  # of a run that was killed, or a full disk
-        shutil.rmtree(place / name, ignore_errors=True)
+        shutil.rmtree(location / name, ignore_errors=True)
     return len(whole) < limit and f"step_{step}" not in whole
 
   # What the first found: the others may ask when it writes already.
-  return _everywhere(place, room)[0]
+  return _everywhere(location, room)[0]
 
 
 def save(
@@ -128,10 +128,10 @@ def save(
 
 
 @contextlib.contextmanager
-def _refusals(place: paths.Location) -> Iterator[None]:
+def _refusals(location: paths.Location) -> Iterator[None]:
   """Raises UserError for what a disk or a bucket raises inside."""
   # What a bucket's clients raise has no class in common.
-  kinds = OSError if isinstance(place, pathlib.Path) else Exception
+  kinds = OSError if isinstance(location, pathlib.Path) else Exception
   try:
     yield
   except errors.UserError:
@@ -141,16 +141,16 @@ def _refusals(place: paths.Location) -> Iterator[None]:
 
 
 def _everywhere(
-    place: paths.Location, function: Callable[[], Any]
+    location: paths.Location, function: Callable[[], Any]
 ) -> list[Any]:
-  """What a function that uses a place returns on each host.
+  """What a function that uses a location returns on each host.
 
   Raises:
     UserError: on all, where it fails on one.
   """
   found, fault = None, ""
   try:
-    with _refusals(place):
+    with _refusals(location):
       found = function()
   except errors.UserError as error:
     fault = str(error)

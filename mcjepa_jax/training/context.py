@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from mcjepa_jax.compiled.compiled_steps import Programs
+from mcjepa_jax.compiled.compiled_steps import CompiledSteps
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.runtime import run_clock, signals
@@ -19,7 +19,7 @@ from mcjepa_jax.training import alarms, build
 
 
 @dataclasses.dataclass
-class Run:
+class RunContext:
   """What the loop needs; of it only what counts and watches changes."""
 
   config: Any
@@ -32,8 +32,8 @@ class Run:
   streams: dict[str, Any]
   checkpoints: checkpoint.Checkpoints
   clock: run_clock.Clock
-  watch: alarms.Watch
-  programs: Programs
+  monitor: alarms.AlarmMonitor
+  compiled_steps: CompiledSteps
   began: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds
   stop: threading.Event = dataclasses.field(default_factory=threading.Event)
 
@@ -49,7 +49,7 @@ class Batch:
   streams: dict[str, Any]
 
 
-def first_state(run: Run) -> train_state.TrainState:
+def first_state(run: RunContext) -> train_state.TrainState:
   """A new state, made straight into its shardings."""
   config = run.config
   state = sharding.call_once(
@@ -64,7 +64,7 @@ def first_state(run: Run) -> train_state.TrainState:
   return state
 
 
-def begin_step(run: Run) -> None:
+def begin_step(run: RunContext) -> None:
   """Starts on the batch of step 0, and on its program where its size is known."""
   config = run.config
   kind = task_schedule.kind_at(config.mode, 0, config.motion.start_step)
@@ -74,10 +74,10 @@ def begin_step(run: Run) -> None:
   if others and "motion" in task_schedule.tasks(kind):
     return
   shapes = build.batch_shapes(config, kind, size)
-  run.programs.begin(kind, run.abstract, shapes)
+  run.compiled_steps.begin(kind, run.abstract, shapes)
 
 
-def batches(run: Run, start: int) -> Iterator[Batch]:
+def batches(run: RunContext, start: int) -> Iterator[Batch]:
   """The batch of each step from `start` on, as its kind reads it."""
   config = run.config
   for number in range(start, config.num_steps):
@@ -98,7 +98,7 @@ def step_programs(
     optimizers: dict[str, Any],
     abstract: train_state.TrainState,
     mesh: jax.sharding.Mesh,
-) -> Programs:
+) -> CompiledSteps:
   """The steps of each kind that a run has; none is compiled yet."""
   recipe = build.recipe(config)
   start = config.motion.start_step
@@ -116,7 +116,7 @@ def step_programs(
       )
       for kind in kinds
   }
-  return Programs(
+  return CompiledSteps(
       functions,
       expected={
           kind: sizes if "motion" in task_schedule.tasks(kind) else 1
@@ -131,7 +131,7 @@ class _Interrupted(BaseException):
 
 
 @contextlib.contextmanager
-def until_sigterm(run: Run) -> Iterator[None]:
+def until_sigterm(run: RunContext) -> Iterator[None]:
   """Has SIGTERM end what is done inside; `run.stop` is set then.
 
   Of many hosts, which have to end at one step, it ends nothing inside.

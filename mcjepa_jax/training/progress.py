@@ -17,7 +17,7 @@ _RATED_STEPS = 20  # after which the input's rate is told
 class Progress:
   """The bar and the logs; numbers are those of the step before."""
 
-  def __init__(self, run: context.Run, start: int):
+  def __init__(self, run: context.RunContext, start: int):
     config = run.config
     self._run = run
     self._bar = tqdm.tqdm(
@@ -67,7 +67,12 @@ class Progress:
       }
       self.log.scalars(
           number,
-          values | rate | seconds | replaced | feeds | self._run.watch.counts(),
+          values
+          | rate
+          | seconds
+          | replaced
+          | feeds
+          | self._run.monitor.counts(),
       )
     self._steps += 1
     if self._steps == _RATED_STEPS:

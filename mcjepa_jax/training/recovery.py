@@ -11,7 +11,7 @@ from mcjepa_jax.distributed import hosts
 from mcjepa_jax.step import train_state
 from mcjepa_jax.storage import local_files
 from mcjepa_jax.training import context
-from mcjepa_jax.training.context import Run
+from mcjepa_jax.training.context import RunContext
 
 
 class RollBack(Exception):
@@ -23,13 +23,13 @@ class RollBack(Exception):
     self.streams = streams
 
 
-def roll_back(run: Run, back: RollBack) -> train_state.TrainState:
+def roll_back(run: RunContext, back: RollBack) -> train_state.TrainState:
   """A state of `back.step` or before; the streams go on where they are.
 
   Raises:
     Stop: this run was rolled back too often.
   """
-  count = run.watch.count("rollback")
+  count = run.monitor.count("rollback")
   if count > run.config.alarms.rollbacks:
     raise errors.Stop(
         errors.EXIT_ALARM, f"rolled back {count - 1} times before: {back}"
@@ -41,7 +41,7 @@ def roll_back(run: Run, back: RollBack) -> train_state.TrainState:
     except errors.UserError as error:  # what it goes back to is an earlier one
       if jax.process_count() > 1:
         raise
-      run.watch.count("checkpoint")
+      run.monitor.count("checkpoint")
       tqdm.tqdm.write(str(error))
       local_files.append(
           run.workdir / "alarms.jsonl",
@@ -57,7 +57,7 @@ def roll_back(run: Run, back: RollBack) -> train_state.TrainState:
     for task, stream in run.streams.items():
       stream.restore(back.streams[task])
   run.clock.lose(seconds)
-  run.watch.forget()
+  run.monitor.forget()
   text = f"Rolled back to step {step or 0}, and past the batch: {back}"
   tqdm.tqdm.write(text)
   local_files.append(

@@ -16,11 +16,11 @@ from mcjepa_jax.runtime import environment, goodput, log_files, process_memory
 from mcjepa_jax.step import train_state
 from mcjepa_jax.storage import local_files
 from mcjepa_jax.training import context, pictures
-from mcjepa_jax.training.context import Run
+from mcjepa_jax.training.context import RunContext
 
 
 def evaluations(
-    run: Run,
+    run: RunContext,
     state: train_state.TrainState,
     *,
     eval_seed: int | None = None,
@@ -45,7 +45,7 @@ def evaluations(
 
 
 def evaluations_on_the_way(
-    run: Run, state: train_state.TrainState, eval_seed: int | None = None
+    run: RunContext, state: train_state.TrainState, eval_seed: int | None = None
 ) -> eval_subject.Results:
   """The evals between two steps; a note of those that cannot run.
 
@@ -60,7 +60,7 @@ def evaluations_on_the_way(
 
 
 def draw(
-    run: Run, state: train_state.TrainState, log: log_files.Journal
+    run: RunContext, state: train_state.TrainState, log: log_files.Journal
 ) -> None:
   """Logs the pictures of a state, on the first batch of each stream."""
   with run.clock.span("pictures"):
@@ -82,7 +82,7 @@ def draw(
 
 
 def finish(
-    run: Run, state: train_state.TrainState, peak_gb: float
+    run: RunContext, state: train_state.TrainState, peak_gb: float
 ) -> dict[str, Any]:
   """Evaluates the trained parameters and writes the results.
 
@@ -116,13 +116,13 @@ def finish(
       **goodput.shares(spent),
       **goodput.rates(
           seconds=looped,
-          images=run.programs.images,
-          pairs=run.programs.pairs,
-          flops=run.programs.flops,
+          images=run.compiled_steps.images,
+          pairs=run.compiled_steps.pairs,
+          flops=run.compiled_steps.flops,
           device_kind=jax.devices()[0].device_kind,
       ),
-      "compiles": run.programs.compiles,
-      **run.watch.counts(),
+      "compiles": run.compiled_steps.compiles,
+      **run.monitor.counts(),
       "peak_rss_gb": max(peak_gb, process_memory.peak_rss_gb()),
       "meta/config": run.config.name,
       "meta/step": int(state.step),
@@ -150,7 +150,10 @@ def read_results(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def look(
-    run: Run, state: train_state.TrainState, number: int, log: log_files.Journal
+    run: RunContext,
+    state: train_state.TrainState,
+    number: int,
+    log: log_files.Journal,
 ) -> None:
   """Logs the evaluation and the pictures that are due before a step."""
   config = run.config

@@ -8,11 +8,11 @@ from mcjepa_jax import errors
 from mcjepa_jax.runtime import environment
 from mcjepa_jax.step import task_schedule, train_state
 from mcjepa_jax.training import context, reports
-from mcjepa_jax.training.context import Run
+from mcjepa_jax.training.context import RunContext
 
 
 def save(
-    run: Run,
+    run: RunContext,
     state: train_state.TrainState,
     streams: dict[str, Any],
     *,
@@ -51,7 +51,7 @@ def save(
           "versions": environment.versions(),
           "seconds": run.clock.seconds(),
           "time": time.time(),
-          "watch": run.watch.state(),
+          "watch": run.monitor.state(),
       },
       metrics,
   )

@@ -13,7 +13,7 @@ from mcjepa_jax import errors
 from mcjepa_jax.distributed import hosts
 from mcjepa_jax.step import diagnostics, train_state
 from mcjepa_jax.training import alarms, bad_steps, build, recovery
-from mcjepa_jax.training.context import Batch, Run
+from mcjepa_jax.training.context import Batch, RunContext
 from mcjepa_jax.training.progress import Progress
 
 Streams = dict[str, Any]
@@ -28,10 +28,10 @@ class _Pending:
   logs: dict[str, jax.Array]
 
 
-class Watcher:
+class StepWatcher:
   """Fetches the logs of a step once the next one is dispatched, and acts."""
 
-  def __init__(self, run: Run, progress: Progress):
+  def __init__(self, run: RunContext, progress: Progress):
     self._run = run
     self._progress = progress
     self._pending: _Pending | None = None
@@ -52,12 +52,12 @@ class Watcher:
     What alternates between the tasks is diagnosed on the `following` batch, too.
     """
     run = self._run
-    if not run.programs.is_compiled(batch.kind, batch.arrays):
-      self._first = not run.programs.compiles
+    if not run.compiled_steps.is_compiled(batch.kind, batch.arrays):
+      self._first = not run.compiled_steps.compiles
       with run.clock.span("compile"):
-        run.programs.compile(batch.kind, state, batch.arrays)
-      if (more := run.programs.beyond(batch.kind)) > 0:
-        run.watch.count("recompilation")
+        run.compiled_steps.compile(batch.kind, state, batch.arrays)
+      if (more := run.compiled_steps.beyond(batch.kind)) > 0:
+        run.monitor.count("recompilation")
         shapes = {name: x.shape for name, x in batch.arrays.items()}
         self._progress.alarm(
             number,
@@ -73,7 +73,7 @@ class Watcher:
           arrays = following.arrays | arrays
         values = self._diagnosis(state, arrays)
       self._progress.log.scalars(number, values)
-      self._act(number, run.watch.judge(number, values), batch.streams)
+      self._act(number, run.monitor.judge(number, values), batch.streams)
 
   @contextlib.contextmanager
   def writing(self, number: int) -> Iterator[None]:
@@ -91,7 +91,7 @@ class Watcher:
 
   def note(self, number: int, error: errors.UserError) -> None:
     """Shows and counts what could not be saved."""
-    self._run.watch.count("checkpoint")
+    self._run.monitor.count("checkpoint")
     self._progress.alarm(
         number, "checkpoint", f"{error}; the next save tries again"
     )
@@ -108,7 +108,7 @@ class Watcher:
       self._progress.note(f"First step finished {since:.0f} s after the start.")
     self._pending = _Pending(number, batch, logs)
 
-  def settle(
+  def finish_pending(
       self, state: train_state.TrainState, following: Streams
   ) -> tuple[train_state.TrainState, bool]:
     """The state to go on with, and whether the pending update was skipped.
@@ -126,12 +126,12 @@ class Watcher:
     with self._run.clock.span("step"):
       logs = jax.device_get(pending.logs)
       values = {name: float(value) for name, value in logs.items()}
-      watch, fired, total = self._run.watch, [], 0
+      monitor, fired, total = self._run.monitor, [], 0
       if values["skipped"]:
-        total = watch.skip()
+        total = monitor.skip()
       else:
-        watch.row = 0
-        fired = watch.judge(pending.number, values)
+        monitor.row = 0
+        fired = monitor.judge(pending.number, values)
       self._progress.report(pending.number, values)
       with self.writing(pending.number):
         self._run.checkpoints.check_errors()
@@ -164,10 +164,10 @@ class Watcher:
           errors.EXIT_ALARM,
           f"step {pending.number}: {total} updates were skipped: {text}",
       )
-    if run.watch.row >= limits.skips_in_a_row:
-      reason = f"{run.watch.row} updates in a row were skipped"
+    if run.monitor.row >= limits.skips_in_a_row:
+      reason = f"{run.monitor.row} updates in a row were skipped"
       raise recovery.RollBack(
-          pending.number - run.watch.row + 1, following, reason
+          pending.number - run.monitor.row + 1, following, reason
       )
 
   def _dumped(

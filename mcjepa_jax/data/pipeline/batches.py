@@ -27,7 +27,7 @@ import grain
 import numpy as np
 
 from mcjepa_jax.data.pipeline import geometry, labelled_crops, shared_memory
-from mcjepa_jax.data.pipeline.stream import Part, Stream
+from mcjepa_jax.data.pipeline.stream import Stream, TaskBatch
 from mcjepa_jax.errors import UserError
 from mcjepa_jax.storage import paths
 
@@ -66,10 +66,10 @@ class ContentSource:
   weight: float = 1.0  # share of the batches, relative to the other sources
 
 
-def _random(seed: int, place: tuple[int, ...]) -> np.random.SeedSequence:
+def _random(seed: int, spawn_key: tuple[int, ...]) -> np.random.SeedSequence:
   # As a spawn key, since zeros are filled in after a short entropy: (seed, 0)
   # and (seed, 0, 0, 0) are one generator.
-  return np.random.SeedSequence(seed, spawn_key=place)
+  return np.random.SeedSequence(seed, spawn_key=spawn_key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,23 +114,23 @@ class _Source:
 
 @dataclasses.dataclass(frozen=True)
 class _Cut:
-  """Reads a record and cuts it with the generator of its place in the stream.
+  """Reads a record and cuts it with the generator of its position in the stream.
 
   A record that cannot be read or cut is replaced by another of its data set, so
-  that all others keep their places.
+  that all others keep their positions.
   """
 
   source: _Source
   key: str
   seed: int
-  place: tuple[int, int]  # stream, source
+  stream_id: tuple[int, int]  # stream, source
 
-  def __call__(self, index: int, number: int) -> Part:
+  def __call__(self, index: int, number: int) -> TaskBatch:
     faults = []
     for attempt in range(min(_ATTEMPTS, len(self.source))):
       other = (number + attempt * _STRIDE) % len(self.source)
       record = self.source.record(other)
-      rng = np.random.default_rng(_random(self.seed, (*self.place, index)))
+      rng = np.random.default_rng(_random(self.seed, (*self.stream_id, index)))
       try:
         images, replaced = self.source.read(other)
         images = self.source.transform(*images, rng)
@@ -139,18 +139,18 @@ class _Cut:
       except UserError as error:
         faults.append((record, "; ".join(error.messages)))
       else:
-        return Part({self.key: images}, [record], faults + replaced)
+        return TaskBatch({self.key: images}, [record], faults + replaced)
     raise UserError(*(f"{record}: {fault}" for record, fault in faults))
 
 
-def _stack(parts: Sequence[Part], *, number: int, count: int) -> Part:
+def _stack(parts: Sequence[TaskBatch], *, number: int, count: int) -> TaskBatch:
   """Returns the rows of host `number` of the `count` that read these parts."""
   (key,) = parts[0].arrays
   images = [image for part in parts for image in part.arrays[key]]
   rows = len(images) // count
   images = images[number * rows : (number + 1) * rows]
   batch = shared_memory.empty((len(images), *images[0].shape))
-  return Part(
+  return TaskBatch(
       # The only copy of what was cut.
       {key: np.stack(images, out=batch)},
       [record for part in parts for record in part.records],
@@ -163,7 +163,7 @@ def _batches(
     key: str,
     *,
     seed: int,
-    place: tuple[int, int],
+    stream_id: tuple[int, int],
     batch_size: int,
     host_index: int,
     host_count: int,
@@ -171,7 +171,7 @@ def _batches(
   """Returns this host's rows of the endless batches of one source."""
   # Grain adds the epoch to the seed: with the config's own seed, epoch 1 of
   # seed 0 would be epoch 0 of seed 1.
-  shuffle_seed = int(_random(seed, place).generate_state(1)[0])
+  shuffle_seed = int(_random(seed, stream_id).generate_state(1)[0])
   # Twice the records are a multiple of the hosts: where they are none, two
   # neighbours read the same and keep half the rows each.
   readers = 2 if batch_size % host_count else 1
@@ -182,7 +182,7 @@ def _batches(
       .repeat()
       # After repeat, so that the index, and with it the crop, is new in each
       # epoch.
-      .map_with_index(_Cut(source, key, seed, place))
+      .map_with_index(_Cut(source, key, seed, stream_id))
       .batch(
           batch_size // groups,
           # Grain's length of the other kind overflows at one row.
@@ -241,7 +241,7 @@ def _stream(
           source,
           key,
           seed=seed,
-          place=(_STREAM[kind], number),
+          stream_id=(_STREAM[kind], number),
           batch_size=batch_size,
           host_index=host_index,
           host_count=host_count,

@@ -36,7 +36,7 @@ _PATIENCE = 5.0
 Arrays = dict[str, UInt8[np.ndarray, "n h w 3"]]
 
 
-class Part(NamedTuple):
+class TaskBatch(NamedTuple):
   """This host's rows of a batch."""
 
   arrays: Arrays
@@ -109,7 +109,7 @@ class _Timed:
   def __len__(self) -> int:
     return len(self._batches)
 
-  def __getitem__(self, index: int) -> tuple[Part, float]:
+  def __getitem__(self, index: int) -> tuple[TaskBatch, float]:
     start = time.perf_counter()
     part = self._batches[index]
     arrays = {
@@ -158,10 +158,10 @@ class Stream(Iterator):
     # tracebacks on stderr.
     weakref.finalize(self, _end, self._running)
 
-  def __getitem__(self, index: int) -> Part:
+  def __getitem__(self, index: int) -> TaskBatch:
     return self._batches[index]
 
-  def __next__(self) -> Part:
+  def __next__(self) -> TaskBatch:
     self.start()
     part, seconds = self._wait() if self._workers else self._take()
     self._next_batch += 1
@@ -178,13 +178,13 @@ class Stream(Iterator):
       return math.nan
     return max(1, self._num_workers) / statistics.median(self._seconds)
 
-  def _take(self) -> tuple[Part, float]:
+  def _take(self) -> tuple[TaskBatch, float]:
     """Returns the next batch, out of the memory that it shares."""
     part, seconds = next(self._running[0])
     arrays = {k: self._borrower.take(v) for k, v in part.arrays.items()}
     return part._replace(arrays=arrays), seconds
 
-  def _wait(self) -> tuple[Part, float]:
+  def _wait(self) -> tuple[TaskBatch, float]:
     """Returns the next batch, or raises Passing for a worker that died.
 
     Grain would wait for ever where a worker dies within sending a batch, which
@@ -274,14 +274,14 @@ class Stream(Iterator):
       time.sleep(0.01)
 
   def state(self) -> dict[str, Any]:
-    """Returns, as JSON, the place of the batch that `next` returns next.
+    """Returns, as JSON, the position of the batch that `next` returns next.
 
     A caller that queues batches keeps with each the state from before it.
     """
     return {"next_batch": self._next_batch, "fingerprint": self._fingerprint}
 
   def restore(self, state: dict[str, Any]) -> None:
-    """Moves to the place of a state, under any number of workers and hosts.
+    """Moves to the position of a state, under any number of workers and hosts.
 
     Raises:
       UserError: the state is of a stream of other data, seed or sizes.

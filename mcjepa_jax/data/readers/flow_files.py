@@ -427,8 +427,8 @@ def _hdf5_flow(
   # HDF5 unpacks as much as a chunk holds, a thousand times the file's size.
   values = np.empty(flow.shape, flow.dtype)
   wanted = math.prod(flow.chunks) * flow.dtype.itemsize
-  for place in flow.iter_chunks():
-    start = tuple(side.start for side in place)
+  for region in flow.iter_chunks():
+    start = tuple(side.start for side in region)
     skipped, packed = flow.id.read_direct_chunk(start)
     data = zlib.decompressobj().decompress(packed, wanted + 1)
     if skipped or len(data) != wanted:
@@ -440,7 +440,7 @@ def _hdf5_flow(
       data = np.frombuffer(data, np.uint8).reshape(flow.dtype.itemsize, -1)
       data = data.T.tobytes()
     chunk = np.frombuffer(data, flow.dtype).reshape(flow.chunks)
-    tile = values[place]
+    tile = values[region]
     tile[...] = chunk[tuple(map(slice, tile.shape))]
   return values
 

@@ -61,15 +61,15 @@ def opened(path: Path, wanted: str, *, again: bool = False):
   A file that will be opened `again` is copied once where it is remote.
   """
   try:
-    place, is_spare = paths.copied(path, again=again)
+    local, is_spare = paths.copied(path, again=again)
     # A pipe would block at open, so the kind is looked at first.
-    if not stat.S_ISREG(os.stat(place).st_mode):
+    if not stat.S_ISREG(os.stat(local).st_mode):
       raise UserError(f"{path}: expected {wanted}, came no regular file")
     try:
-      file = open(place, "rb")
+      file = open(local, "rb")
     finally:
       if is_spare:
-        os.unlink(place)
+        os.unlink(local)
   except (OSError, ValueError) as error:
     if isinstance(error, UserError):
       raise

@@ -88,13 +88,13 @@ class VideoFrames:
     cache = pathlib.Path(cache_dir or default_cache_dir())
     if isinstance(self.path, paths.Remote):
       image_files.file_size(self.path, "a video")  # names a missing one
-      place = self.path
+      address = self.path
     else:
       # The container is looked at each time: it is cheap, and names the fault.
       _check_container(self.path)
-      place = self.path.resolve()
+      address = self.path.resolve()
     stamp = self.path.stat()
-    key = f"{place}|{stamp.st_size}|{stamp.st_mtime_ns}|{max_side}"
+    key = f"{address}|{stamp.st_size}|{stamp.st_mtime_ns}|{max_side}"
     digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
     self._frames = cache / f"{self.path.stem}-{digest[:16]}.npy"
     self._thumbnails = self._frames.with_suffix(".thumbnails.npy")
@@ -318,8 +318,8 @@ def _decoded(
   log_level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
   try:
     # "concat:a|b" is a protocol to FFmpeg; an absolute path never is.
-    place = pathlib.Path(paths.local(path)).resolve()
-    video = cv2.VideoCapture(str(place), cv2.CAP_FFMPEG)
+    file = pathlib.Path(paths.local(path)).resolve()
+    video = cv2.VideoCapture(str(file), cv2.CAP_FFMPEG)
   except cv2.error as error:
     raise UserError(f"{path}: expected a video, came: {error}") from error
   finally:

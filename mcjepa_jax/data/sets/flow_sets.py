@@ -3,7 +3,7 @@
 A labelled example is that of a `flow_pairs.FlowSet`; pairs without ground truth
 are left out.
 
-For training without labels the same places are read as frames: what ends in
+For training without labels the same folders are read as frames: what ends in
 `_frames` returns (folder, its subfolders of sequences) for `video.frame_folders`;
 sets of unrelated pairs take `labels=False`, which opens no label. Where a set is
 looked for, and what each expects below, stands in `catalog.DATASETS`.
@@ -69,9 +69,9 @@ def flying_chairs(
       root, ("FlyingChairs_release/data", "data", ""), "*_img1.ppm"
   )
   names = _stems(folder, r"([0-9]+)_(img1\.ppm|img2\.ppm|flow\.flo)")
-  for place in (folder, folder.parent):
-    if (place / _CHAIRS_SPLIT).exists():
-      names = _in_split(place / _CHAIRS_SPLIT, names, split)
+  for above in (folder, folder.parent):
+    if (above / _CHAIRS_SPLIT).exists():
+      names = _in_split(above / _CHAIRS_SPLIT, names, split)
       break
   pairs = [
       FlowPair(

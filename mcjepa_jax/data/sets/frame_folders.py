@@ -45,9 +45,9 @@ class FolderFrames:
     One that cannot be decoded is a little different from the one before: its
     pairs are neither still nor cut, so that it is named where one is drawn.
     """
-    place = self._thumbnails()
+    file = self._thumbnails()
     with contextlib.suppress(OSError, ValueError):
-      kept = np.load(place, allow_pickle=False)
+      kept = np.load(file, allow_pickle=False)
       if kept.shape[:1] == (len(self),):
         return kept
     bar = tqdm.tqdm(
@@ -61,11 +61,11 @@ class FolderFrames:
     for i, small in enumerate(found):
       last = found[i] = last ^ _UNKNOWN if small is None else small
     with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-      place.parent.mkdir(parents=True, exist_ok=True)
-      part, path = video_files.temporary(stack, place.parent)
+      file.parent.mkdir(parents=True, exist_ok=True)
+      part, path = video_files.temporary(stack, file.parent)
       np.save(part, np.stack(found), allow_pickle=False)
       part.close()
-      os.replace(path, place)
+      os.replace(path, file)
     return np.stack(found)
 
   def _thumbnail(self, name: str) -> UInt8[np.ndarray, "s s 3"] | None:
@@ -114,9 +114,9 @@ def frame_folders(
       below[:] = sorted(
           (f for f in below if f[0] != "."), key=video_files.natural
       )
-      place = folder.relative_to(root).as_posix()
+      relative = folder.relative_to(root).as_posix()
       for run in _runs(names, leave_out):
-        name = "" if place == "." else place
+        name = "" if relative == "." else relative
         sequences.append(FolderFrames(folder, run, name))
   if not sequences:
     raise UserError(

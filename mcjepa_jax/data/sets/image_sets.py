@@ -68,12 +68,12 @@ def find_images(root: image_files.Path) -> Listing:
   names, links, seen, top = [], [], set(), None
   waiting = [""]
   while waiting:
-    place = waiting.pop()
-    images, folders, linked = _entries(root / place, seen)
+    folder = waiting.pop()
+    images, folders, linked = _entries(root / folder, seen)
     top = folders if top is None else top
-    names += [f"{place}{name}" for name in images]
-    links += [f"{place}{name}" for name in linked]
-    waiting += [f"{place}{name}/" for name in reversed(folders)]
+    names += [f"{folder}{name}" for name in images]
+    links += [f"{folder}{name}" for name in linked]
+    waiting += [f"{folder}{name}/" for name in reversed(folders)]
   if top and all(name.count("/") == 1 for name in names):
     label = {name: number for number, name in enumerate(top)}
     labels = np.array([label[n.partition("/")[0]] for n in names], np.int32)
@@ -178,7 +178,7 @@ class SequenceFrames:
 
 
 def _place(ends: np.ndarray, index: int) -> tuple[int, int]:
-  """Returns (part, place in it) where parts end at `ends`."""
+  """Returns (part, index in it) where parts end at `ends`."""
   index = range(int(ends[-1]))[index]
   part = int(np.searchsorted(ends, index, side="right"))
   return part, index - (int(ends[part - 1]) if part else 0)

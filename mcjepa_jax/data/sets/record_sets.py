@@ -96,14 +96,14 @@ class TfdsImages:
           f"with records, came {num_classes} and {counts[:9]}"
       )
     self.classes = list(label.names) if num_classes else []
-    places = [os.path.split(os.path.normpath(s.filename)) for s in shards]
-    for place, name in places:
-      if place != os.path.normpath(self.folder):
+    locations = [os.path.split(os.path.normpath(s.filename)) for s in shards]
+    for location, name in locations:
+      if location != os.path.normpath(self.folder):
         raise UserError(
-            f"{self.folder}: expected shards in it, came {place}/{name}"
+            f"{self.folder}: expected shards in it, came {location}/{name}"
         )
     self._records = array_records.Records(
-        [self.folder / name for _, name in places], counts
+        [self.folder / name for _, name in locations], counts
     )
 
   def __len__(self) -> int:

@@ -421,10 +421,10 @@ def _sample(
   Each run of NUM_CLASSES indices holds every class once, in an order of its
   own.
   """
-  block, place = divmod(index, NUM_CLASSES)
+  block, number = divmod(index, NUM_CLASSES)
   # The last entry keeps the order's generator apart from those of the scenes.
   order = np.random.default_rng((seed, block, 1)).permutation(NUM_CLASSES)
-  label = int(order[place])
+  label = int(order[number])
   rng = np.random.default_rng((seed, index))
   return scene_layers(rng, label, size), label
 

@@ -30,7 +30,7 @@ def _label_size(config, name):
   return config.content.size if name == "synthetic" else config.knn_size
 
 
-def features(subject: Subject, name: str) -> list[frozen_features.Part]:
+def features(subject: Subject, name: str) -> list[frozen_features.FeatureSet]:
   """The training and the test part of a labelled set, as features."""
   config = subject.config
   if name not in subject.held:
