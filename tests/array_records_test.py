@@ -1,55 +1,18 @@
 """Images in ArrayRecord shards, ours and tfds': what is read and refused."""
 
-import io
 import json
 import os
 import pickle
 import subprocess
 import sys
 
-from array_record.python import array_record_module
 import numpy as np
-from PIL import Image
 import pytest
 
 from mcjepa_jax.data.readers import array_records
 from mcjepa_jax.data.sets import record_sets
 from mcjepa_jax.errors import UserError
-
-
-def _encoded(value, kind="PNG"):
-  file = io.BytesIO()
-  Image.new("RGB", (6, 4), (value, 0, 255)).save(file, kind)
-  return file.getvalue()
-
-
-def _write_records(path, records, options=array_records.WRITE_OPTIONS):
-  writer = array_record_module.ArrayRecordWriter(str(path), options)
-  for record in records:
-    writer.write(record)
-  writer.close()
-
-
-def _shards(folder, counts=(2, 0, 3), classes=("cat", "dog"), changes=()):
-  """A converted folder: image i has red 10 i and label i % 2."""
-  folder.mkdir(parents=True, exist_ok=True)
-  shards, number = [], 0
-  for k, count in enumerate(counts):
-    path = folder / array_records.shard_name(k, len(counts))
-    numbers = range(number, number + count)
-    _write_records(
-        path,
-        [
-            array_records.pack(i % 2, f"é/{i}.png", _encoded(10 * i))
-            for i in numbers
-        ],
-    )
-    number += count
-    size = path.stat().st_size
-    shards.append({"name": path.name, "records": count, "bytes": size})
-  manifest = {"count": number, "classes": list(classes), "shards": shards}
-  array_records.write_manifest(folder, manifest | dict(changes))
-  return folder
+from tests.helpers import image_records
 
 
 def test_a_record_gives_back_what_was_packed():
@@ -77,7 +40,7 @@ def test_a_path_that_runs_past_its_record_is_refused():
 
 
 def test_converted_images_are_read_shard_after_shard(tmp_path):
-  images = record_sets.ConvertedImages(_shards(tmp_path))
+  images = record_sets.ConvertedImages(image_records.shards(tmp_path))
   assert len(images) == 5 and images.classes == ["cat", "dog"]
   assert [int(images[i]["image"][0, 0, 0]) for i in range(5)] == [
       *(0, 10, 20, 30, 40)
@@ -90,12 +53,14 @@ def test_converted_images_are_read_shard_after_shard(tmp_path):
 
 
 def test_a_set_without_classes_has_no_labels(tmp_path):
-  images = record_sets.ConvertedImages(_shards(tmp_path, classes=()))
+  images = record_sets.ConvertedImages(
+      image_records.shards(tmp_path, classes=())
+  )
   assert set(images[0]) == {"image"}
 
 
 def test_a_pickled_set_is_small_and_holds_no_file(tmp_path):
-  images = record_sets.ConvertedImages(_shards(tmp_path))
+  images = record_sets.ConvertedImages(image_records.shards(tmp_path))
   images[0]
   assert len(pickle.dumps(images)) < 1000
   assert pickle.loads(pickle.dumps(images))[4]["image"][0, 0, 0] == 40
@@ -103,7 +68,9 @@ def test_a_pickled_set_is_small_and_holds_no_file(tmp_path):
 
 def test_many_shards_leave_few_files_open(tmp_path, monkeypatch):
   monkeypatch.setattr(array_records, "_reader", _cached_reader(3))
-  images = record_sets.ConvertedImages(_shards(tmp_path, counts=(1,) * 12))
+  images = record_sets.ConvertedImages(
+      image_records.shards(tmp_path, counts=(1,) * 12)
+  )
   for i in [*range(12), *range(12)]:
     assert images.path(i) == f"é/{i}.png"
   links = [os.path.realpath(f"/proc/self/fd/{f}") for f in _open_files()]
@@ -124,7 +91,7 @@ def _open_files():
 def test_unfinished_and_missing_folders_are_refused(tmp_path):
   with pytest.raises(UserError, match="none/manifest.json"):
     record_sets.ConvertedImages(tmp_path / "none")
-  folder = _shards(tmp_path / "set")
+  folder = image_records.shards(tmp_path / "set")
   (folder / "manifest.json").unlink()
   with pytest.raises(UserError, match="set: expected .* finished, came one"):
     record_sets.ConvertedImages(folder)
@@ -158,7 +125,7 @@ def test_unfinished_and_missing_folders_are_refused(tmp_path):
     ],
 )
 def test_manifests_that_do_not_fit_are_refused(tmp_path, changes):
-  folder = _shards(tmp_path, changes=changes)
+  folder = image_records.shards(tmp_path, changes=changes)
   with pytest.raises(UserError, match="manifest.json: expected classes, and"):
     record_sets.ConvertedImages(folder)
 
@@ -182,14 +149,14 @@ def test_manifests_that_are_none_are_refused(tmp_path, text, fault):
 
 
 def test_a_manifest_with_a_figure_changed_is_refused(tmp_path):
-  path = _shards(tmp_path) / "manifest.json"
+  path = image_records.shards(tmp_path) / "manifest.json"
   path.write_text(path.read_text().replace('"count": 5', '"count": 6'))
   with pytest.raises(UserError, match="the manifest fails its checksum"):
     record_sets.ConvertedImages(tmp_path)
 
 
 def test_shards_that_are_not_those_of_the_manifest_are_refused(tmp_path):
-  folder = _shards(tmp_path)
+  folder = image_records.shards(tmp_path)
   images = record_sets.ConvertedImages(folder)
   shard = folder / array_records.shard_name(2, 3)
   whole = shard.read_bytes()
@@ -200,12 +167,12 @@ def test_shards_that_are_not_those_of_the_manifest_are_refused(tmp_path):
     shard.write_bytes(whole[:size])
     with pytest.raises(UserError, match="00002-of-00003"):
       images[4]
-  _write_records(shard, [b""] * 3, "group_size:1")
+  image_records.write_records(shard, [b""] * 3, "group_size:1")
   with pytest.raises(
       UserError, match="expected 3 uncompressed records, came 3"
   ):
     images[4]
-  _write_records(shard, [b""] * 2)
+  image_records.write_records(shard, [b""] * 2)
   with pytest.raises(
       UserError, match="expected 3 uncompressed records, came 2"
   ):
@@ -217,14 +184,16 @@ def test_shards_that_are_not_those_of_the_manifest_are_refused(tmp_path):
 
 
 def test_a_label_of_no_class_is_refused(tmp_path):
-  images = record_sets.ConvertedImages(_shards(tmp_path, classes=["cat"]))
+  images = record_sets.ConvertedImages(
+      image_records.shards(tmp_path, classes=["cat"])
+  )
   assert images[0]["label"] == 0
   with pytest.raises(UserError, match="record 1: expected a label below 1"):
     images[1]
 
 
 def test_random_damage_to_a_shard_ends_in_a_user_error_or_in_images(tmp_path):
-  folder = _shards(tmp_path, counts=(4,))
+  folder = image_records.shards(tmp_path, counts=(4,))
   images = record_sets.ConvertedImages(folder)
   shard = folder / array_records.shard_name(0, 1)
   whole = np.frombuffer(shard.read_bytes(), np.uint8)
@@ -245,52 +214,8 @@ def test_random_damage_to_a_shard_ends_in_a_user_error_or_in_images(tmp_path):
   assert refused > 100
 
 
-_IMAGE = "tensorflow_datasets.core.features.image_feature"
-
-
-def _prepared(folder, counts=(4, 3), template=None):
-  """A set as tfds writes it, by its own writers of features and examples."""
-  import tensorflow_datasets as tfds
-
-  folder.mkdir(parents=True)
-  features = tfds.features.FeaturesDict(
-      {
-          "image": tfds.features.Image(encoding_format="jpeg"),
-          "label": tfds.features.ClassLabel(names=["cat", "dog"]),
-          "file_name": tfds.features.Text(),
-      }
-  )
-  features.save_config(folder)
-  number = 0
-  for k, count in enumerate(counts):
-    examples = [
-        {"image": _encoded(10 * i, "JPEG"), "label": i % 2, "file_name": f"{i}"}
-        for i in range(number, number + count)
-    ]
-    number += count
-    name = f"imagenet2012-train.array_record-{k:05d}-of-{len(counts):05d}"
-    # As tfds writes them: compressed.
-    records = map(features.serialize_example, examples)
-    _write_records(folder / name, records, "group_size:1")
-  info = {
-      "name": "imagenet2012",
-      "version": "5.1.0",
-      "fileFormat": "array_record",
-      "splits": [
-          {
-              "name": "train",
-              "shardLengths": [str(count) for count in counts],
-              "filepathTemplate": template
-              or "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-          }
-      ],
-  }
-  (folder / "dataset_info.json").write_text(json.dumps(info))
-  return folder
-
-
 def test_sets_of_tfds_are_read_without_tensorflow(tmp_path):
-  folder = _prepared(tmp_path / "imagenet2012" / "5.1.0")
+  folder = image_records.tfds_folder(tmp_path / "imagenet2012" / "5.1.0")
   # In a process of its own, where nothing else can have imported it.
   script = """if True:
     import json, pickle, sys
@@ -323,7 +248,7 @@ def test_sets_of_tfds_are_read_without_tensorflow(tmp_path):
 def test_sets_that_tfds_has_not_prepared_are_refused(tmp_path):
   with pytest.raises(UserError, match="dataset_info.json"):
     record_sets.TfdsImages(tmp_path, "train")
-  folder = _prepared(tmp_path / "set")
+  folder = image_records.tfds_folder(tmp_path / "set")
   with pytest.raises(UserError, match="expected a split 'val' .*'train'"):
     record_sets.TfdsImages(folder, "val")
   info = (folder / "dataset_info.json").read_text()
@@ -345,7 +270,7 @@ def test_sets_that_tfds_has_not_prepared_are_refused(tmp_path):
 
 def test_shards_of_tfds_in_another_folder_are_refused(tmp_path):
   template = "../{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-  folder = _prepared(tmp_path / "set", template=template)
+  folder = image_records.tfds_folder(tmp_path / "set", template=template)
   with pytest.raises(UserError, match="expected shards in it, came"):
     record_sets.TfdsImages(folder, "train")
 
@@ -354,7 +279,7 @@ def test_shards_of_tfds_in_another_folder_are_refused(tmp_path):
     "key", ["pythonClassName", "python_class_name", "type"]
 )
 def test_a_feature_that_names_another_module_is_not_imported(tmp_path, key):
-  folder = _prepared(tmp_path / "set")
+  folder = image_records.tfds_folder(tmp_path / "set")
   path = folder / "features.json"
   features = json.loads(path.read_text())
   image = features["featuresDict"]["features"]["image"]
@@ -367,7 +292,7 @@ def test_a_feature_that_names_another_module_is_not_imported(tmp_path, key):
 
 
 def test_a_module_named_in_json_within_json_is_not_imported(tmp_path):
-  folder = _prepared(tmp_path / "set")
+  folder = image_records.tfds_folder(tmp_path / "set")
   path = folder / "features.json"
   features = json.loads(path.read_text())
   image = features["featuresDict"]["features"]["image"]
@@ -381,12 +306,12 @@ def test_a_module_named_in_json_within_json_is_not_imported(tmp_path):
   with pytest.raises(UserError, match="features.json: .*'antigravity.Image'"):
     record_sets.TfdsImages(folder, "train")
   assert "antigravity" not in sys.modules
-  path.write_text(json.dumps(old).replace("antigravity", _IMAGE))
+  path.write_text(json.dumps(old).replace("antigravity", image_records.IMAGE))
   assert len(record_sets.TfdsImages(folder, "train")) == 7
 
 
 def test_a_number_of_classes_that_fits_no_memory_is_refused(tmp_path):
-  folder = _prepared(tmp_path / "set")
+  folder = image_records.tfds_folder(tmp_path / "set")
   (folder / "label.labels.txt").unlink()
   path = folder / "features.json"
   path.write_text(path.read_text().replace('"2"', f'"{2**40}"'))
@@ -395,10 +320,10 @@ def test_a_number_of_classes_that_fits_no_memory_is_refused(tmp_path):
 
 
 def test_examples_of_tfds_that_hold_no_image_are_named(tmp_path):
-  folder = _prepared(tmp_path / "set")
+  folder = image_records.tfds_folder(tmp_path / "set")
   images = record_sets.TfdsImages(folder, "train")
   shard = folder / "imagenet2012-train.array_record-00001-of-00002"
-  _write_records(shard, [b"", b"no proto", images._records[0]])
+  image_records.write_records(shard, [b"", b"no proto", images._records[0]])
   assert images[6]["label"] == 0
   with pytest.raises(UserError, match="00001-of-00002, record 0: .*one image"):
     images[4]
@@ -407,7 +332,7 @@ def test_examples_of_tfds_that_hold_no_image_are_named(tmp_path):
 
 
 def test_random_damage_to_examples_ends_in_a_user_error_or_in_images(tmp_path):
-  folder = _prepared(tmp_path / "set", counts=(4,))
+  folder = image_records.tfds_folder(tmp_path / "set", counts=(4,))
   images = record_sets.TfdsImages(folder, "train")
   (shard,) = folder.glob("*.array_record-*")
   records = [images._records[i] for i in range(4)]
@@ -417,7 +342,7 @@ def test_random_damage_to_examples_ends_in_a_user_error_or_in_images(tmp_path):
     damaged = [bytearray(record) for record in records]
     for record in damaged:
       record[rng.integers(0, 60)] = rng.integers(0, 256)
-    _write_records(shard, map(bytes, damaged))
+    image_records.write_records(shard, map(bytes, damaged))
     os.utime(shard, ns=(turn, turn))
     for i in range(4):
       try:

@@ -11,59 +11,12 @@ import pytest
 from mcjepa_jax import check_data, convert_images
 from mcjepa_jax.data import flow_sanity
 from mcjepa_jax.data.catalog import facts, published
-from mcjepa_jax.data.readers import flow_files
-from mcjepa_jax.data.sets import synthetic
 from mcjepa_jax.errors import UserError
 from mcjepa_jax.evals import registry
 from tests import layouts, tiny
+from tests.helpers import faulty_flow
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
-_SCENES = 3
-_PAIRS = synthetic.Pairs(size=(96, 128), seed=1, num_examples=_SCENES)
-
-# What a reader gets wrong: (frame_1, frame_2, flow) of a right example.
-_FAULTS = {
-    "as given": lambda e: (e["frame_1"], e["frame_2"], e["flow_12"]),
-    "u and v swapped": lambda e: (
-        e["frame_1"],
-        e["frame_2"],
-        e["flow_12"][..., ::-1],
-    ),
-    "negated": lambda e: (e["frame_1"], e["frame_2"], -e["flow_12"]),
-    "u negated": lambda e: (
-        e["frame_1"],
-        e["frame_2"],
-        np.stack([-e["flow_12"][..., 0], e["flow_12"][..., 1]], -1),
-    ),
-    "v negated": lambda e: (
-        e["frame_1"],
-        e["frame_2"],
-        np.stack([e["flow_12"][..., 0], -e["flow_12"][..., 1]], -1),
-    ),
-    "frames exchanged": lambda e: (e["frame_2"], e["frame_1"], e["flow_12"]),
-    "the other direction's flow": lambda e: (
-        e["frame_1"],
-        e["frame_2"],
-        e["flow_21"],
-    ),
-    "rows flipped": lambda e: (e["frame_1"], e["frame_2"], e["flow_12"][::-1]),
-    "twice too long": lambda e: (e["frame_1"], e["frame_2"], 2 * e["flow_12"]),
-    "half too long": lambda e: (e["frame_1"], e["frame_2"], e["flow_12"] / 2),
-}
-
-
-def _write(root: pathlib.Path, fault: str = "as given") -> pathlib.Path:
-  """Writes MPI-Sintel, a pair a scene, with a fault in all of it."""
-  for i in range(_SCENES):
-    *frames, flow = _FAULTS[fault](_PAIRS[i])
-    for number, frame in enumerate(frames, 1):
-      path = root / f"MPI-Sintel/training/clean/s{i}/frame_{number:04d}.png"
-      path.parent.mkdir(parents=True, exist_ok=True)
-      Image.fromarray(frame).save(path)
-    path = root / f"MPI-Sintel/training/flow/s{i}/frame_0001.flo"
-    path.parent.mkdir(parents=True)
-    flow_files.write_flo(path, np.ascontiguousarray(flow))
-  return root
 
 
 @pytest.fixture
@@ -79,16 +32,18 @@ def run(tmp_path, capsys):
   return call
 
 
-@pytest.mark.parametrize("fault", _FAULTS)
+@pytest.mark.parametrize("fault", faulty_flow.FAULTS)
 def test_a_fault_of_the_flow_is_named(run, tmp_path, fault):
   code, report, err = run(
       "--dataset=flow/sintel_clean",
-      f"--root={_write(tmp_path, fault)}",
+      f"--root={faulty_flow.write(tmp_path, fault)}",
       "--allow-partial",
   )
   source = report["sources"]["flow/sintel_clean"]
   warp = source["warp"]
-  assert fault in warp["best_explanation"] and warp["pairs"] == _SCENES
+  assert (
+      fault in warp["best_explanation"] and warp["pairs"] == faulty_flow.SCENES
+  )
   assert (code, report["ok"], source["ok"]) == (
       (0, True, True) if fault == "as given" else (2, False, False)
   )
@@ -103,16 +58,16 @@ def test_a_fault_of_the_flow_is_named(run, tmp_path, fault):
 
 def test_flow_of_other_frames_fits_by_no_reading():
   judge, rng = flow_sanity.Judge(), np.random.default_rng(0)
-  for i in range(_SCENES):
+  for i in range(faulty_flow.SCENES):
     noise = rng.integers(0, 256, (96, 128, 3), np.uint8)
-    judge.add({**_PAIRS[i], "frame_2": noise})
+    judge.add({**faulty_flow.PAIRS[i], "frame_2": noise})
   (fault,) = judge.faults()
   assert "does not fit its frames, nor does another reading" in fault
   assert not judge.misreadings(certain=True)
 
 
 def test_what_is_hidden_or_unknown_is_not_judged():
-  example = _PAIRS[0]
+  example = faulty_flow.PAIRS[0]
   spoilt = example["frame_1"].copy()
   spoilt[:, :80] = 255 - spoilt[:, :80]
   seen = np.ones_like(example["valid"])
@@ -141,13 +96,13 @@ def test_frames_without_motion_or_texture_are_not_judged(run, tmp_path):
     ],
 )
 def test_flow_that_cannot_be_is_a_fault(change, fault):
-  judge, example = flow_sanity.Judge(), _PAIRS[0]
+  judge, example = flow_sanity.Judge(), faulty_flow.PAIRS[0]
   judge.add({**example, "flow": change(example["flow"])})
   assert fault in judge.faults()[0]
 
 
 def test_the_flows_length_and_share_are_reported():
-  judge, example = flow_sanity.Judge(), _PAIRS[0]
+  judge, example = flow_sanity.Judge(), faulty_flow.PAIRS[0]
   valid = np.zeros_like(example["valid"])
   valid[::4] = 1
   flow = np.where(valid > 0, np.float32((3, -4)), 99)
@@ -179,36 +134,42 @@ def test_a_missing_set_is_told_with_its_path_and_its_page(run, tmp_path):
 
 def test_a_missing_frame_is_named(run, tmp_path):
   frame = "MPI-Sintel/training/clean/s1/frame_0002.png"
-  (_write(tmp_path) / frame).unlink()
+  (faulty_flow.write(tmp_path) / frame).unlink()
   code, _, err = run("--dataset=flow/sintel_clean", f"--root={tmp_path}")
   assert code == 2 and f"{tmp_path / frame}: not found" in err
 
 
 def test_fewer_than_published_is_a_fault_unless_allowed(run, tmp_path):
-  flags = ("--dataset=flow/sintel_clean", f"--root={_write(tmp_path)}")
+  flags = (
+      "--dataset=flow/sintel_clean",
+      f"--root={faulty_flow.write(tmp_path)}",
+  )
   told = "expected 1041 examples"
   code, report, err = run(*flags)
   assert code == 2 and f"error: flow/sintel_clean: {told}" in err
   source = report["sources"]["flow/sintel_clean"]
-  assert (source["count"], source["published"]) == (_SCENES, 1041)
+  assert (source["count"], source["published"]) == (faulty_flow.SCENES, 1041)
   code, report, err = run(*flags, "--allow-partial")
   assert code == 0 and f"warning: flow/sintel_clean: {told}" in err
   assert told in report["sources"]["flow/sintel_clean"]["warnings"][0]
 
 
 def test_more_than_published_is_a_fault(run, tmp_path, monkeypatch):
-  fact = facts.Fact(_SCENES - 1, "https://page")
+  fact = facts.Fact(faulty_flow.SCENES - 1, "https://page")
   monkeypatch.setattr(published, "published", lambda use: fact)
   code, _, err = run(
       "--dataset=flow/sintel_clean",
-      f"--root={_write(tmp_path)}",
+      f"--root={faulty_flow.write(tmp_path)}",
       "--allow-partial",
   )
-  assert code == 2 and f"https://page says, came {_SCENES}" in err
+  assert code == 2 and f"https://page says, came {faulty_flow.SCENES}" in err
 
 
 def test_a_record_that_does_not_decode_is_named(run, tmp_path):
-  frame = _write(tmp_path) / "MPI-Sintel/training/clean/s1/frame_0002.png"
+  frame = (
+      faulty_flow.write(tmp_path)
+      / "MPI-Sintel/training/clean/s1/frame_0002.png"
+  )
   frame.write_bytes(b"no image")
   code, report, err = run(
       "--dataset=sintel_clean", f"--root={tmp_path}", "--allow-partial"
@@ -252,7 +213,7 @@ def test_a_shard_whose_bytes_changed_is_named(run, tmp_path):
 
 
 def test_a_config_is_checked_as_a_whole(run, tmp_path):
-  _write(tmp_path)
+  faulty_flow.write(tmp_path)
   flags = (
       f"--config={_ROOT / 'configs/quickstart.py'}",
       f"--config.data_root={tmp_path}",
@@ -327,7 +288,8 @@ def test_a_wrong_command_line_is_a_fault(run, flags, fault):
 )
 def test_training_is_told_of_flow_that_does_not_fit(tmp_path, fault, told):
   cfg = tiny.config(
-      evals=("flow/sintel_clean",), data_root=str(_write(tmp_path, fault))
+      evals=("flow/sintel_clean",),
+      data_root=str(faulty_flow.write(tmp_path, fault)),
   )
   faults = registry.check(cfg)
   assert bool(faults) == told

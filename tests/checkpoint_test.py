@@ -11,7 +11,6 @@ import sys
 import time
 
 from etils import epath
-from flax import struct
 import gcsfs
 import jax
 import jax.numpy as jnp
@@ -23,81 +22,23 @@ import pytest
 
 from mcjepa_jax.errors import UserError
 from mcjepa_jax.storage import checkpoint, checkpoint_reader
-
-
-class State(struct.PyTreeNode):
-  """The shape of a train state."""
-
-  step: jax.Array
-  params: dict
-  opt_state: dict
-  key: jax.Array
-
-
-STREAMS = {"motion": {"next_batch": 7, "fingerprint": {"sizes": [8, 16]}}}
-
-
-def make_state(*, width: int = 4, seed: int = 0, tx=None) -> State:
-  rng = np.random.default_rng(seed)
-  tx = tx or optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
-  params = {
-      "encoder": {
-          "kernel": jnp.asarray(rng.normal(size=(8, width)), jnp.float32),
-          "scale": jnp.asarray(rng.normal(size=width), jnp.bfloat16),
-      },
-      "estimator": {"bias": jnp.full((3,), jnp.nan)},
-  }
-  opt_state = {group: tx.init(tree) for group, tree in params.items()}
-  key = jax.random.key_data(jax.random.key(seed))
-  return State(jnp.int32(2**31 - 1), params, opt_state, key)
-
-
-def shapes(state, shardings=None):
-  """What eval_shape gives, with shardings or without."""
-  shardings = shardings or jax.tree.map(lambda _: None, state)
-  return jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      state,
-      shardings,
-  )
-
-
-def assert_bit_equal(state, other):
-  assert jax.tree.structure(state) == jax.tree.structure(other)
-  for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
-    assert x.dtype == y.dtype
-    assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
-
-
-def save(workdir, steps=(3,), *, state=None, metrics=None, **options):
-  """Writes steps that differ in nothing and returns their state."""
-  state = make_state() if state is None else state
-  with checkpoint.Checkpoints(workdir, **options) as checkpoints:
-    for step in steps:
-      assert checkpoints.save(
-          step,
-          state,
-          STREAMS,
-          {"model": {"width": 4}},
-          metrics and metrics[step],
-      )
-  return state
+from tests.helpers import saved_states
 
 
 def test_state_streams_and_meta_come_back_bit_for_bit(tmp_path):
-  state = save(tmp_path)
+  state = saved_states.save(tmp_path)
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.latest_step() == 3
-    restored, streams, meta = checkpoints.restore(3, shapes(state))
-  assert_bit_equal(restored, state)
-  assert streams == STREAMS
+    restored, streams, meta = checkpoints.restore(3, saved_states.shapes(state))
+  saved_states.assert_bit_equal(restored, state)
+  assert streams == saved_states.STREAMS
   assert meta == {"model": {"width": 4}, "step": 3}
   assert checkpoint_reader.read_meta(tmp_path) == meta
 
 
 @pytest.mark.parametrize("before, after", [(8, 1), (1, 8), (8, 2)])
 def test_a_state_moves_to_another_number_of_devices(tmp_path, before, after):
-  state = make_state()
+  state = saved_states.make_state()
 
   def shardings(count):
     mesh = jax.make_mesh(
@@ -113,11 +54,11 @@ def test_a_state_moves_to_another_number_of_devices(tmp_path, before, after):
         state,
     )
 
-  save(tmp_path, state=jax.device_put(state, shardings(before)))
+  saved_states.save(tmp_path, state=jax.device_put(state, shardings(before)))
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
-    abstract = shapes(state, shardings(after))
+    abstract = saved_states.shapes(state, shardings(after))
     restored, _, _ = checkpoints.restore(3, abstract)
-  assert_bit_equal(restored, state)
+  saved_states.assert_bit_equal(restored, state)
   kernel = restored.params["encoder"]["kernel"]
   assert kernel.sharding == abstract.params["encoder"]["kernel"].sharding
   assert len(kernel.sharding.device_set) == after
@@ -126,17 +67,19 @@ def test_a_state_moves_to_another_number_of_devices(tmp_path, before, after):
 def test_the_last_and_the_best_steps_stay(tmp_path):
   losses = {1: 3.0, 2: 1.0, 3: np.nan, 4: 2.0, 5: 4.0, 6: 5.0}
   metrics = {step: {"loss": loss} for step, loss in losses.items()}
-  save(tmp_path, range(1, 6), metrics=metrics, keep_last=1, keep_best=2)
+  saved_states.save(
+      tmp_path, range(1, 6), metrics=metrics, keep_last=1, keep_best=2
+  )
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.all_steps() == [2, 4, 5]
   # The metrics are on disk: what was best before a restart still is.
-  save(tmp_path, [6], metrics=metrics, keep_last=2, keep_best=1)
+  saved_states.save(tmp_path, [6], metrics=metrics, keep_last=2, keep_best=1)
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.all_steps() == [2, 5, 6]
 
 
 def test_one_each_so_many_hours_stays(tmp_path):
-  save(tmp_path, range(1, 6), keep_last=9)
+  saved_states.save(tmp_path, range(1, 6), keep_last=9)
   # As if they had been written half an hour apart.
   for step in range(1, 6):
     folder = tmp_path / "checkpoints" / str(step)
@@ -145,17 +88,17 @@ def test_one_each_so_many_hours_stays(tmp_path):
     for key in ("init_timestamp_nsecs", "commit_timestamp_nsecs"):
       meta[key] = meta[key] - int((6 - step) * 1800e9)
     path.write_text(json.dumps(meta))
-  save(tmp_path, [6], keep_last=2, keep_hours=1.0)
+  saved_states.save(tmp_path, [6], keep_last=2, keep_hours=1.0)
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.all_steps() == [1, 3, 5, 6]
-  save(tmp_path, [7], keep_last=1, keep_hours=1.0)
+  saved_states.save(tmp_path, [7], keep_last=1, keep_hours=1.0)
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.all_steps() == [1, 3, 5, 7]
 
 
 def test_the_largest_metric_can_be_the_best(tmp_path):
   metrics = {1: {"top1": 1.0}, 2: {"top1": 3.0}, 3: {}, 4: {"top1": 2.0}}
-  save(
+  saved_states.save(
       tmp_path,
       range(1, 5),
       metrics=metrics,
@@ -169,12 +112,14 @@ def test_the_largest_metric_can_be_the_best(tmp_path):
 
 def test_a_step_is_written_once(tmp_path):
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
-    assert checkpoints.save(1, make_state(seed=0), {}, {})
-    assert not checkpoints.save(1, make_state(seed=1), {}, {})
+    assert checkpoints.save(1, saved_states.make_state(seed=0), {}, {})
+    assert not checkpoints.save(1, saved_states.make_state(seed=1), {}, {})
   restored = checkpoint_reader.restore_params(
-      tmp_path, shapes(make_state().params)
+      tmp_path, saved_states.shapes(saved_states.make_state().params)
   )
-  assert_bit_equal(restored, make_state(seed=0).params)
+  saved_states.assert_bit_equal(
+      restored, saved_states.make_state(seed=0).params
+  )
 
 
 def test_updates_in_place_do_not_reach_a_save_under_way(tmp_path):
@@ -189,7 +134,7 @@ def test_updates_in_place_do_not_reach_a_save_under_way(tmp_path):
         state = update(state)
     checkpoints.wait_until_finished()
     for step, values in expected.items():
-      restored, _, _ = checkpoints.restore(step, shapes(state))
+      restored, _, _ = checkpoints.restore(step, saved_states.shapes(state))
       np.testing.assert_array_equal(restored["params"]["a"], values)
 
 
@@ -236,18 +181,20 @@ def test_a_step_torn_by_a_kill_is_never_chosen(tmp_path):
 
 @pytest.mark.parametrize("form", ["", "checkpoints", "checkpoints/3"])
 def test_parameters_are_read_without_their_optimizer(tmp_path, form):
-  state = save(tmp_path, state=make_state(tx=optax.sgd(0.1, momentum=0.9)))
-  params = checkpoint_reader.restore_params(
-      tmp_path / form, shapes(state.params)
+  state = saved_states.save(
+      tmp_path, state=saved_states.make_state(tx=optax.sgd(0.1, momentum=0.9))
   )
-  assert_bit_equal(params, state.params)
-  encoder = {"encoder": shapes(state.params)["encoder"]}
+  params = checkpoint_reader.restore_params(
+      tmp_path / form, saved_states.shapes(state.params)
+  )
+  saved_states.assert_bit_equal(params, state.params)
+  encoder = {"encoder": saved_states.shapes(state.params)["encoder"]}
   part = checkpoint_reader.restore_params(tmp_path / form, encoder)
-  assert_bit_equal(part, {"encoder": state.params["encoder"]})
+  saved_states.assert_bit_equal(part, {"encoder": state.params["encoder"]})
 
 
 def test_one_step_is_read_by_its_path(tmp_path):
-  save(tmp_path, [3, 12], keep_last=2)
+  saved_states.save(tmp_path, [3, 12], keep_last=2)
   assert checkpoint_reader.read_meta(tmp_path)["step"] == 12
   path = tmp_path / "checkpoints" / "3"
   assert checkpoint_reader.read_meta(path)["step"] == 3
@@ -256,8 +203,8 @@ def test_one_step_is_read_by_its_path(tmp_path):
 
 
 def test_another_architecture_is_named_by_its_first_parameters(tmp_path):
-  save(tmp_path)
-  other = shapes(make_state(width=5))
+  saved_states.save(tmp_path)
+  other = saved_states.shapes(saved_states.make_state(width=5))
   other.params["estimator"]["extra"] = other.params["estimator"].pop("bias")
   with pytest.raises(UserError) as caught:
     checkpoint_reader.restore_params(tmp_path, other.params)
@@ -273,17 +220,23 @@ def test_another_architecture_is_named_by_its_first_parameters(tmp_path):
         UserError, match=r"kernel is float32\[8, 4\], .* and 4 more$"
     ):
       checkpoints.restore(3, other)
-  missing = {"encoder": shapes(make_state().params)["encoder"]}
+  missing = {
+      "encoder": saved_states.shapes(saved_states.make_state().params)[
+          "encoder"
+      ]
+  }
   del missing["encoder"]["scale"]
   with pytest.raises(UserError, match="encoder/scale is .* expected nothing"):
     checkpoint_reader.restore_params(tmp_path, missing)
 
 
 def test_another_optimizer_is_refused_on_resuming(tmp_path):
-  save(tmp_path, state=make_state(tx=optax.sgd(0.1, momentum=0.9)))
+  saved_states.save(
+      tmp_path, state=saved_states.make_state(tx=optax.sgd(0.1, momentum=0.9))
+  )
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
     with pytest.raises(UserError, match="opt_state/encoder"):
-      checkpoints.restore(3, shapes(make_state()))
+      checkpoints.restore(3, saved_states.shapes(saved_states.make_state()))
 
 
 def test_a_path_without_a_checkpoint_is_named(tmp_path):
@@ -304,7 +257,7 @@ def test_a_path_without_a_checkpoint_is_named(tmp_path):
 @pytest.mark.parametrize("file", ["_METADATA", "manifest.ocdbt"])
 @pytest.mark.parametrize("fault", ["cut", "gone"])
 def test_a_damaged_checkpoint_is_named(tmp_path, file, fault):
-  state = save(tmp_path)
+  state = saved_states.save(tmp_path)
   path = tmp_path / "checkpoints" / "3" / "state" / file
   if fault == "cut":
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -312,9 +265,11 @@ def test_a_damaged_checkpoint_is_named(tmp_path, file, fault):
     path.unlink()
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
     with pytest.raises(UserError, match="checkpoints/3 "):
-      checkpoints.restore(3, shapes(state))
+      checkpoints.restore(3, saved_states.shapes(state))
   with pytest.raises(UserError, match="checkpoints/3 "):
-    checkpoint_reader.restore_params(tmp_path, shapes(state.params))
+    checkpoint_reader.restore_params(
+        tmp_path, saved_states.shapes(state.params)
+    )
 
 
 # As above.
@@ -322,13 +277,13 @@ def test_a_damaged_checkpoint_is_named(tmp_path, file, fault):
 def test_with_a_damaged_one_the_one_before_it_is_named(tmp_path):
   with checkpoint.Checkpoints(tmp_path, keep_last=2) as checkpoints:
     for step in (2, 5):
-      checkpoints.save(step, make_state(), {}, {})
+      checkpoints.save(step, saved_states.make_state(), {}, {})
   folder = tmp_path / "checkpoints" / "5"
   (folder / "state" / "manifest.ocdbt").unlink()
   hint = "without its folder step 2 is the newest"
   with checkpoint.Checkpoints(tmp_path, keep_last=2) as checkpoints:
     with pytest.raises(UserError, match=f"checkpoints/5 .*{hint}$"):
-      checkpoints.restore(5, shapes(make_state()))
+      checkpoints.restore(5, saved_states.shapes(saved_states.make_state()))
   shutil.rmtree(folder)
   with checkpoint.Checkpoints(tmp_path, keep_last=2) as checkpoints:
     assert checkpoints.latest_step() == 2
@@ -349,7 +304,7 @@ def test_going_back_deletes_what_is_newer_but_never_the_oldest(tmp_path):
   with checkpoint.Checkpoints(tmp_path, keep_last=9) as checkpoints:
     assert checkpoints.go_back(5) is None
     for step in (2, 4, 6):
-      checkpoints.save(step, make_state(), {}, {})
+      checkpoints.save(step, saved_states.make_state(), {}, {})
     checkpoints.wait_until_finished()
     assert checkpoints.go_back(5) == 4
     assert checkpoints.all_steps() == [2, 4]
@@ -373,7 +328,9 @@ def test_a_full_disk_is_named_and_what_was_saved_stays(tmp_path):
         checkpoints.save(step, large, {}, {})
         checkpoints.wait_until_finished()
     checkpoints.close()
-    kept = checkpoint_reader.restore_params(tmp_path, shapes(large["params"]))
+    kept = checkpoint_reader.restore_params(
+        tmp_path, saved_states.shapes(large["params"])
+    )
     np.testing.assert_array_equal(kept["a"], large["params"]["a"])
   finally:
     subprocess.run(["umount", "-l", tmp_path], check=True)
@@ -387,12 +344,12 @@ def test_a_write_that_fails_is_told_without_waiting_for_the_next(
     tmp_path, monkeypatch
 ):
   with checkpoint.Checkpoints(tmp_path, keep_last=9) as checkpoints:
-    checkpoints.save(1, make_state(), {}, {})
+    checkpoints.save(1, saved_states.make_state(), {}, {})
     checkpoints.wait_until_finished()
 
     with monkeypatch.context() as patch:
       patch.setattr(ocp.JsonCheckpointHandler, "_save_fn", _refused)
-      checkpoints.save(2, make_state(), {}, {})
+      checkpoints.save(2, saved_states.make_state(), {}, {})
       checkpoints.latest_step()  # it has begun
       deadline = time.monotonic() + 60
       with pytest.raises(UserError, match="Read-only .* step 1 stays"):
@@ -408,7 +365,7 @@ def test_a_write_that_fails_is_told_without_waiting_for_the_next(
     while any("tmp" in name for name in left) and step < 60:
       time.sleep(0.1)
       step += 1
-      checkpoints.save(step, make_state(), {}, {})
+      checkpoints.save(step, saved_states.make_state(), {}, {})
       checkpoints.wait_until_finished()
       left = [path.name for path in (tmp_path / "checkpoints").iterdir()]
     assert checkpoints.all_steps()[-1] == step < 60
@@ -429,7 +386,7 @@ def test_a_save_that_cannot_begin_is_told_once_and_the_next_is_made(
       patch.setattr(
           manager if early else manager._checkpointer, "save", refused
       )
-      checkpoints.save(1, make_state(), {}, {})
+      checkpoints.save(1, saved_states.make_state(), {}, {})
       deadline = time.monotonic() + 60
       with pytest.raises(UserError, match="No space .* there is none before"):
         while True:
@@ -438,7 +395,7 @@ def test_a_save_that_cannot_begin_is_told_once_and_the_next_is_made(
           time.sleep(0.01)
     checkpoints.check_errors()
     assert checkpoints.latest_step() is None
-    checkpoints.save(2, make_state(), {}, {})
+    checkpoints.save(2, saved_states.make_state(), {}, {})
     assert checkpoints.all_steps() == [2]
 
 
@@ -498,12 +455,12 @@ def test_after_a_save_that_failed_it_goes_back_to_what_that_was_to_replace(
     tmp_path, monkeypatch
 ):
   with checkpoint.Checkpoints(tmp_path, keep_last=1) as checkpoints:
-    checkpoints.save(2, make_state(), {}, {})
+    checkpoints.save(2, saved_states.make_state(), {}, {})
     checkpoints.wait_until_finished()
 
     with monkeypatch.context() as patch:
       patch.setattr(ocp.JsonCheckpointHandler, "_save_fn", _refused)
-      checkpoints.save(4, make_state(), {}, {})
+      checkpoints.save(4, saved_states.make_state(), {}, {})
       with pytest.raises(UserError, match="Read-only .* step 2 stays"):
         checkpoints.wait_until_finished()
     assert checkpoints.go_back(3) == 2
@@ -517,7 +474,7 @@ def test_what_ends_a_run_is_not_hidden_by_its_last_save(tmp_path, capsys):
         raise OSError(errno.ENOSPC, "No space left on device")
 
       checkpoints._manager.save = refused
-      checkpoints.save(1, make_state(), {}, {})
+      checkpoints.save(1, saved_states.make_state(), {}, {})
       raise RuntimeError("what ends it")
   assert "No space left on device" in capsys.readouterr().err
 
@@ -529,16 +486,16 @@ def test_a_save_after_one_that_failed_is_made_before_that_is_told(
 
     with monkeypatch.context() as patch:
       patch.setattr(ocp.JsonCheckpointHandler, "_save_fn", _refused)
-      checkpoints.save(1, make_state(), {}, {})
+      checkpoints.save(1, saved_states.make_state(), {}, {})
       with pytest.raises(UserError, match="Read-only"):
         checkpoints.wait_until_finished()
-      checkpoints.save(2, make_state(), {}, {})
+      checkpoints.save(2, saved_states.make_state(), {}, {})
       checkpoints.latest_step()  # it has begun
       checkpoints._there(lambda: None)
       while checkpoints._manager.is_saving_in_progress():
         time.sleep(0.01)
     with pytest.raises(UserError, match="Read-only .* there is none before"):
-      checkpoints.save(3, make_state(), {}, {})
+      checkpoints.save(3, saved_states.make_state(), {}, {})
     assert checkpoints.failures == 2  # though the third may be written by now
     checkpoints.wait_until_finished()
     assert checkpoints.failures == 0
@@ -546,7 +503,7 @@ def test_a_save_after_one_that_failed_is_made_before_that_is_told(
 
 
 def test_room_is_taken_once_and_a_save_uses_it(tmp_path):
-  state = make_state()
+  state = saved_states.make_state()
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
     checkpoints.make_room(state)
     before = jax.tree.leaves(checkpoints._copied)
@@ -554,13 +511,15 @@ def test_room_is_taken_once_and_a_save_uses_it(tmp_path):
     checkpoints.save(1, state, {}, {})
     after = jax.tree.leaves(checkpoints._copied)
     assert where == {x.unsafe_buffer_pointer() for x in after if x.size}
-  restored = checkpoint_reader.restore_params(tmp_path, shapes(state.params))
-  assert_bit_equal(restored, state.params)
+  restored = checkpoint_reader.restore_params(
+      tmp_path, saved_states.shapes(state.params)
+  )
+  saved_states.assert_bit_equal(restored, state.params)
 
 
 def test_a_save_that_fails_in_the_background_surfaces(tmp_path):
   checkpoints = checkpoint.Checkpoints(tmp_path)
-  checkpoints.save(1, make_state(), {"motion": {1, 2}}, {})
+  checkpoints.save(1, saved_states.make_state(), {"motion": {1, 2}}, {})
   with pytest.raises(TypeError, match="not JSON serializable"):
     checkpoints.close()
   with pytest.raises(UserError, match="no complete checkpoint"):

@@ -12,7 +12,7 @@ from mcjepa_jax.data import sources
 from mcjepa_jax.data.catalog import published
 from mcjepa_jax.data.pipeline import batches
 from mcjepa_jax.errors import UserError
-from tests import array_records_test, image_datasets_test
+from tests.helpers import binary_sets, image_records
 
 
 def _images(folder, names):
@@ -82,8 +82,8 @@ def test_content_is_read_from_shards(tmp_path, name, place):
 
 
 def test_content_is_read_from_binaries(tmp_path):
-  image_datasets_test._cifar10(tmp_path / "cifar-10-batches-bin")
-  image_datasets_test._stl10(tmp_path / "stl10_binary")
+  binary_sets.cifar10(tmp_path / "cifar-10-batches-bin")
+  binary_sets.stl10(tmp_path / "stl10_binary")
   assert len(_open("cifar10_bin", tmp_path)) == 8
   assert _open("stl10", tmp_path).record_id(0) == "unlabeled_X/000000"
   assert len(_labelled("cifar10_bin_train", tmp_path)) == 8
@@ -96,11 +96,11 @@ def test_content_is_read_from_binaries(tmp_path):
 def test_imagenet_of_tfds_is_its_one_version(tmp_path):
   with pytest.raises(UserError, match="imagenet2012: expected one .* none"):
     _open("imagenet_tfds", tmp_path)
-  array_records_test._prepared(tmp_path / "imagenet2012" / "5.1.0")
+  image_records.tfds_folder(tmp_path / "imagenet2012" / "5.1.0")
   assert len(_open("imagenet_tfds", tmp_path)) == 7
   with pytest.raises(UserError, match="expected a split 'validation'"):
     _labelled("imagenet_val_tfds", tmp_path)
-  array_records_test._prepared(tmp_path / "imagenet2012" / "5.0.0")
+  image_records.tfds_folder(tmp_path / "imagenet2012" / "5.0.0")
   with pytest.raises(UserError, match=r"came \['5.0.0', '5.1.0'\]"):
     _open("imagenet_tfds", tmp_path)
 

@@ -1,47 +1,19 @@
 """Dumps of steps come back as they were, and damaged ones are refused."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mcjepa_jax import errors, replay
 from mcjepa_jax.distributed import sharding
-from mcjepa_jax.step import train_state
 from mcjepa_jax.storage import checkpoint_reader
 from mcjepa_jax.training import bad_steps
 from tests import tiny
-
-
-def _state():
-  return train_state.TrainState(
-      step=jnp.asarray(8),
-      params={"encoder": {"kernel": jnp.arange(6.0)}},
-      opt_state={"encoder": jnp.ones(3)},
-      key=jnp.asarray([7, 2**32 - 1], jnp.uint32),
-      skipped=jnp.asarray(True),
-  )
-
-
-def save(workdir, step=7, limit=2):
-  """The folder of a dump of a small state; None where there is no room."""
-  if not bad_steps.has_room(workdir, step=step, limit=limit):
-    return None
-  batch = tiny.batch()
-  return bad_steps.save(
-      workdir,
-      _state(),
-      step=step,
-      kind="both",
-      arrays={k: jnp.asarray(v) for k, v in batch.items()},
-      records={"content": ["a", "b"], "motion": ["c"]},
-      logs={"loss": float("nan")},
-      config=tiny.config(),
-  )
+from tests.helpers import dumps
 
 
 def test_a_dump_holds_the_batch_the_parameters_and_the_config(tmp_path):
-  folder = save(tmp_path)
+  folder = dumps.save(tmp_path)
   meta, config = bad_steps.read_meta(folder)
   assert (meta["step"], meta["kind"]) == (7, "both")
   assert meta["key"] == [7, 2**32 - 1]
@@ -54,7 +26,7 @@ def test_a_dump_holds_the_batch_the_parameters_and_the_config(tmp_path):
   for name, x in arrays.items():
     np.testing.assert_array_equal(x, batch[name])
   assert set(bad_steps.read_arrays(folder, "content")) == {"views"}
-  shapes = jax.eval_shape(lambda: _state().params)
+  shapes = jax.eval_shape(lambda: dumps.state().params)
   kept = checkpoint_reader.restore_params(
       folder,
       jax.tree.map(
@@ -66,9 +38,9 @@ def test_a_dump_holds_the_batch_the_parameters_and_the_config(tmp_path):
 
 
 def test_a_workdir_has_so_many_dumps_and_no_more(tmp_path):
-  assert all(save(tmp_path, step) for step in (1, 2))
-  assert save(tmp_path, 3) is None
-  assert save(tmp_path, 2) is None  # met again by a run that resumed
+  assert all(dumps.save(tmp_path, step) for step in (1, 2))
+  assert dumps.save(tmp_path, 3) is None
+  assert dumps.save(tmp_path, 2) is None  # met again by a run that resumed
   names = {path.name for path in (tmp_path / "dumps").iterdir()}
   assert names == {"step_1", "step_2"}
 
@@ -78,13 +50,13 @@ def test_what_a_kill_left_of_a_dump_takes_no_place_and_goes(tmp_path):
     folder = tmp_path / "dumps" / f"step_{step}" / "checkpoints"
     folder.mkdir(parents=True)
     (folder.parent / "views.0.npy").write_bytes(b"half")
-  assert save(tmp_path, 2)
+  assert dumps.save(tmp_path, 2)
   assert {path.name for path in (tmp_path / "dumps").iterdir()} == {"step_2"}
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "pickle", "gone", "type"])
 def test_a_damaged_batch_is_refused_by_its_name(tmp_path, damage):
-  path = save(tmp_path) / "views.0.npy"
+  path = dumps.save(tmp_path) / "views.0.npy"
   if damage == "cut":
     path.write_bytes(path.read_bytes()[:1000])
   elif damage == "text":
@@ -102,7 +74,7 @@ def test_a_damaged_batch_is_refused_by_its_name(tmp_path, damage):
 def test_the_rows_of_all_hosts_are_one_batch_and_those_of_each_are_needed(
     tmp_path,
 ):
-  folder = save(tmp_path)
+  folder = dumps.save(tmp_path)
   whole = np.load(folder / "views.0.npy")
   np.save(folder / "views.0.npy", whole[:3])
   np.save(folder / "views.1.npy", whole[3:])

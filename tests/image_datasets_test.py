@@ -13,6 +13,7 @@ import pytest
 
 from mcjepa_jax.data.sets import image_sets
 from mcjepa_jax.errors import UserError
+from tests.helpers import binary_sets
 
 
 def _encoded(value, size=(6, 4), kind="PNG"):
@@ -154,31 +155,8 @@ def test_frames_of_sequences_are_single_images():
     frames[3]
 
 
-def _cifar10(folder, counts=(2, 1, 1, 1, 3), labels=lambda i: i % 10):
-  """Images whose red is their number, green their row, blue their column."""
-  folder.mkdir(exist_ok=True)
-  (folder / "batches.meta.txt").write_text(
-      "\n".join([*(f"class{i}" for i in range(10)), "", ""])
-  )
-  names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
-  number = 0
-  for name, count in zip(names, (*counts, 2), strict=True):
-    rows = []
-    for _ in range(count):
-      planes = np.empty((3, 32, 32), np.uint8)
-      planes[0], planes[1], planes[2] = (
-          number,
-          np.arange(32)[:, None],
-          range(32),
-      )
-      rows.append(bytes([labels(number)]) + planes.tobytes())
-      number += 1
-    (folder / f"{name}.bin").write_bytes(b"".join(rows))
-  return folder
-
-
 def test_cifar10_binaries_are_read_by_row_and_channel(tmp_path):
-  images = image_sets.cifar10_binary(_cifar10(tmp_path), "train")
+  images = image_sets.cifar10_binary(binary_sets.cifar10(tmp_path), "train")
   assert len(images) == 8 and images.classes[9] == "class9"
   for i in range(8):
     example = images[i]
@@ -192,21 +170,8 @@ def test_cifar10_binaries_are_read_by_row_and_channel(tmp_path):
   assert [int(test[i]["image"][0, 0, 0]) for i in range(2)] == [8, 9]
 
 
-def _stl10(folder, labels=(1, 10, 3)):
-  """As _cifar10, a channel's columns one after another; labels from 1."""
-  folder.mkdir(exist_ok=True)
-  (folder / "class_names.txt").write_text("\n".join("abcdefghij"))
-  planes = np.empty((3, 3, 96, 96), np.uint8)
-  planes[:, 0] = np.arange(3)[:, None, None]
-  planes[:, 1], planes[:, 2] = np.arange(96)[None], np.arange(96)[:, None]
-  for split in ("train", "unlabeled"):
-    (folder / f"{split}_X.bin").write_bytes(planes.tobytes())
-  (folder / "train_y.bin").write_bytes(bytes(labels))
-  return folder
-
-
 def test_stl10_binaries_are_read_by_column_and_channel(tmp_path):
-  images = image_sets.stl10_binary(_stl10(tmp_path), "train")
+  images = image_sets.stl10_binary(binary_sets.stl10(tmp_path), "train")
   assert [int(images[i]["label"]) for i in range(3)] == [0, 9, 2]
   assert images.classes[9] == "j"
   unlabeled = image_sets.stl10_binary(tmp_path, "unlabeled")
@@ -220,7 +185,7 @@ def test_stl10_binaries_are_read_by_column_and_channel(tmp_path):
 def test_binaries_that_do_not_fit_are_refused(tmp_path):
   with pytest.raises(UserError, match="batches.meta.txt"):
     image_sets.cifar10_binary(tmp_path, "train")
-  folder = _cifar10(tmp_path, labels=lambda i: 255 if i == 1 else 0)
+  folder = binary_sets.cifar10(tmp_path, labels=lambda i: 255 if i == 1 else 0)
   images = image_sets.cifar10_binary(folder, "train")
   with pytest.raises(UserError, match="_1.bin, image 1: .*below 10, came 255"):
     images[1]
@@ -242,7 +207,7 @@ def test_binaries_that_do_not_fit_are_refused(tmp_path):
 )
 def test_stl10_labels_that_do_not_fit_are_refused(tmp_path, labels):
   with pytest.raises(UserError, match="labels"):
-    image_sets.stl10_binary(_stl10(tmp_path, labels), "train")
+    image_sets.stl10_binary(binary_sets.stl10(tmp_path, labels), "train")
 
 
 def test_a_corrupt_image_is_named(tmp_path):

@@ -11,7 +11,8 @@ import pytest
 
 from benchmarks import kill
 from mcjepa_jax import errors
-from tests import checkpoint_test, workdirs
+from tests import workdirs
+from tests.helpers import saved_states
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -43,9 +44,9 @@ def test_the_newest_complete_step_as_it_was_is_exact(
 
 
 def test_a_digest_is_of_every_bit_and_the_same_from_the_disk(tmp_path):
-  state = checkpoint_test.make_state()
-  plain = kill.digest(state, checkpoint_test.STREAMS)
-  checkpoint_test.save(tmp_path, (3,), state=state)
+  state = saved_states.make_state()
+  plain = kill.digest(state, saved_states.STREAMS)
+  saved_states.save(tmp_path, (3,), state=state)
   assert kill.digest(*workdirs.saved(tmp_path, 3)) == plain
   kernel = state.params["encoder"]["kernel"]
   params = dict(state.params)
@@ -53,15 +54,15 @@ def test_a_digest_is_of_every_bit_and_the_same_from_the_disk(tmp_path):
       "kernel": kernel.at[0, 0].set(jnp.nextafter(kernel[0, 0], jnp.inf))
   }
   others = (
-      (state.replace(params=params), checkpoint_test.STREAMS),
-      (state.replace(step=state.step - 1), checkpoint_test.STREAMS),
+      (state.replace(params=params), saved_states.STREAMS),
+      (state.replace(step=state.step - 1), saved_states.STREAMS),
       (state, {"motion": {"next_batch": 8}}),
   )
   assert len({plain, *(kill.digest(*other) for other in others)}) == 4
 
 
 def test_what_a_run_comes_to_leaves_out_its_times(tmp_path):
-  checkpoint_test.save(tmp_path, (3,))
+  saved_states.save(tmp_path, (3,))
   line = {"step": 2, "loss": 1.5, "seconds/step": 3.0, "feed/images": 9.0}
   (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
   losses, records, last = kill.outcome(tmp_path)

@@ -228,3 +228,14 @@ def write(root: pathlib.Path):
   tartanair(root / "TartanAir")
   viper(root / "VIPER")
   davis(root / "DAVIS")
+
+
+def whole_kitti_2012_test(root):
+  """KITTI 2012's test set, its 195 pairs of small noise."""
+  for i in range(195):
+    for number in (10, 11):
+      layouts.image(
+          root / "kitti/data_stereo_flow/testing/colored_0"
+          / f"{i:06d}_{number}.png",
+          i, number, size=(16, 24),
+      )  # fmt: skip

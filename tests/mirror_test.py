@@ -16,7 +16,8 @@ import pytest
 from mcjepa_jax import compare, errors, replay, train
 from mcjepa_jax.storage import paths, run_folder
 from mcjepa_jax.training import bad_steps
-from tests import buckets, dumps_test, job, poison, tiny, workdirs
+from tests import buckets, job, poison, tiny, workdirs
+from tests.helpers import dumps
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _STEPS = 6
@@ -114,12 +115,12 @@ def test_only_what_changed_is_copied(bucket, monkeypatch):
 def test_dumps_are_written_and_counted_and_read_where_they_are(bucket):
   address = f"{bucket}/dumped"
   with run_folder.opened(address) as folder:
-    found = dumps_test.save(folder.address, step=3, limit=1)
+    found = dumps.save(folder.address, step=3, limit=1)
     assert str(found) == f"{address}/dumps/step_3"
     assert not (folder.local / "dumps").exists()
   with run_folder.opened(address) as again:
     assert not (again.local / "dumps").exists()
-    assert dumps_test.save(again.address, step=4, limit=1) is None
+    assert dumps.save(again.address, step=4, limit=1) is None
   with run_folder.fetched(found) as folder:
     assert bad_steps.read_meta(folder)[0]["step"] == 3
     assert bad_steps.read_arrays(folder, "both").keys() == {"frames", "views"}

@@ -24,14 +24,8 @@ from mcjepa_jax.errors import UserError
 from mcjepa_jax.evals import registry, submission
 from mcjepa_jax.evals.adapters import submission_adapter
 from mcjepa_jax.storage import paths
-from tests import (
-    buckets,
-    layouts,
-    mask_clips,
-    segmentation_datasets_test as label_maps,
-    sources_test,
-    tiny,
-)
+from tests import buckets, layouts, mask_clips, sources_test, tiny
+from tests.helpers import label_maps
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -126,10 +120,10 @@ def labelled(tmp_path_factory, gs):
   path = tmp_path_factory.mktemp("labelled")
   mask_clips.davis(path / "DAVIS", length=3)
   mask_clips.youtube_vos(path / "youtube_vos" / "train", length=3)
-  label_maps._voc(path)
-  label_maps._cityscapes(path)
-  label_maps._ade20k(path)
-  label_maps._camvid(path)
+  label_maps.voc(path)
+  label_maps.cityscapes(path)
+  label_maps.ade20k(path)
+  label_maps.camvid(path)
   return path, gs.put(path, "labelled")
 
 
@@ -178,7 +172,7 @@ def test_what_a_set_in_a_bucket_lacks_is_named(gs, tmp_path):
   root = tmp_path / "DAVIS"
   mask_clips.davis(root, length=3)
   shutil.rmtree(root / "Annotations")
-  label_maps._camvid(tmp_path)
+  label_maps.camvid(tmp_path)
   shutil.rmtree(tmp_path / "CamVid" / "trainannot")
   place = gs.put(tmp_path, "lacking")
   with pytest.raises(UserError, match="walk: expected a folder of masks, came"):
@@ -403,9 +397,9 @@ def test_containers_are_copied_once(gs, tmp_path):
 
 
 def test_a_tfds_set_is_read_from_a_bucket(gs, tmp_path):
-  from tests import array_records_test
+  from tests.helpers import image_records
 
-  array_records_test._prepared(tmp_path / "imagenet2012" / "5.1.0")
+  image_records.tfds_folder(tmp_path / "imagenet2012" / "5.1.0")
   place = gs.put(tmp_path, "tfds")
   _same(
       *(
@@ -416,13 +410,13 @@ def test_a_tfds_set_is_read_from_a_bucket(gs, tmp_path):
 
 
 def test_a_video_is_read_from_a_bucket(gs, tmp_path, monkeypatch):
-  from tests import video_test
+  from tests.helpers import videos
 
   monkeypatch.setenv("MCJEPA_CACHE", str(tmp_path / "decoded"))
   folder = tmp_path / "video"
   (folder / "b").mkdir(parents=True)
   for name in ("a.avi", "b/c.avi"):
-    video_test._write_video(folder / name, video_test._moving(5))
+    videos.write_video(folder / name, videos.moving(5))
   place = gs.put(folder, "some/video")
   local = sequences.SequencePairs(video_files.videos(folder))
   _same(local, sequences.SequencePairs(video_files.videos(place)))
@@ -686,9 +680,9 @@ def test_without_credentials_the_message_says_what_to_do(
 
 
 def test_a_set_in_a_bucket_is_checked(gs, tmp_path, capsys):
-  from tests import check_test
+  from tests.helpers import faulty_flow
 
-  place = gs.put(check_test._write(tmp_path / "data"), "checked")
+  place = gs.put(faulty_flow.write(tmp_path / "data"), "checked")
   flags = "--allow-partial", f"--output={tmp_path / 'panels'}"
   set_name = "--dataset=flow/sintel_clean"
   assert check_data.main([set_name, f"--root={place}", *flags]) == 0

@@ -3,83 +3,24 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image
 import pytest
 
 from mcjepa_jax.data import sources
 from mcjepa_jax.data.pipeline.labelled_crops import VOID
 from mcjepa_jax.data.sets import segmentation_sets as sets
 from mcjepa_jax.errors import UserError
-from tests import tiny
-
-_SIZE = (4, 6)
-
-
-def _map(path, values, *, palette=False, size=_SIZE):
-  """Writes a label map that holds `values` in turn; returns them as an array."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  values = np.resize(np.array(values, np.uint8), size)
-  image = Image.fromarray(values)
-  if palette:
-    image.putpalette(np.random.default_rng(0).bytes(768))
-  image.save(path)
-  return values
-
-
-def _voc(root):
-  base = root / "VOCdevkit/VOC2012"
-  for name in ("2007_01", "2007_02", "2008_03"):
-    tiny.save_image(base / f"JPEGImages/{name}.jpg", _SIZE)
-  for name in ("2007_01", "2007_02"):
-    _map(base / f"SegmentationClass/{name}.png", (0, 20, 255), palette=True)
-  # Of a name in both, VOC's own is read.
-  for name in ("2007_01", "2008_03"):
-    _map(base / f"SegmentationClassAug/{name}.png", (5,))
-  lists = base / "ImageSets/Segmentation"
-  lists.mkdir(parents=True)
-  for split, names in (
-      ("train", ["2007_01"]),
-      ("val", ["2007_02"]),
-      ("trainaug", ["2008_03", "2007_01"]),
-  ):
-    (lists / f"{split}.txt").write_text("\n".join(names) + "\n")
-  return base
-
-
-def _cityscapes(root, kind="labelIds", values=(0, 7, 33)):
-  for split, city in (("train", "aachen"), ("train", "bremen"), ("val", "ulm")):
-    stem = f"{split}/{city}/{city}_000000_000019"
-    tiny.save_image(
-        root / f"cityscapes/leftImg8bit/{stem}_leftImg8bit.png", _SIZE
-    )
-    # Others of the archive's kinds lie beside.
-    _map(root / f"cityscapes/gtFine/{stem}_gtFine_instanceIds.png", (1,))
-    _map(root / f"cityscapes/gtFine/{stem}_gtFine_{kind}.png", values)
-
-
-def _ade20k(root):
-  base = root / "ADEChallengeData2016"
-  for split, short in (("training", "train"), ("validation", "val")):
-    name = f"ADE_{short}_00000001"
-    tiny.save_image(base / f"images/{split}/{name}.jpg", _SIZE)
-    _map(base / f"annotations/{split}/{name}.png", (0, 1, 150))
-
-
-def _camvid(root):
-  for split in ("train", "val", "test"):
-    tiny.save_image(root / f"CamVid/{split}/0001TP_1.png", _SIZE)
-    _map(root / f"CamVid/{split}annot/0001TP_1.png", (0, 10, 11))
+from tests.helpers import label_maps
 
 
 def _found(example):
-  assert example["image"].shape == (*_SIZE, 3)
-  assert example["labels"].shape == _SIZE
+  assert example["image"].shape == (*label_maps.SIZE, 3)
+  assert example["labels"].shape == label_maps.SIZE
   assert example["labels"].dtype == np.uint8
   return np.unique(example["labels"]).tolist()
 
 
 def test_voc_reads_its_lists_and_keeps_the_border_void(tmp_path):
-  _voc(tmp_path)
+  label_maps.voc(tmp_path)
   parts = sources.segmentation("voc2012", str(tmp_path))
   assert [len(part) for part in parts] == [1, 1]
   assert parts.test.record_id(0) == "JPEGImages/2007_02.jpg"
@@ -95,7 +36,7 @@ def test_voc_reads_its_lists_and_keeps_the_border_void(tmp_path):
     "kind, values", [("labelIds", (0, 7, 33)), ("labelTrainIds", (255, 0, 18))]
 )
 def test_cityscapes_ids_become_the_classes_that_count(tmp_path, kind, values):
-  _cityscapes(tmp_path, kind, values)
+  label_maps.cityscapes(tmp_path, kind, values)
   train, test = sources.segmentation("cityscapes", str(tmp_path))
   assert (len(train), len(test)) == (2, 1)
   assert _found(train[1]) == [0, 18, VOID]
@@ -105,8 +46,8 @@ def test_cityscapes_ids_become_the_classes_that_count(tmp_path, kind, values):
 
 
 def test_zero_is_void_in_ade20k_and_eleven_in_camvid(tmp_path):
-  _ade20k(tmp_path)
-  _camvid(tmp_path)
+  label_maps.ade20k(tmp_path)
+  label_maps.camvid(tmp_path)
   for part in sources.segmentation("ade20k", str(tmp_path)):
     assert _found(part[0]) == [0, 149, VOID]
     assert len(set(part.classes)) == 150
@@ -141,8 +82,10 @@ def _fails(match, call):
 
 
 def test_a_label_map_of_another_size_is_named(tmp_path):
-  _camvid(tmp_path)
-  _map(tmp_path / "CamVid/valannot/0001TP_1.png", (0,), size=(4, 5))
+  label_maps.camvid(tmp_path)
+  label_maps.label_map(
+      tmp_path / "CamVid/valannot/0001TP_1.png", (0,), size=(4, 5)
+  )
   test = sets.camvid(tmp_path, test="val").test
   _fails(
       "valannot/0001TP_1.png: expected 6x4, the size of its image, came 5x4",
@@ -151,15 +94,19 @@ def test_a_label_map_of_another_size_is_named(tmp_path):
 
 
 def test_a_value_that_is_no_class_is_named_with_what_there_is(tmp_path):
-  _camvid(tmp_path)
-  _map(tmp_path / "CamVid/trainannot/0001TP_1.png", (3, 12, 13, 14, 200))
+  label_maps.camvid(tmp_path)
+  label_maps.label_map(
+      tmp_path / "CamVid/trainannot/0001TP_1.png", (3, 12, 13, 14, 200)
+  )
   train = sets.camvid(tmp_path).train
   _fails(
       "trainannot/0001TP_1.png: expected the values 0 to 11, came 12 to 14, 200",
       lambda: train[0],
   )
-  base = _voc(tmp_path)
-  _map(base / "SegmentationClass/2007_01.png", (21,), palette=True)
+  base = label_maps.voc(tmp_path)
+  label_maps.label_map(
+      base / "SegmentationClass/2007_01.png", (21,), palette=True
+  )
   _fails(
       "2007_01.png: expected the values 0 to 20, 255, came 21",
       lambda: sets.voc_2012(tmp_path).train[0],
@@ -171,7 +118,7 @@ def _chunk(kind, body):
   return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", crc)
 
 
-def _png(colours, depth, *, size=_SIZE, chunks=()):
+def _png(colours, depth, *, size=label_maps.SIZE, chunks=()):
   height, width = size
   header = struct.pack(">IIBBBBB", width, height, depth, colours, 0, 0, 0)
   rows = zlib.compress(bytes(height * (1 + width)))
@@ -180,7 +127,7 @@ def _png(colours, depth, *, size=_SIZE, chunks=()):
 
 
 def test_a_palette_png_must_have_its_palette(tmp_path):
-  base = _voc(tmp_path)
+  base = label_maps.voc(tmp_path)
   path = base / "SegmentationClass/2007_01.png"
   read = sets.voc_2012(tmp_path).train.__getitem__
   path.write_bytes(_png(3, 8, chunks=[(b"PLTE", bytes(range(24)))]))
@@ -188,7 +135,7 @@ def test_a_palette_png_must_have_its_palette(tmp_path):
   path.write_bytes(_png(3, 8))
   _fails("2007_01.png: .* without its palette", lambda: read(0))
   # What was converted to gray may hold shades in place of numbers.
-  _map(path, (0, 20))
+  label_maps.label_map(path, (0, 20))
   _fails("8-bit palette pixels, came 8 bits of PNG's colour type 0",
          lambda: read(0))  # fmt: skip
 
@@ -208,7 +155,9 @@ def test_a_palette_png_must_have_its_palette(tmp_path):
 def test_what_is_no_label_map_is_named(tmp_path, data, match):
   path = tmp_path / "map.png"
   path.write_bytes(data)
-  _fails(f"map.png: .*{match}", lambda: sets.read_label_map(path, _SIZE))
+  _fails(
+      f"map.png: .*{match}", lambda: sets.read_label_map(path, label_maps.SIZE)
+  )
 
 
 @pytest.mark.parametrize(
@@ -216,7 +165,7 @@ def test_what_is_no_label_map_is_named(tmp_path, data, match):
     ["../../secret", "a/b", "/etc/passwd", ".hidden", "a b", "a\0b", "x" * 300],
 )
 def test_a_split_list_reaches_no_other_folder(tmp_path, line):
-  base = _voc(tmp_path)
+  base = label_maps.voc(tmp_path)
   path = base / "ImageSets/Segmentation/val.txt"
   path.write_text(f"2007_02\n{line}\n")
   with pytest.raises(UserError) as error:
@@ -237,13 +186,13 @@ def test_a_split_list_reaches_no_other_folder(tmp_path, line):
     ],
 )
 def test_a_missing_file_of_voc_is_named(tmp_path, missing, kind):
-  base = _voc(tmp_path)
+  base = label_maps.voc(tmp_path)
   (base / missing).unlink()
   _fails(f"{missing}: .*expected.* {kind}", lambda: sets.voc_2012(tmp_path))
 
 
 def test_a_list_that_is_empty_or_names_one_twice(tmp_path):
-  path = _voc(tmp_path) / "ImageSets/Segmentation/train.txt"
+  path = label_maps.voc(tmp_path) / "ImageSets/Segmentation/train.txt"
   path.write_text("\n \n")
   _fails("train.txt: .* came 0 in", lambda: sets.voc_2012(tmp_path))
   path.write_text("2007_01\n2007_01\n")
@@ -251,11 +200,11 @@ def test_a_list_that_is_empty_or_names_one_twice(tmp_path):
 
 
 def test_an_image_without_label_map_and_the_other_way_round(tmp_path):
-  _camvid(tmp_path)
+  label_maps.camvid(tmp_path)
   (tmp_path / "CamVid/testannot/0001TP_1.png").unlink()
   _fails("testannot/0001TP_1.png: not found", lambda: sets.camvid(tmp_path))
-  _map(tmp_path / "CamVid/testannot/0001TP_1.png", (0,))
-  _map(tmp_path / "CamVid/testannot/0001TP_2.png", (0,))
+  label_maps.label_map(tmp_path / "CamVid/testannot/0001TP_1.png", (0,))
+  label_maps.label_map(tmp_path / "CamVid/testannot/0001TP_2.png", (0,))
   _fails("CamVid/test/0001TP_2: not found", lambda: sets.camvid(tmp_path))
 
 
@@ -270,10 +219,10 @@ def test_a_set_that_is_not_there_or_not_known(tmp_path):
 
 
 def test_a_size_is_read_from_the_head_alone(tmp_path):
-  _camvid(tmp_path)
+  label_maps.camvid(tmp_path)
   test = sets.camvid(tmp_path, test="val").test
   path = tmp_path / "CamVid/val/0001TP_1.png"
   path.write_bytes(path.read_bytes()[:60])
-  assert test.size(0) == _SIZE
+  assert test.size(0) == label_maps.SIZE
   path.write_text("no image")
   _fails("val/0001TP_1.png: expected JPEG or PNG", lambda: test.size(0))

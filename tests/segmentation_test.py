@@ -19,6 +19,7 @@ from mcjepa_jax.evals.adapters import segmentation_adapter
 from mcjepa_jax.models import convnext, mcjepa, segmentation_heads
 from mcjepa_jax.training import build
 from tests import tiny
+from tests.helpers import segmentation_runs
 
 
 class _Set(list):
@@ -359,43 +360,11 @@ def test_a_predictor_drops_what_filled_its_batch():
     np.testing.assert_allclose(many[name], logits, atol=1e-5)
 
 
-def _config(root, **changes):
-  cfg = tiny.config(
-      evals=("segmentation/camvid_val", "upernet/camvid_val"),
-      data_root=str(root),
-      mesh__devices=2,
-      workers=1,
-  )
-  for kind in ("segmentation", "upernet"):
-    part = cfg[kind]
-    part.update(crop=32, stride=21, batch_size=2, warmup_steps=1)
-    part.sets.camvid_val.update(num_steps=3, short_side=0)
-  cfg.upernet.update(channels=4, auxiliary_channels=4)
-  for key, value in changes.items():
-    *parents, name = key.split("__")
-    part = cfg
-    for parent in parents:
-      part = part[parent]
-    part[name] = value
-  return cfg
-
-
-def _camvid(root):
-  for split in ("train", "val"):
-    for i, size in enumerate(((40, 48), (32, 36), (48, 40))):
-      name = f"CamVid/{split}/a_{i}.png"
-      tiny.save_image(root / name, size, seed=i)
-      labels = np.arange(size[0] * size[1]).reshape(size) // 150
-      path = root / name.replace(f"{split}/", f"{split}annot/")
-      path.parent.mkdir(exist_ok=True)
-      cv2.imwrite(str(path), np.minimum(labels, 11).astype(np.uint8))
-
-
 @pytest.mark.proof
 @pytest.mark.slow
 def test_both_evals_give_every_number_with_its_twins(tmp_path):
-  _camvid(tmp_path)
-  cfg = _config(tmp_path)
+  segmentation_runs.camvid(tmp_path)
+  cfg = segmentation_runs.config(tmp_path)
   assert registry.check(cfg) == []
   model = build.model(cfg)
   params, initial = (mcjepa.init_params(model, seed) for seed in (1, 0))
@@ -419,8 +388,8 @@ def test_both_evals_give_every_number_with_its_twins(tmp_path):
 
 
 def test_what_is_wrong_with_the_settings_is_told_before_anything_runs(tmp_path):
-  _camvid(tmp_path)
-  cfg = _config(
+  segmentation_runs.camvid(tmp_path)
+  cfg = segmentation_runs.config(
       tmp_path,
       segmentation__crop=40,
       segmentation__scale=(2.0, 0.5),
@@ -443,18 +412,22 @@ def test_what_is_wrong_with_the_settings_is_told_before_anything_runs(tmp_path):
 
 
 def test_a_bad_file_of_either_part_is_told_before_anything_runs(tmp_path):
-  _camvid(tmp_path)
+  segmentation_runs.camvid(tmp_path)
   cv2.imwrite(
       str(tmp_path / "CamVid/trainannot/a_1.png"),
       np.full((32, 36), 77, np.uint8),
   )
   (tmp_path / "CamVid/val/a_2.png").write_bytes(b"no image")
-  faults = registry.check(_config(tmp_path, evals=("segmentation/camvid_val",)))
+  faults = registry.check(
+      segmentation_runs.config(tmp_path, evals=("segmentation/camvid_val",))
+  )
   assert any(
       "trainannot/a_1.png: expected the values 0 to 11" in f for f in faults
   )
   assert any("val/a_2.png" in f for f in faults)
-  (fault,) = registry.check(_config(tmp_path, evals=("upernet/nowhere",)))
+  (fault,) = registry.check(
+      segmentation_runs.config(tmp_path, evals=("upernet/nowhere",))
+  )
   assert fault.startswith("evals: upernet: expected one of ade20k, ")
 
 
@@ -464,8 +437,10 @@ def test_a_bad_file_of_either_part_is_told_before_anything_runs(tmp_path):
 def test_an_image_whose_logits_have_no_room_is_told_before_anything_is_loaded(
     tmp_path, short_side, got
 ):
-  _camvid(tmp_path)
-  cfg = _config(tmp_path, evals=("upernet/camvid_val",), eval_max_pixels=100)
+  segmentation_runs.camvid(tmp_path)
+  cfg = segmentation_runs.config(
+      tmp_path, evals=("upernet/camvid_val",), eval_max_pixels=100
+  )
   cfg.upernet.sets.camvid_val.short_side = short_side
   (fault,) = registry.check(cfg)
   assert "CamVid/val/a_" in fault and f"got {got}" in fault
@@ -475,11 +450,16 @@ def test_an_image_whose_logits_have_no_room_is_told_before_anything_is_loaded(
 
 
 def test_an_image_that_is_too_large_to_train_on_is_no_fault(tmp_path):
-  _camvid(tmp_path)
+  segmentation_runs.camvid(tmp_path)
   tiny.save_image(tmp_path / "CamVid/train/a_0.png", (64, 64))
   labels = np.zeros((64, 64), np.uint8)
   cv2.imwrite(str(tmp_path / "CamVid/trainannot/a_0.png"), labels)
-  assert registry.check(_config(tmp_path, eval_max_pixels=48 * 40)) == []
+  assert (
+      registry.check(
+          segmentation_runs.config(tmp_path, eval_max_pixels=48 * 40)
+      )
+      == []
+  )
 
 
 def test_the_config_knows_each_set():

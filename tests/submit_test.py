@@ -137,21 +137,10 @@ def test_a_file_that_does_not_hold_what_was_written_is_named(
   assert not (tmp_path / "out/kitti.zip").exists()
 
 
-def _whole_kitti(root):
-  """KITTI 2012's test set, its 195 pairs of small noise."""
-  for i in range(195):
-    for number in (10, 11):
-      layouts.image(
-          root / "kitti/data_stereo_flow/testing/colored_0"
-          / f"{i:06d}_{number}.png",
-          i, number, size=(16, 24),
-      )  # fmt: skip
-
-
 def test_an_archive_comes_out_of_the_suite_or_is_refused_before(
     tmp_path, untrained
 ):
-  _whole_kitti(tmp_path)
+  layouts.whole_kitti_2012_test(tmp_path)
   cfg = tiny.config(
       task="evaluate", evals=("submit/kitti_2012",), data_root=str(tmp_path),
       checkpoint=str(untrained), mesh__devices=1, eval_batch_size=65,

@@ -18,7 +18,8 @@ from mcjepa_jax.evals import eval_subject, inference, registry, result_table
 from mcjepa_jax.evals.adapters import flow_adapter, image_adapter
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.training import build
-from tests import layouts, mask_clips, segmentation_test, submit_test, tiny
+from tests import layouts, mask_clips, tiny
+from tests.helpers import segmentation_runs
 
 
 @pytest.fixture
@@ -222,7 +223,7 @@ _KINDS = {
     ),
     "rankme/synthetic": (None, "rank", ("features/synthetic: .*/60 ",)),
     "segmentation/camvid_val": (
-        segmentation_test._camvid,
+        segmentation_runs.camvid,
         "miou",
         (
             "segmentation/camvid_val: .*/3 .*step",
@@ -230,7 +231,7 @@ _KINDS = {
         ),
     ),
     "upernet/camvid_val": (
-        segmentation_test._camvid,
+        segmentation_runs.camvid,
         "miou",
         (
             "upernet/camvid_val: .*/3 .*step",
@@ -245,7 +246,7 @@ _KINDS = {
         ("davis/2017: .*/4 .*frame",),
     ),
     "submit/kitti_2012": (
-        submit_test._whole_kitti,
+        layouts.whole_kitti_2012_test,
         None,  # the trained model alone is submitted
         ("submit/kitti_2012: .*/195 ",),
     ),
@@ -266,7 +267,7 @@ def test_every_kind_shows_its_progress_and_has_its_untrained_twin(
   write, metric, bars = _KINDS[entry]
   if write:
     write(tmp_path)
-  cfg = segmentation_test._config(
+  cfg = segmentation_runs.config(
       tmp_path, evals=(entry,), workers=0, eval_batch_size=65
   )
   cfg.linear.epochs = cfg.finetune.epochs = 1

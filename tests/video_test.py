@@ -4,35 +4,17 @@ import os
 import pickle
 import time
 
-import cv2
 import numpy as np
 import pytest
 
 from mcjepa_jax.data.readers import video_files
 from mcjepa_jax.data.sets import sequences
 from mcjepa_jax.errors import UserError
+from tests.helpers import videos
 
 CODES = pytest.mark.parametrize(
     "name, code", [("a.avi", "MJPG"), ("a.mp4", "mp4v"), ("a.mkv", "mp4v")]
 )
-
-
-def _moving(count, *, seed=0, size=(48, 64), speed=2):
-  """Frames of smooth noise that moves `speed` pixels a frame."""
-  rng = np.random.default_rng(seed)
-  height, width = size
-  wide = rng.integers(0, 256, (6, 12 + count * speed // 8, 3), np.uint8)
-  wide = cv2.resize(wide, (width + count * speed, height))
-  return [wide[:, t * speed : t * speed + width] for t in range(count)]
-
-
-def _write_video(path, frames, code="MJPG"):
-  size = frames[0].shape[1::-1]
-  writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*code), 25, size)
-  for frame in frames:
-    writer.write(np.ascontiguousarray(frame[..., ::-1]))
-  writer.release()
-  return path
 
 
 def _open(path, tmp_path, **kwargs):
@@ -45,8 +27,8 @@ def _ids(pairs):
 
 @CODES
 def test_video_frames_are_rgb_in_order(tmp_path, name, code):
-  frames = _moving(7)
-  _write_video(tmp_path / name, frames, code)
+  frames = videos.moving(7)
+  videos.write_video(tmp_path / name, frames, code)
   (opened,) = _open(tmp_path / name, tmp_path)
   assert len(opened) == 7
   for t, frame in enumerate(frames):
@@ -57,7 +39,7 @@ def test_video_frames_are_rgb_in_order(tmp_path, name, code):
 
 
 def test_video_pairs_hold_two_frames_and_nothing_else(tmp_path):
-  path = _write_video(tmp_path / "a.avi", _moving(5))
+  path = videos.write_video(tmp_path / "a.avi", videos.moving(5))
   pairs = sequences.SequencePairs(_open(path, tmp_path), gaps=(1, 2))
   assert _ids(pairs) == [
       *("a.avi/000000+1", "a.avi/000001+1", "a.avi/000002+1", "a.avi/000003+1"),
@@ -73,7 +55,7 @@ def test_video_pairs_hold_two_frames_and_nothing_else(tmp_path):
 
 
 def test_a_video_is_decoded_once_and_again_when_it_changes(tmp_path):
-  path = _write_video(tmp_path / "a.avi", _moving(3))
+  path = videos.write_video(tmp_path / "a.avi", videos.moving(3))
   _open(path, tmp_path)
   before = {f: f.stat().st_mtime_ns for f in (tmp_path / "cache").iterdir()}
   assert sorted(len(f.suffixes) for f in before) == [1, 2]
@@ -87,7 +69,7 @@ def test_a_video_is_decoded_once_and_again_when_it_changes(tmp_path):
 
 
 def test_large_frames_are_made_smaller_and_small_ones_kept(tmp_path):
-  path = _write_video(tmp_path / "a.avi", _moving(3))
+  path = videos.write_video(tmp_path / "a.avi", videos.moving(3))
   assert _open(path, tmp_path, max_side=32)[0].frame(0).shape == (24, 32, 3)
   assert _open(path, tmp_path, max_side=640)[0].frame(0).shape == (48, 64, 3)
 
@@ -96,7 +78,7 @@ def test_the_byte_limit_holds_for_all_videos_of_a_folder(tmp_path):
   folder = tmp_path / "films"
   folder.mkdir()
   for name in ("a10.avi", "a9.avi"):
-    _write_video(folder / name, _moving(4))
+    videos.write_video(folder / name, videos.moving(4))
   one = 4 * 48 * 64 * 3
   opened = _open(folder, tmp_path, max_bytes=2 * one)
   assert [v.name for v in opened] == ["a9.avi", "a10.avi"]
@@ -111,8 +93,8 @@ def test_the_byte_limit_holds_for_all_videos_of_a_folder(tmp_path):
 
 
 def test_a_cut_between_two_scenes_is_not_paired_over(tmp_path):
-  frames = _moving(8) + _moving(8, seed=1)
-  opened = _open(_write_video(tmp_path / "a.avi", frames), tmp_path)
+  frames = videos.moving(8) + videos.moving(8, seed=1)
+  opened = _open(videos.write_video(tmp_path / "a.avi", frames), tmp_path)
   assert np.flatnonzero(sequences.cuts(opened[0].thumbnails())).tolist() == [7]
   pairs = sequences.SequencePairs(opened, gaps=(1, 3), skip_cuts=True)
   assert len(pairs) == 15 + 14 + 13 - (1 + 2 + 3)
@@ -135,8 +117,8 @@ def test_fast_motion_is_no_cut_but_a_lone_step_as_large_is():
 
 
 def test_pairs_that_stand_still_are_left_out_on_request(tmp_path):
-  frames = _moving(4) + _moving(4)[-1:] * 3
-  opened = _open(_write_video(tmp_path / "a.avi", frames), tmp_path)
+  frames = videos.moving(4) + videos.moving(4)[-1:] * 3
+  opened = _open(videos.write_video(tmp_path / "a.avi", frames), tmp_path)
   assert len(sequences.SequencePairs(opened)) == 6
   pairs = sequences.SequencePairs(opened, min_change=0.5)
   assert _ids(pairs) == ["a.avi/000000+1", "a.avi/000001+1", "a.avi/000002+1"]
@@ -145,7 +127,7 @@ def test_pairs_that_stand_still_are_left_out_on_request(tmp_path):
 
 
 def test_the_byte_limit_is_set_by_the_environment(tmp_path, monkeypatch):
-  path = _write_video(tmp_path / "a.avi", _moving(4))
+  path = videos.write_video(tmp_path / "a.avi", videos.moving(4))
   monkeypatch.setenv("MCJEPA_CACHE_GIB", "0.00001")
   with pytest.raises(UserError, match="a.avi: expected at most 10737 bytes"):
     _open(tmp_path, tmp_path)
@@ -164,7 +146,9 @@ def test_gaps_that_are_no_range_are_refused(gaps):
 
 @CODES
 def test_cut_videos_are_refused_in_one_message(tmp_path, capfd, name, code):
-  whole = _write_video(tmp_path / name, _moving(20), code).read_bytes()
+  whole = videos.write_video(
+      tmp_path / name, videos.moving(20), code
+  ).read_bytes()
   for size in (0, 4, 40, len(whole) // 2, len(whole) - 9):
     (tmp_path / name).write_bytes(whole[:size])
     with pytest.raises(UserError, match=name):
@@ -202,7 +186,7 @@ def test_all_damaged_videos_of_a_folder_are_named_at_once(tmp_path):
 def test_videos_of_one_name_in_two_folders_keep_apart(tmp_path):
   for folder, count in (("a", 2), ("b", 3)):
     (tmp_path / folder).mkdir()
-    _write_video(tmp_path / folder / "x.avi", _moving(count))
+    videos.write_video(tmp_path / folder / "x.avi", videos.moving(count))
   pairs = sequences.SequencePairs(_open(tmp_path, tmp_path))
   assert _ids(pairs) == [
       *("a/x.avi/000000+1", "b/x.avi/000000+1", "b/x.avi/000001+1")
@@ -214,7 +198,7 @@ def test_missing_videos_and_caches_are_named(tmp_path):
     _open(tmp_path / "none.mp4", tmp_path)
   with pytest.raises(UserError, match="expected videos"):
     _open(tmp_path, tmp_path)
-  path = _write_video(tmp_path / "a.avi", _moving(3))
+  path = videos.write_video(tmp_path / "a.avi", videos.moving(3))
   (tmp_path / "file").write_bytes(b"")
   with pytest.raises(UserError, match="MCJEPA_CACHE"):
     video_files.videos(path, cache_dir=tmp_path / "file" / "cache")
