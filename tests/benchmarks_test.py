@@ -3,7 +3,6 @@
 import collections
 import functools
 import json
-import pathlib
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks import evals, seeds
+from tests.helpers.repository import ROOT
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_what_cannot_run_is_told(argument, words, capsys):
 def _input(*flags):
   return subprocess.run(
       [sys.executable, "-m", "benchmarks.input", *flags],
-      cwd=pathlib.Path(__file__).parent.parent,
+      cwd=ROOT,
       capture_output=True,
       text=True,
       check=False,

@@ -1,16 +1,13 @@
 """The catalog of data sets: the README's table, and its facts' sources."""
 
-import pathlib
-
 import pytest
 
 from mcjepa_jax.data.catalog import published
-
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
+from tests.helpers.repository import ROOT
 
 
 def test_the_readme_holds_the_table():
-  text = (_ROOT / "README.md").read_text()
+  text = (ROOT / "README.md").read_text()
   assert "## Data sets\n" in text
   assert (
       f"\n\n{published.markdown()}\n" in text

@@ -15,8 +15,7 @@ from mcjepa_jax.errors import UserError
 from mcjepa_jax.evals import registry
 from tests import layouts, tiny
 from tests.helpers import faulty_flow
-
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
+from tests.helpers.repository import ROOT
 
 
 @pytest.fixture
@@ -215,7 +214,7 @@ def test_a_shard_whose_bytes_changed_is_named(run, tmp_path):
 def test_a_config_is_checked_as_a_whole(run, tmp_path):
   faulty_flow.write(tmp_path)
   flags = (
-      f"--config={_ROOT / 'configs/quickstart.py'}",
+      f"--config={ROOT / 'configs/quickstart.py'}",
       f"--config.data_root={tmp_path}",
       "--config.motion.sources=(('sintel_clean', 1.0), ('synthetic', 1.0))",
       "--config.evals=('flow/sintel_clean', 'knn/synthetic')",
@@ -277,7 +276,7 @@ def test_the_sample_is_always_the_same():
     ],
 )
 def test_a_wrong_command_line_is_a_fault(run, flags, fault):
-  config = str(_ROOT / "configs" / "quickstart.py")
+  config = str(ROOT / "configs" / "quickstart.py")
   code, _, err = run(*(flag.replace("=C", f"={config}") for flag in flags))
   assert code == 2
   assert re.search(f"error: .*{fault}", err) and "Traceback" not in err

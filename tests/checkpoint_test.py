@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import pathlib
 import shutil
 import signal
 import subprocess
@@ -23,6 +22,7 @@ import pytest
 from mcjepa_jax.errors import UserError
 from mcjepa_jax.storage import checkpoint, checkpoint_reader
 from tests.helpers import saved_states
+from tests.helpers.repository import ROOT
 
 
 def test_state_streams_and_meta_come_back_bit_for_bit(tmp_path):
@@ -157,7 +157,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_step_torn_by_a_kill_is_never_chosen(tmp_path):
   process = subprocess.run(
       [sys.executable, "-c", _KILLED, str(tmp_path)],
-      cwd=pathlib.Path(__file__).parent.parent,
+      cwd=ROOT,
       timeout=120,
       check=False,
   )

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -18,8 +17,7 @@ from mcjepa_jax import convert_images
 from mcjepa_jax.data.readers import array_records
 from mcjepa_jax.data.sets import image_sets, record_sets
 from mcjepa_jax.errors import UserError
-
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
+from tests.helpers.repository import ROOT
 
 
 def _write(path, value=0, kind="PNG"):
@@ -281,7 +279,7 @@ def test_a_killed_conversion_goes_on_with_what_is_missing(tmp_path):
   command = [sys.executable, "-m", "mcjepa_jax.convert_images", "--shards=24"]
   command += [f"--input={tmp_path / 'in'}", f"--output={out}", "--workers=2"]
   running = subprocess.Popen(
-      command, cwd=_ROOT, stderr=subprocess.DEVNULL, start_new_session=True
+      command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
   )
   end = time.monotonic() + 60
   while not list(out.glob("*.array_record")) and time.monotonic() < end:
@@ -300,7 +298,7 @@ def test_a_killed_conversion_goes_on_with_what_is_missing(tmp_path):
   kept = {s: s.stat().st_mtime_ns for s in out.glob("*.array_record")}
   assert 0 < len(kept) < 24 and not (out / "manifest.json").exists()
   done = subprocess.run(
-      command, cwd=_ROOT, capture_output=True, text=True, check=False
+      command, cwd=ROOT, capture_output=True, text=True, check=False
   )
   assert done.returncode == 0, done.stderr
   assert kept == {s: s.stat().st_mtime_ns for s in kept}

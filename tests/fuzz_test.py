@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import os
-import pathlib
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from mcjepa_jax.data.readers import (
 )
 from mcjepa_jax.data.sets import record_sets
 from mcjepa_jax.errors import UserError
+from tests.helpers.repository import ROOT
 
 _FORMATS = pytest.mark.parametrize("name", list(fuzz_formats.FORMATS))
 # The same cases on every run, so that a change alone can make one fail.
@@ -35,7 +35,6 @@ _SETTINGS = hypothesis.settings(
     max_examples=12,
     suppress_health_check=list(hypothesis.HealthCheck),
 )
-_ROOT = pathlib.Path(__file__).parent.parent
 _WHOLE = {}
 
 
@@ -119,7 +118,7 @@ def test_a_case_is_the_same_in_another_process():
           "-c",
           "from tests import fuzz_test as t; print(t._digest())",
       ],
-      cwd=_ROOT,
+      cwd=ROOT,
       capture_output=True,
       text=True,
       check=False,
@@ -323,7 +322,7 @@ def test_the_benchmark_writes_its_rows(tmp_path):
   command = [sys.executable, "-m", "benchmarks.fuzz", "--only=pfm", "--cases=9"]
   result = subprocess.run(
       [*command, f"--json={tmp_path / 'rows.json'}"],
-      cwd=_ROOT,
+      cwd=ROOT,
       capture_output=True,
       text=True,
       check=False,

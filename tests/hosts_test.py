@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import re
 import signal
 import socket
@@ -21,8 +20,8 @@ from mcjepa_jax.distributed import cluster, hosts, rendezvous, sharding
 from mcjepa_jax.runtime import signals
 from mcjepa_jax.training import bad_steps
 from tests import job, poison, workdirs
+from tests.helpers.repository import ROOT
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
 _STEPS = 3
 _CONFIG = f"""
 from configs import quickstart
@@ -904,7 +903,7 @@ def test_a_late_step_prints_the_stacks():
   )
   run = subprocess.run(
       [sys.executable, "-c", script],
-      cwd=_ROOT,
+      cwd=ROOT,
       env=os.environ | {"JAX_PLATFORMS": "cpu"},
       capture_output=True,
       text=True,

@@ -1,15 +1,13 @@
 """A run of several processes on this machine, as of hosts, and what they left."""
 
 import os
-import pathlib
 import socket
 import subprocess
 import sys
 import threading
 
 from tests import workdirs
-
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
+from tests.helpers.repository import ROOT
 
 
 def free_port():
@@ -45,12 +43,12 @@ def start(config_path, workdir, *overrides, index=0, count=1, port=0, **env):
       | {
           "JAX_PLATFORMS": "cpu",
           "XLA_FLAGS": "",
-          "PYTHONPATH": str(_ROOT),
+          "PYTHONPATH": str(ROOT),
           # Compiling is what costs, in every process.
           "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
       }
       | env,
-      cwd=_ROOT,
+      cwd=ROOT,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,

@@ -1,7 +1,6 @@
 """The benchmark that kills runs: what it calls exact, torn and a write."""
 
 import json
-import pathlib
 import subprocess
 import sys
 import time
@@ -13,8 +12,6 @@ from benchmarks import kill
 from mcjepa_jax import errors
 from tests import workdirs
 from tests.helpers import saved_states
-
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def _kill(complete):

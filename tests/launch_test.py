@@ -13,9 +13,9 @@ import yaml
 from mcjepa_jax import errors
 from mcjepa_jax.runtime import command_line, config_files
 from mcjepa_jax.training import validation
+from tests.helpers.repository import ROOT
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
-_LAUNCH = _ROOT / "launch"
+_LAUNCH = ROOT / "launch"
 _RUN = ("--config=configs/quickstart.py", "--workdir=/mnt/mcjepa/runs/one")
 # Quotes, spaces, a variable, a command, a glob, a line's end and nothing.
 _ODD = (
@@ -84,7 +84,7 @@ def test_shellcheck_finds_nothing(path):
   shellcheck = pathlib.Path(sys.executable).with_name("shellcheck")
   run = subprocess.run(
       [shellcheck, "--external-sources", path],
-      cwd=_ROOT,
+      cwd=ROOT,
       capture_output=True,
       text=True,
       check=False,
@@ -108,7 +108,7 @@ def test_the_dockerfile_copies_what_is_there():
   copied = [line.split()[1:-1] for line in lines if line.startswith("COPY")]
   assert copied
   for path in sum(copied, []):
-    assert (_ROOT / path).exists(), path
+    assert (ROOT / path).exists(), path
   assert 'ENTRYPOINT ["python", "-m", "mcjepa_jax.main"]' in lines
 
 
@@ -437,7 +437,7 @@ def test_the_jobset_has_what_main_reads():
   file, workdir = command_line.single(
       arguments.flags, config="FILE.py", workdir="FOLDER"
   )
-  config = config_files.load_config(str(_ROOT / file), arguments.overrides)
+  config = config_files.load_config(str(ROOT / file), arguments.overrides)
   devices = rows * columns * job["replicas"]
   assert not validation.faults(config, devices=devices)
   mounts = {m["name"]: m["mountPath"] for m in container["volumeMounts"]}

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import shutil
 import signal
 import subprocess
@@ -18,8 +17,8 @@ from mcjepa_jax.storage import paths, run_folder
 from mcjepa_jax.training import bad_steps
 from tests import buckets, job, poison, tiny, workdirs
 from tests.helpers import dumps
+from tests.helpers.repository import ROOT
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
 _STEPS = 6
 _CONFIG = f"""
 from configs import quickstart
@@ -189,8 +188,8 @@ def _start(config_path, workdir, *overrides):
           f"--workdir={workdir}", *overrides,
       ],
       env=os.environ
-      | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(_ROOT)},
-      cwd=_ROOT,
+      | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)},
+      cwd=ROOT,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,

@@ -13,6 +13,7 @@ import pytest
 
 from mcjepa_jax.data.pipeline import batches, geometry
 from mcjepa_jax.errors import UserError
+from tests.helpers.repository import ROOT
 
 
 class Records:
@@ -484,7 +485,7 @@ def test_no_worker_outlives_a_killed_process(tmp_path):
   with open(tmp_path / "workers", "w+") as output:
     process = subprocess.run(
         [sys.executable, "-c", _KILLED],
-        cwd=pathlib.Path(__file__).parent.parent,
+        cwd=ROOT,
         stdout=output,
         timeout=120,
         check=False,

@@ -26,8 +26,7 @@ from mcjepa_jax.evals.adapters import submission_adapter
 from mcjepa_jax.storage import paths
 from tests import buckets, layouts, mask_clips, sources_test, tiny
 from tests.helpers import label_maps
-
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
+from tests.helpers.repository import ROOT
 
 
 class _Bucket:
@@ -712,7 +711,7 @@ def test_who_reads_disks_alone_loads_no_package_of_stores():
       " if m in sys.modules])"
   )
   run = subprocess.run(
-      [sys.executable, "-c", script], cwd=_ROOT, capture_output=True, text=True
+      [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True
   )
   assert run.stdout.strip() == "[]", run.stderr
 
@@ -816,10 +815,10 @@ def test_a_run_on_a_bucket_is_the_run_on_the_folder(gs, tmp_path):
         env=os.environ
         | {
             "XLA_FLAGS": "",
-            "PYTHONPATH": str(_ROOT),
+            "PYTHONPATH": str(ROOT),
             "MCJEPA_CACHE": str(tmp_path / "thumbnails"),
         },
-        cwd=_ROOT,
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )

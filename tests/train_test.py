@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -15,8 +14,8 @@ from mcjepa_jax import errors, train
 from mcjepa_jax.storage import run_folder
 from mcjepa_jax.training import preconditions
 from tests import tiny, workdirs
+from tests.helpers.repository import ROOT
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
 _STEPS = 9
 _CONFIG = f"""
 from configs import quickstart
@@ -50,7 +49,7 @@ def _environment():
   return os.environ | {
       "JAX_PLATFORMS": "cpu",
       "XLA_FLAGS": "",
-      "PYTHONPATH": str(_ROOT),
+      "PYTHONPATH": str(ROOT),
   }
 
 
@@ -58,7 +57,7 @@ def _run(config_path, workdir, *overrides):
   run = subprocess.run(
       _command(config_path, workdir, *overrides),
       env=_environment(),
-      cwd=_ROOT,
+      cwd=ROOT,
       capture_output=True,
       text=True,
   )
@@ -71,7 +70,7 @@ def _killed(config_path, workdir, *, after):
   process = subprocess.Popen(
       _command(config_path, workdir),
       env=_environment(),
-      cwd=_ROOT,
+      cwd=ROOT,
       stdout=subprocess.DEVNULL,
       stderr=subprocess.DEVNULL,
   )
@@ -218,7 +217,7 @@ def test_a_workdir_of_another_config_is_refused(config_path, whole):
   run = subprocess.run(
       _command(config_path, whole, "--config.content.batch_size=8"),
       env=_environment(),
-      cwd=_ROOT,
+      cwd=ROOT,
       capture_output=True,
       text=True,
   )
@@ -235,7 +234,7 @@ def test_sigterm_saves_with_75_and_the_run_goes_on_as_if_it_had_not_come(
   process = subprocess.Popen(
       _command(config_path, workdir),
       env=_environment(),
-      cwd=_ROOT,
+      cwd=ROOT,
       stdout=subprocess.DEVNULL,
       stderr=subprocess.PIPE,
       text=True,
@@ -285,7 +284,7 @@ def test_sigterm_to_a_run_that_compiles_ends_it_before_it_has_compiled(
   process = subprocess.Popen(
       _command(path, tmp_path / "run"),
       env=_environment(),
-      cwd=_ROOT,
+      cwd=ROOT,
       stderr=subprocess.PIPE,
       text=True,
   )
