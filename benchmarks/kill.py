@@ -65,7 +65,7 @@ _TIMED = ("seconds/", "meta/", "feed/", "step/", "examples_per_second")
 
 def get_config() -> Any:
   """The training that is killed: 30 steps, 0.6 GB saved at every second."""
-  from tests import tiny
+  from tests.helpers import tiny
 
   return tiny.config(
       model__expander__widths=(5632, 5632, 5632),
@@ -261,7 +261,7 @@ def seconds_to_write(workdir: pathlib.Path) -> float:
 
 def outcome(workdir: pathlib.Path) -> tuple[Any, ...]:
   """What a run comes to: its losses, its records, its last state's digest."""
-  from tests import workdirs
+  from tests.helpers import workdirs
 
   losses = [
       {

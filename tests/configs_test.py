@@ -8,7 +8,7 @@ from configs import default
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.step import task_schedule
 from mcjepa_jax.training import validation
-from tests import tiny
+from tests.helpers import tiny
 
 _NAMES = sorted(
     path.stem

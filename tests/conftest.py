@@ -103,6 +103,6 @@ def shared_data() -> pathlib.Path:
 @pytest.fixture(scope="session")
 def untrained(tmp_path_factory) -> pathlib.Path:
   """A workdir with a checkpoint of an untrained, tiny model."""
-  from tests import tiny
+  from tests.helpers import tiny
 
   return tiny.save_checkpoint(tmp_path_factory.mktemp("untrained"))

@@ -13,7 +13,7 @@ from mcjepa_jax.distributed import sharding
 from mcjepa_jax.evals import finetune, inference, registry
 from mcjepa_jax.evals.adapters import image_adapter
 from mcjepa_jax.storage import checkpoint
-from tests import tiny
+from tests.helpers import tiny
 
 
 def _with_nan(workdir, at):

@@ -12,7 +12,7 @@ from mcjepa_jax import errors, evaluate, main, train
 from mcjepa_jax.data.readers import flow_files
 from mcjepa_jax.evals.adapters import flow_adapter, image_adapter
 from mcjepa_jax.storage import workdir_lock
-from tests import layouts, tiny
+from tests.helpers import layouts, tiny
 
 _QUICKSTART = "--config=configs/quickstart.py"
 _IMAGES = (

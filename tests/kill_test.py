@@ -10,8 +10,7 @@ import pytest
 
 from benchmarks import kill
 from mcjepa_jax import errors
-from tests import workdirs
-from tests.helpers import saved_states
+from tests.helpers import saved_states, workdirs
 
 
 def _kill(complete):

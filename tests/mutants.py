@@ -58,8 +58,7 @@ def _mutants(file: str, tests: str, *rows: tuple[str, ...]) -> list[Mutant]:
 MUTANTS = (
     *_mutants(
         "storage/checkpoint.py",
-        "noticing_test.py::test_a_failure_told_once_the_next_is_written_is_not_"
-        "of_a_row",
+        "training/step_watcher_test.py::test_a_failure_told_once_the_next_is_written_is_not_of_a_row",
         (
             "failures_are_never_forgotten",
             "      self.failures = 0\n",
@@ -69,14 +68,12 @@ MUTANTS = (
             "a_rollback_trusts_the_list_after_a_failure",
             "    self._manager.reload()\n",
             "    pass\n",
-            "checkpoint_test.py::test_after_a_save_that_failed_it_goes_back_to_"
-            "what_that_was_to_replace",
+            "storage/checkpoint_test.py::test_after_a_save_that_failed_it_goes_back_to_what_that_was_to_replace",
         ),
     ),
     *_mutants(
         "storage/checkpoint.py",
-        "checkpoint_test.py::test_a_save_that_cannot_begin_is_told_once_and_the_"
-        "next_is_made",
+        "storage/checkpoint_test.py::test_a_save_that_cannot_begin_is_told_once_and_the_next_is_made",
         (
             "a_save_that_never_began_goes_on",
             "      if self._begun.exception():",
@@ -84,9 +81,8 @@ MUTANTS = (
         ),
     ),
     *_mutants(
-        "runtime/command_line.py",
-        "decode_test.py::test_what_a_signal_raises_meanwhile_is_no_fault_of_the_"
-        "image",
+        "errors.py",
+        "data/readers/image_files_test.py::test_what_a_signal_raises_meanwhile_is_no_fault_of_the_image",
         (
             "a_stop_is_a_fault_of_the_file",
             "class Stop(BaseException):",
@@ -94,14 +90,17 @@ MUTANTS = (
         ),
     ),
     *_mutants(
-        "train.py",
-        "noticing_test.py::test_sigterm_while_a_step_compiles_loses_none_before_"
-        "it",
+        "training/saving.py",
+        "training/step_watcher_test.py::test_sigterm_while_a_step_compiles_loses_none_before_it",
         (
             "the_start_of_flow_is_not_saved",
-            "or steps.is_first_with_flow(",
-            "or False and steps.is_first_with_flow(",
+            "or task_schedule.is_first_with_flow(",
+            "or False and task_schedule.is_first_with_flow(",
         ),
+    ),
+    *_mutants(
+        "train.py",
+        "training/step_watcher_test.py::test_sigterm_while_a_step_compiles_loses_none_before_it",
         (
             "sigterm_waits_for_the_compiler",
             "at_once = number == kept",
@@ -110,7 +109,7 @@ MUTANTS = (
     ),
     *_mutants(
         "storage/run_folder.py",
-        "mirror_test.py",
+        "storage/run_folder_test.py",
         (
             "what_another_host_writes_is_read",
             "        if name == _MARKER:",
@@ -124,8 +123,12 @@ MUTANTS = (
     ),
     *_mutants(
         "compiled/batch_search.py",
-        "sizing_test.py",
-        ("the_smaller_batch", "policy = max(POLICIES", "policy = min(POLICIES"),
+        "compiled/batch_search_test.py",
+        (
+            "the_smaller_batch",
+            "policy = max(POLICIES",
+            "policy = min(POLICIES",
+        ),
         (
             "the_third_compile_corrects_nothing",
             "foretold(first, batch, (times, report))",
@@ -134,8 +137,12 @@ MUTANTS = (
     ),
     *_mutants(
         "runtime/process_lifetimes.py",
-        "lives_test.py",
-        ("all_of_a_life_is_lost", "max(began, since)", "began"),
+        "runtime/process_lifetimes_test.py",
+        (
+            "all_of_a_life_is_lost",
+            "max(began, since)",
+            "began",
+        ),
         (
             "every_host_writes_its_life",
             "  if not first:\n",
@@ -144,11 +151,15 @@ MUTANTS = (
     ),
     *_mutants(
         "training/bad_steps.py",
-        "dumps_test.py::test_a_workdir_has_so_many_dumps_and_no_more",
-        ("dumps_without_end", "len(whole) < limit and", "True and"),
+        "training/bad_steps_test.py::test_a_workdir_has_so_many_dumps_and_no_more",
+        (
+            "dumps_without_end",
+            "len(whole) < limit and",
+            "True and",
+        ),
     ),
     *_mutants(
-        "training/preconditions.py",
+        "storage/workdir_lock.py",
         "faults_test.py::test_of_many_hosts_a_lock_of_one_that_died_is_waited_for",
         (
             "no_lock_is_waited_for",
@@ -158,7 +169,7 @@ MUTANTS = (
     ),
     *_mutants(
         "training/validation.py",
-        "validation_test.py",
+        "training/validation_test.py",
         (
             "rollback_without_a_way_back",
             "  if reach >= lasts:\n",
@@ -167,7 +178,7 @@ MUTANTS = (
     ),
     *_mutants(
         "compiled/compiled_steps.py",
-        "programs_test.py",
+        "compiled/compiled_steps_test.py",
         (
             "a_step_run_again_counts_twice",
             "    if not again:\n",
@@ -176,37 +187,59 @@ MUTANTS = (
     ),
     *_mutants(
         "compiled/flops.py",
-        "flops_test.py",
-        ("scan_runs_once", 'times = params["length"]', "times = 1.0"),
+        "compiled/flops_test.py",
+        (
+            "scan_runs_once",
+            'times = params["length"]',
+            "times = 1.0",
+        ),
         (
             "padding_is_work",
             "inside & (place % spread == 0)",
             "place % spread == 0",
         ),
-        ("smaller_branch", "return max(inner)", "return min(inner)"),
+        (
+            "smaller_branch",
+            "return max(inner)",
+            "return min(inner)",
+        ),
     ),
     *_mutants(
         "compiled/hlo_bytes.py",
-        "hlo_test.py",
+        "compiled/hlo_bytes_test.py",
         (
             "loop_moves_once",
             "runs[computation] * sum(moved(*one)",
             "min(runs[computation], 1) * sum(moved(*one)",
         ),
-        ("near_is_far", "if not near and _NEAR.search(layout):", "if False:"),
+        (
+            "near_is_far",
+            "if not near and _NEAR.search(layout):",
+            "if False:",
+        ),
     ),
     *_mutants(
         "losses/motion_objective.py",
-        "objective_test.py",
+        "losses/motion_objective_test.py",
         (
             "cycle_stays_at_home",
             "there = flow_ops.swap_pairs(other(stride, flow))",
             "there = other(stride, flow)",
         ),
+        (
+            "a_frame_compared_with_itself",
+            "warp(flow_ops.swap_pairs(image), flow)",
+            "warp(image, flow)",
+        ),
+        (
+            "occlusion_of_the_other_direction",
+            "back = flow_ops.swap_pairs(flow)",
+            "back = flow",
+        ),
     ),
     *_mutants(
-        "ops/flow_ops.py",
-        "flow_ops_test.py::test_cost_volume_equals_a_plain_loop",
+        "ops/cost_volume.py",
+        "ops/cost_volume_test.py::test_cost_volume_equals_a_plain_loop",
         (
             "one_row_for_all",
             "dynamic_slice_in_dim(padded, dy, h, axis=1)",
@@ -215,7 +248,7 @@ MUTANTS = (
     ),
     *_mutants(
         "storage/checkpoint.py",
-        "checkpoint_test.py::test_updates_in_place_do_not_reach_a_save_under_way",
+        "storage/checkpoint_test.py::test_updates_in_place_do_not_reach_a_save_under_way",
         (
             "no_copy",
             "state = self._apart(state)",
@@ -225,18 +258,18 @@ MUTANTS = (
             "good_steps_are_dropped",
             "if path.name.endswith(_PARTIAL):",
             "if True:",
-            "checkpoint_test.py::test_the_last_and_the_best_steps_stay",
+            "storage/checkpoint_test.py::test_the_last_and_the_best_steps_stay",
         ),
         (
             "errors_are_kept",
             "    # The manager's own check finds nothing",
             "    return  # The manager's own check finds nothing",
-            "checkpoint_test.py::test_a_write_that_fails_is_told_without_waiting_for_the_next",
+            "storage/checkpoint_test.py::test_a_write_that_fails_is_told_without_waiting_for_the_next",
         ),
     ),
     *_mutants(
         "training/alarms.py",
-        "alarms_test.py::test_alarms_wait_for_their_task_and_for_the_masks",
+        "training/alarms_test.py::test_alarms_wait_for_their_task_and_for_the_masks",
         (
             "masks_at_once",
             "delay=config.motion.occlusion_start",
@@ -244,73 +277,91 @@ MUTANTS = (
         ),
         (
             "motion_from_the_first_step",
-            'starts["motion"] = config.motion.start_step',
-            'starts["motion"] = 0',
+            'starts["motion"] = starts["both"] = config.motion.start_step',
+            'starts["motion"] = starts["both"] = 0',
         ),
     ),
     *_mutants(
-        "distributed/hosts.py",
-        "hosts_test.py",
+        "distributed/rendezvous.py",
+        "distributed/rendezvous_test.py::test_the_absent_are_named_to_all_that_came",
         (
             "the_first_is_absent_too",
             "if i not in present]",
             "if i not in present or not i]",
-            "hosts_test.py::test_the_absent_are_named_to_all_that_came",
         ),
         (
-            "two_of_one_place",
+            "two_of_one_number",
             "elif index in present:",
             "elif False:",
-            "hosts_test.py::test_two_with_one_place_and_another_count_are_told",
+            "distributed/rendezvous_test.py::test_two_with_one_number_and_another_count_are_told",
         ),
         (
             "who_left_is_present",
             "if x[0] == index and _is_closed(x[1])]",
             "if False]",
-            "hosts_test.py::test_one_that_left_and_was_started_again_is_no_second_"
-            "one",
+            "distributed/rendezvous_test.py::test_one_that_left_and_was_started_again_is_no_second_one",
         ),
         (
             "no_signal_in_the_roll_call",
-            "  with on_sigterm(leave):\n    names",
+            "  with signals.on_sigterm(signals.stop_unsaved):\n    names",
             "  with contextlib.nullcontext():\n    names",
-            "hosts_test.py::test_sigterm_is_heard_while_hosts_are_awaited",
+            "distributed/rendezvous_test.py::test_sigterm_is_heard_while_hosts_are_awaited",
         ),
     ),
     *_mutants(
         "evals/mask_metrics.py",
-        "masks_test.py",
-        ("tolerance_of_a_side", "math.hypot(*mask.shape)", "max(mask.shape)"),
-        ("square_tolerance", "<= radius**2", "<= 2 * radius**2"),
-        ("recall_of_half", "values > 0.5", "values >= 0.5"),
+        "evals/mask_metrics_test.py",
+        (
+            "tolerance_of_a_side",
+            "math.hypot(*mask.shape)",
+            "max(mask.shape)",
+        ),
+        (
+            "square_tolerance",
+            "<= radius**2",
+            "<= 2 * radius**2",
+        ),
+        (
+            "recall_of_half",
+            "values > 0.5",
+            "values >= 0.5",
+        ),
     ),
     *_mutants(
         "evals/davis.py",
-        "davis_test.py::test_the_nearest_cells_are_those_of_the_whole_matrix",
-        ("near_is_shifted", "offset <= 2 * radius", "offset < 2 * radius"),
-        ("edges_wrap", "(y >= 0) & (y < h)", "(y >= -h) & (y < h)"),
+        "evals/davis_test.py::test_the_nearest_cells_are_those_of_the_whole_matrix",
+        (
+            "near_is_shifted",
+            "offset <= 2 * radius",
+            "offset < 2 * radius",
+        ),
+        (
+            "edges_wrap",
+            "(y >= 0) & (y < h)",
+            "(y >= -h) & (y < h)",
+        ),
         (
             "last_frame_counts",
             "i < annotated[-1]",
             "i <= annotated[-1]",
-            "davis_test.py::test_the_first_and_the_last_frame_do_not_count",
+            "evals/davis_test.py::test_the_first_and_the_last_frame_do_not_count",
         ),
         (
             "no_range_per_channel",
             "mask /= mask.max() or 1",
             "mask /= 1",
-            "davis_test.py::test_each_channel_is_weighed_by_its_own_range",
+            "evals/davis_test.py::test_each_channel_is_weighed_by_its_own_range",
         ),
         (
             "context_is_the_first",
             "deque(maxlen=context)",
             "deque(maxlen=0)",
-            "davis_test.py::test_masks_are_the_votes_of_the_whole_matrix_over_all_frames",
+            "evals/davis_test.py::test_masks_are_the_votes_of_the_whole_matrix_over_all_frames",
         ),
     ),
     *_mutants(
         "ops/flow_ops.py",
-        "flow_ops_test.py",
+        "ops/flow_ops_test.py",
         (
             "u_and_v_swapped",
             "pixel_grid(h, w) + flow, 0, last",
@@ -337,26 +388,6 @@ MUTANTS = (
             "return (~within).astype(jnp.float32)",
         ),
         (
-            "occlusion_mask_inverted",
-            "squared(forward + backward) <= tolerance",
-            "squared(forward + backward) > tolerance",
-        ),
-        (
-            "occlusion_of_the_unwarped_flow",
-            "backward = warp(lax.stop_gradient(flow_21), forward)",
-            "backward = lax.stop_gradient(flow_21)",
-        ),
-        (
-            "occlusion_mask_with_a_gradient",
-            "target = pixel_grid(h, w) + lax.stop_gradient(flow_21)",
-            "target = pixel_grid(h, w) + flow_21",
-        ),
-        (
-            "cost_volume_transposed",
-            "padded[:, dy : dy + h, dx : dx + w]",
-            "padded[:, dx : dx + h, dy : dy + w]",
-        ),
-        (
             "features_normalised_over_the_batch",
             "axes = (1, 2, 3)\n  mean",
             "axes = (0, 1, 2, 3)\n  mean",
@@ -368,10 +399,46 @@ MUTANTS = (
         ),
     ),
     *_mutants(
+        "ops/occlusion.py",
+        "ops/occlusion_test.py",
+        (
+            "occlusion_mask_inverted",
+            "squared(forward + backward) <= tolerance",
+            "squared(forward + backward) > tolerance",
+        ),
+        (
+            "occlusion_of_the_unwarped_flow",
+            "backward = flow_ops.warp(lax.stop_gradient(flow_21), forward)",
+            "backward = lax.stop_gradient(flow_21)",
+        ),
+        (
+            "occlusion_mask_with_a_gradient",
+            "target = grid + lax.stop_gradient(flow_21)",
+            "target = grid + flow_21",
+        ),
+    ),
+    *_mutants(
+        "ops/cost_volume.py",
+        "ops/cost_volume_test.py",
+        (
+            "cost_volume_transposed",
+            "padded[:, dy : dy + h, dx : dx + w]",
+            "padded[:, dx : dx + h, dy : dy + w]",
+        ),
+    ),
+    *_mutants(
         "losses/vicreg.py",
-        "vicreg_test.py",
-        ("n_for_n_minus_1", "ddof=1", "ddof=0"),
-        ("hinge_flipped", "relu(gamma - std)", "relu(std - gamma)"),
+        "losses/vicreg_test.py",
+        (
+            "n_for_n_minus_1",
+            "ddof=1",
+            "ddof=0",
+        ),
+        (
+            "hinge_flipped",
+            "relu(gamma - std)",
+            "relu(std - gamma)",
+        ),
         (
             "diagonal_kept",
             "where=~jnp.eye(d, dtype=bool)",
@@ -396,7 +463,7 @@ MUTANTS = (
     ),
     *_mutants(
         "losses/flow_losses.py",
-        "flow_losses_test.py",
+        "losses/flow_losses_test.py",
         (
             "stop_gradient_dropped_from_the_mask",
             "  mask = lax.stop_gradient(mask)\n  # Weights",
@@ -419,8 +486,8 @@ MUTANTS = (
         ),
     ),
     *_mutants(
-        "losses/motion_objective.py",
-        "objective_test.py",
+        "losses/weighting.py",
+        "losses/weighting_test.py",
         (
             "a_weight_ignored",
             "weight = motion_weight * motion[kind][level[0]]",
@@ -431,79 +498,80 @@ MUTANTS = (
             "if kind not in _UNRAMPED",
             "if kind in _UNRAMPED",
         ),
-        (
-            "a_frame_compared_with_itself",
-            "warp(flow_ops.swap_pairs(image), flow)",
-            "warp(image, flow)",
-        ),
-        (
-            "occlusion_of_the_other_direction",
-            "back = flow_ops.swap_pairs(flow)",
-            "back = flow",
-        ),
     ),
     *_mutants(
-        "step/update.py",
-        "step_test.py",
+        "step/task_schedule.py",
+        "step/update_test.py::test_a_step_moves_its_groups_and_leaves_the_others_bit_equal[estimator-moved3]",
         (
             "frozen_encoder_moves",
             '"estimator": (("motion",), ("estimator",))',
             '"estimator": (("motion",), ("encoder", "estimator"))',
-            "step_test.py::test_a_step_moves_its_groups_and_leaves_the_others_"
-            "bit_equal[estimator-moved3]",
-        ),
-        (
-            "update_not_skipped",
-            "go = finite & ~state.skipped",
-            "go = ~state.skipped",
-            "noticing_test.py::test_an_update_that_is_not_finite_changes_"
-            "nothing_but_the_step",
-        ),
-        (
-            "update_after_a_skipped_one",
-            "go = finite & ~state.skipped",
-            "go = finite",
-            "noticing_test.py::test_an_update_that_is_not_finite_changes_"
-            "nothing_but_the_step",
-        ),
-        (
-            "micro_batches_summed",
-            "lambda x: x / count",
-            "lambda x: x",
-            "step_test.py::test_accumulation_of_motion_equals_the_whole_batch",
         ),
         (
             "motion_before_its_start",
             "  if step < start_step:\n    return",
             "  if step < 0:\n    return",
-            "step_test.py::test_no_motion_term_is_computed_before_flow_start",
+            "step/update_test.py::test_no_motion_term_is_computed_before_flow_start",
+        ),
+    ),
+    *_mutants(
+        "step/update.py",
+        "training/step_watcher_test.py::test_an_update_that_is_not_finite_changes_nothing_but_the_step",
+        (
+            "update_not_skipped",
+            "go = finite & ~state.skipped",
+            "go = ~state.skipped",
+        ),
+        (
+            "update_after_a_skipped_one",
+            "go = finite & ~state.skipped",
+            "go = finite",
+        ),
+    ),
+    *_mutants(
+        "step/gradients.py",
+        "step/update_test.py::test_accumulation_of_motion_equals_the_whole_batch",
+        (
+            "micro_batches_summed",
+            "lambda x: x / count",
+            "lambda x: x",
         ),
     ),
     *_mutants(
         "step/optimizer.py",
-        "optimizer_test.py",
-        ("no_warm_up", "warm = (count + 1) / max(warmup_steps, 1)", "warm = 1"),
-        ("decay_of_biases", "p.ndim > 1", "p.ndim > 0"),
+        "step/optimizer_test.py",
+        (
+            "no_warm_up",
+            "warm = (count + 1) / max(warmup_steps, 1)",
+            "warm = 1",
+        ),
+        (
+            "decay_of_biases",
+            "p.ndim > 1",
+            "p.ndim > 0",
+        ),
     ),
     *_mutants(
         "models/flow_decoder.py",
-        "flow_decoder_test.py",
+        "models/flow_decoder_test.py::test_flow_stays_within_max_flow_of_the_full_image",
         (
             "flow_not_clipped",
             "flow = jnp.clip(flow + residual, -limit, limit)",
             "flow = flow + residual",
-            "flow_decoder_test.py::test_flow_stays_within_max_flow_of_the_full_"
-            "image",
         ),
     ),
     *_mutants(
         "models/convnext.py",
-        "convnext_test.py",
-        ("drop_path_not_rescaled", "/ keep", "/ 1"),
+        "models/convnext_test.py",
+        (
+            "drop_path_not_rescaled",
+            "/ keep",
+            "/ 1",
+        ),
     ),
     *_mutants(
         "evals/metrics.py",
-        "metrics_test.py",
+        "evals/metrics_test.py",
         (
             "outlier_by_either_bound",
             "inlier = (error <= 3) | (",
@@ -517,7 +585,7 @@ MUTANTS = (
     ),
     *_mutants(
         "evals/flow.py",
-        "evals_test.py",
+        "evals/flow_test.py",
         (
             "last_batch_dropped",
             "  yield from held.values()",
@@ -526,7 +594,7 @@ MUTANTS = (
     ),
     *_mutants(
         "evals/flow.py",
-        "flow_eval_test.py",
+        "evals/flow_test.py",
         (
             "what_leaves_the_frame_is_seen",
             "return inside & (visible[..., 0] > 0)",
@@ -540,28 +608,48 @@ MUTANTS = (
     ),
     *_mutants(
         "evals/tiling.py",
-        "flow_eval_test.py",
-        ("tiles_add_up_to_more", "ramp / total[", "ramp + 0 * total["),
+        "evals/tiling_test.py",
+        (
+            "tiles_add_up_to_more",
+            "ramp / total[",
+            "ramp + 0 * total[",
+        ),
     ),
     *_mutants(
         "evals/linear.py",
-        "linear_test.py",
-        ("worst_rate_chosen", "chosen.argmax()", "chosen.argmin()"),
-        ("decay_is_twice_l2", "0.5 * weight_decay", "weight_decay"),
+        "evals/linear_test.py",
+        (
+            "worst_rate_chosen",
+            "chosen.argmax()",
+            "chosen.argmin()",
+        ),
+        (
+            "decay_is_twice_l2",
+            "0.5 * weight_decay",
+            "weight_decay",
+        ),
     ),
     *_mutants(
         "evals/submission.py",
-        "submit_test.py",
-        ("frames_named_as_the_data", "frame.replace('_', '')", "frame"),
+        "evals/submission_test.py",
+        (
+            "frames_named_as_the_data",
+            "frame.replace('_', '')",
+            "frame",
+        ),
     ),
     *_mutants(
-        "evals/frozen_features.py",
-        "evals_test.py",
-        ("votes_not_weighted", "1) / temperature)", "1) * 0)"),
+        "evals/knn.py",
+        "evals/knn_test.py",
+        (
+            "votes_not_weighted",
+            "1) / temperature)",
+            "1) * 0)",
+        ),
     ),
     *_mutants(
         "data/readers/flow_files.py",
-        "flow_io_test.py",
+        "data/readers/flow_files_test.py",
         (
             "kitti_scale_wrong",
             ".astype(np.float32) - 2**15) / 64",
@@ -570,7 +658,7 @@ MUTANTS = (
     ),
     *_mutants(
         "data/sets/flow_pairs.py",
-        "flow_datasets_test.py",
+        "data/sets/flow_sets_test.py",
         (
             "spring_flow_scaled",
             "flow[::scale, ::scale], valid",
@@ -579,7 +667,7 @@ MUTANTS = (
     ),
     *_mutants(
         "data/sets/flow_sets.py",
-        "flow_datasets_test.py",
+        "data/sets/flow_sets_test.py",
         (
             "chairs_split_swapped",
             '{"training": b"1", "validation": b"2"}',
@@ -588,7 +676,7 @@ MUTANTS = (
     ),
     *_mutants(
         "data/pipeline/geometry.py",
-        "transforms_test.py",
+        "data/pipeline/geometry_test.py",
         (
             "frames_mirrored_upside_down",
             "cv2.flip(image, 1) if",
@@ -607,7 +695,7 @@ MUTANTS = (
     ),
     *_mutants(
         "data/pipeline/batches.py",
-        "pipeline_test.py",
+        "data/pipeline/batches_test.py",
         (
             "one_order_for_all_epochs",
             "      .repeat()\n",
@@ -616,7 +704,7 @@ MUTANTS = (
     ),
     *_mutants(
         "step/augmentation.py",
-        "photometry_test.py",
+        "step/augmentation_test.py",
         (
             "solarize_below_the_threshold",
             "jnp.where(images >= threshold, 1 - images, images)",
@@ -630,43 +718,42 @@ MUTANTS = (
     ),
     *_mutants(
         "train.py",
-        "train_test.py",
+        "train_test.py::test_a_killed_and_resumed_run_equals_the_uninterrupted_bit_for_bit",
         (
             "iterator_not_restored",
             "          stream.restore(saved[task])\n",
             "          pass\n",
-            "train_test.py::test_a_killed_and_resumed_run_equals_the_"
-            "uninterrupted_bit_for_bit",
         ),
         (
             "evaluation_lost_by_a_run_that_goes_on",
             "      if not stopping and looks_at(config, number):\n",
             "      if number > start and not stopping and"
             " looks_at(config, number):\n",
-            "noticing_test.py::test_sigterm_in_an_evaluation_saves_and_the_"
-            "next_run_evaluates_there",
-        ),
-        (
-            "sigterm_waits_for_the_evaluation",
-            "  with contextlib.suppress(_Interrupted),"
-            " hosts.on_sigterm(interrupt):\n",
-            "  with contextlib.nullcontext():\n",
-            "noticing_test.py::test_sigterm_in_an_evaluation_saves_and_the_"
-            "next_run_evaluates_there",
-        ),
-        (
-            "batch_met_again_after_a_rollback",
-            "      stream.restore(back.streams[task])\n",
-            "      pass\n",
-            "noticing_test.py::test_after_a_row_of_skips_it_goes_back_and_past_"
-            "them_also_when_resumed",
+            "training/step_watcher_test.py::test_sigterm_in_an_evaluation_saves_and_the_next_run_evaluates_there",
         ),
         (
             "streams_saved_as_of_the_queue",
             "save(run, state, following(), hurry=hurry)",
             "save(run, state, {k: s.state() for k, s in run.streams.items()})",
-            "train_test.py::test_a_killed_and_resumed_run_equals_the_"
-            "uninterrupted_bit_for_bit",
+        ),
+    ),
+    *_mutants(
+        "training/context.py",
+        "training/step_watcher_test.py::test_sigterm_in_an_evaluation_saves_and_the_next_run_evaluates_there",
+        (
+            "sigterm_waits_for_the_evaluation",
+            "  with contextlib.suppress(_Interrupted),"
+            " signals.on_sigterm(interrupt):\n",
+            "  with contextlib.nullcontext():\n",
+        ),
+    ),
+    *_mutants(
+        "training/recovery.py",
+        "training/step_watcher_test.py::test_after_a_row_of_skips_it_goes_back_and_past_them_also_when_resumed",
+        (
+            "batch_met_again_after_a_rollback",
+            "      stream.restore(back.streams[task])\n",
+            "      pass\n",
         ),
     ),
 )

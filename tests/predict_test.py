@@ -5,7 +5,7 @@ import pytest
 from mcjepa_jax import errors, predict
 from mcjepa_jax.data.readers import flow_files
 from mcjepa_jax.storage import checkpoint_reader
-from tests import tiny
+from tests.helpers import tiny
 
 
 def test_two_images_of_any_size_give_flow_and_pictures(untrained, tmp_path):

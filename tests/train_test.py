@@ -13,13 +13,13 @@ import pytest
 from mcjepa_jax import errors, train
 from mcjepa_jax.storage import run_folder
 from mcjepa_jax.training import preconditions
-from tests import tiny, workdirs
+from tests.helpers import tiny, workdirs
 from tests.helpers.repository import ROOT
 
 _STEPS = 9
 _CONFIG = f"""
 from configs import quickstart
-from tests import tiny
+from tests.helpers import tiny
 
 def get_config():
   config = tiny.config(quickstart, num_steps={_STEPS}, workers=1, save_every=4,

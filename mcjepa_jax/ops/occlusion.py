@@ -51,9 +51,8 @@ def visible_range_map(
   1711.05890); 1 where it reaches `threshold`, if that is given.
   """
   n, h, w, _ = flow_21.shape
-  target = flow_ops.pixel_grid(h, w) + lax.stop_gradient(flow_21).astype(
-      jnp.float32
-  )
+  grid = flow_ops.pixel_grid(h, w)
+  target = grid + lax.stop_gradient(flow_21).astype(jnp.float32)
 
   # The count is a product of the weights by row and by column: no scatter. A
   # row of frame 2 at a time, as all weights of a large image fill the memory.

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from mcjepa_jax.step import train_state
 from mcjepa_jax.training import bad_steps
-from tests import tiny
+from tests.helpers import tiny
 
 
 def state():

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from tests import tiny
+from tests.helpers import tiny
 
 SIZE = (4, 6)
 

@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 
-from tests import tiny
+from tests.helpers import tiny
 
 
 def config(root, **changes):

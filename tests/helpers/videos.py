@@ -3,6 +3,8 @@
 import cv2
 import numpy as np
 
+from mcjepa_jax.data.readers import video_files
+
 
 def moving(count, *, seed=0, size=(48, 64), speed=2):
   """Frames of smooth noise that moves `speed` pixels a frame."""
@@ -20,3 +22,11 @@ def write_video(path, frames, code="MJPG"):
     writer.write(np.ascontiguousarray(frame[..., ::-1]))
   writer.release()
   return path
+
+
+def open_videos(path, tmp_path, **kwargs):
+  return video_files.videos(path, cache_dir=tmp_path / "cache", **kwargs)
+
+
+def record_ids(pairs):
+  return [pairs.record_id(i) for i in range(len(pairs))]
