@@ -68,7 +68,7 @@ from jax.experimental import topologies
 import tqdm
 
 from mcjepa_jax import errors
-from mcjepa_jax.compiled import batch_search, flops, hlo_bytes
+from mcjepa_jax.compiled import flops, hlo_bytes
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.runtime import (
     command_line,
@@ -78,7 +78,7 @@ from mcjepa_jax.runtime import (
     signals,
 )
 from mcjepa_jax.step import diagnostics, task_schedule, update
-from mcjepa_jax.training import build, validation
+from mcjepa_jax.training import batch_search, build, validation
 
 
 @dataclasses.dataclass(frozen=True)

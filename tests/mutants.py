@@ -122,8 +122,8 @@ MUTANTS = (
         ),
     ),
     *_mutants(
-        "compiled/batch_search.py",
-        "compiled/batch_search_test.py",
+        "training/batch_search.py",
+        "training/batch_search_test.py",
         (
             "the_smaller_batch",
             "policy = max(POLICIES",
@@ -591,10 +591,6 @@ MUTANTS = (
             "  yield from held.values()",
             "  yield from (g for g in held.values() if len(g) == batch_size)",
         ),
-    ),
-    *_mutants(
-        "evals/flow.py",
-        "evals/flow_test.py",
         (
             "what_leaves_the_frame_is_seen",
             "return inside & (visible[..., 0] > 0)",

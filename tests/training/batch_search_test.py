@@ -4,7 +4,7 @@ import pytest
 
 from configs import mcjepa_convnext_tiny
 from mcjepa_jax import errors
-from mcjepa_jax.compiled import batch_search
+from mcjepa_jax.training import batch_search
 
 _STATE = 0.6  # GiB, and its gradient a third of that
 _GIB = {"none": 0.05, "block": 0.02}  # an image's share of the rest
