@@ -1,7 +1,9 @@
-"""Holds the layers: which module may import which, and how long it may be."""
+"""Holds the floors: which package may import which; how long a module may be."""
 
 import ast
 import functools
+import graphlib
+import json
 import pathlib
 import subprocess
 import sys
@@ -9,51 +11,28 @@ import sys
 import pytest
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
+_TESTS = _ROOT / "tests"
 _PACKAGE = "mcjepa_jax"
 
-# A module imports lower layers only. `errors` is open to all.
-_LAYERS = (
-    """data.catalog.facts data.check data.convert data.sets.sequences evals.result_table losses.weighting ops.cost_volume ops.depthwise ops.representation runtime.config_files runtime.environment runtime.process_memory runtime.run_clock runtime.signals runtime.tensorboard step.augmentation step.optimizer storage.local_files storage.paths storage.workdir_lock""",
-    """storage.checkpoint_reader""",
-    """data.catalog.flow_facts data.catalog.image_facts data.pipeline.shared_memory data.readers.image_files""",
-    """compiled.flops compiled.hlo_bytes data.catalog.published data.flow_sanity data.pipeline.geometry data.pipeline.labelled_crops data.readers.flow_files data.sets.synthetic evals.mask_metrics evals.metrics evals.tiling losses.vicreg models.convnext models.vit ops.flow_ops runtime.command_line runtime.goodput runtime.visualize""",
-    """ops.occlusion""",
-    """losses.content_objective""",
-    """data.sets.flow_pairs distributed.cluster distributed.heartbeat""",
-    """distributed.rendezvous""",
-    """data.pipeline.stream data.readers.array_records data.readers.video_files data.sets.cutouts data.sets.flow_sets data.sets.image_sets data.sets.mask_sets data.sets.segmentation_sets distributed.sharding losses.flow_losses models.flow_decoder models.segmentation_heads runtime.log_files storage.checkpoint storage.run_folder""",
-    """data.sets.record_sets""",
-    """step.accumulation""",
-    """data.sets.frame_folders runtime.process_lifetimes""",
-    """convert_images data.pipeline.batches data.sources distributed.hosts losses.motion_objective models.mcjepa""",
-    """step.batch_loss step.task_schedule step.train_state""",
-    """step.gradients""",
-    """evals.eval_subject""",
-    """loading""",
-    """evals.davis evals.flow evals.frozen_features evals.segmentation step.update""",
-    """evals.knn evals.rank_me""",
-    """step.diagnostics""",
-    """compiled.compiled_steps evals.finetune evals.inference evals.linear evals.submission training.alarms training.bad_steps training.build""",
-    """evals.adapters.davis_adapter evals.adapters.flow_adapter evals.adapters.image_adapter""",
-    """evals.adapters.submission_adapter""",
-    """training.context""",
-    """training.recovery""",
-    """training.pictures training.progress training.validation""",
-    """training.batch_search""",
-    """evals.adapters.segmentation_adapter""",
-    """evals.registry""",
-    """training.reports""",
-    """training.saving""",
-    """evaluate training.preconditions training.step_watcher""",
-    """check_data compare export predict preflight replay report train""",
-    """main""",
+# A package imports only packages of earlier rows; `errors` is open to all.
+_FLOORS = (
+    ("errors",),
+    ("ops", "storage"),
+    ("runtime", "losses", "models", "data"),
+    ("distributed",),
+    ("step",),
+    ("compiled", "evals"),
+    ("training",),
+    ("loading",),
+    # The commands.
+    (
+        *("check_data", "compare", "convert_images", "evaluate"),
+        *("predict", "preflight", "replay", "train"),
+    ),
+    # The command that picks one.
+    ("main",),
 )
-_LAYER = {
-    name: layer for layer, names in enumerate(_LAYERS) for name in names.split()
-}
-# Nothing below knows what a config is.
-_FIRST_WITH_CONFIG = _LAYER["training.build"]
-_COMMANDS_IN_DATA = ("check_data", "convert_images")
+_FLOOR = {name: floor for floor, row in enumerate(_FLOORS) for name in row}
 _JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "clu"}
 _MAX_MODULE_LINES = 600
 _MAX_FUNCTION_LINES = 110
@@ -89,6 +68,10 @@ def _imports(path: pathlib.Path) -> set[str]:
   return names
 
 
+def _package(module: str) -> str:
+  return module.partition(".")[0]
+
+
 def _external(path: pathlib.Path) -> set[str]:
   return {name.split(".")[0] for name in _imports(path)}
 
@@ -119,16 +102,30 @@ _modules = pytest.mark.parametrize("name", list(_MODULES))
 
 
 @_modules
-def test_module_imports_only_lower_layers(name: str):
-  if name == "errors":
-    assert not _internal(_MODULES[name])
-    return
-  assert name in _LAYER, (
-      f"{_PACKAGE}/{name.replace('.', '/')}.py has no layer: add {name} to"
-      " _LAYERS in tests/layers_test.py, one above the highest that it imports"
+def test_package_imports_only_earlier_packages(name: str):
+  package = _package(name)
+  assert package in _FLOOR, (
+      f"{_PACKAGE}/{package} has no floor: the top of the package holds"
+      " commands, and a package one concern; add it to _FLOORS"
   )
-  wrong = {n for n in _internal(_MODULES[name]) if _LAYER[n] >= _LAYER[name]}
-  assert not wrong, f"{name}, layer {_LAYER[name]}, imports {sorted(wrong)}"
+  wrong = {
+      other
+      for other in _internal(_MODULES[name])
+      if _package(other) != package
+      and _FLOOR[_package(other)] >= _FLOOR[package]
+  }
+  assert not wrong, f"{name} imports {sorted(wrong)} of a later floor"
+
+
+def test_packages_and_commands_are_those_of_the_floors():
+  assert {_package(name) for name in _MODULES} == set(_FLOOR)
+
+
+def test_no_module_imports_itself_by_others():
+  order = graphlib.TopologicalSorter(
+      {name: _internal(path) for name, path in _MODULES.items()}
+  )
+  order.prepare()  # raises CycleError, which names the circle
 
 
 @_modules
@@ -137,20 +134,12 @@ def test_module_knows_no_torch_or_tensorflow(name: str):
 
 
 @_modules
-def test_only_commands_know_ml_collections(name: str):
-  if _LAYER.get(name, 0) < _FIRST_WITH_CONFIG and name not in _COMMANDS_IN_DATA:
+def test_nothing_below_training_knows_ml_collections(name: str):
+  if _FLOOR[_package(name)] < _FLOOR["training"]:
     assert "ml_collections" not in _external(_MODULES[name])
 
 
-@pytest.mark.parametrize(
-    # No Grain worker imports a command.
-    "name",
-    [
-        n
-        for n in _MODULES
-        if n.startswith("data.") and n not in _COMMANDS_IN_DATA
-    ],
-)
+@pytest.mark.parametrize("name", [n for n in _MODULES if _package(n) == "data"])
 def test_data_reaches_no_jax(name: str):
   for reached in _reachable(name):
     found = _external(_MODULES[reached]) & _JAX
@@ -166,11 +155,11 @@ def test_config_is_data(path: pathlib.Path):
 
 
 @pytest.mark.parametrize(
-    "path", sorted((_ROOT / _PACKAGE).rglob("__init__.py")), ids=str
+    "path", sorted((_ROOT / _PACKAGE).glob("*/**/__init__.py")), ids=str
 )
-def test_package_files_are_empty(path: pathlib.Path):
-  # An import there would be one that the layers do not show.
-  assert not _imports(path)
+def test_files_of_inner_packages_are_empty(path: pathlib.Path):
+  # An import there would be one that the floors do not show.
+  assert not path.read_text()
 
 
 @_modules
@@ -183,14 +172,11 @@ def test_module_and_its_functions_are_short(name: str):
       assert lines <= _MAX_FUNCTION_LINES, f"{name}.{node.name}: {lines} lines"
 
 
-def test_commands_load_no_torch_or_tensorflow():
-  commands = [
-      f"{_PACKAGE}.{name}" for name in _MODULES if _LAYER.get(name, 0) >= 4
-  ]
-  script = (
-      f"import sys, {', '.join(['json', *commands])};"
-      "print(json.dumps([m for m in sys.modules"
-      " if m in ('torch', 'tensorflow')]))"
+def _loaded(names: tuple[str, ...], *statements: str) -> list[str]:
+  """Those of some modules that statements load, in a process of their own."""
+  script = "; ".join(
+      ("import json, sys", *statements)
+      + (f"print(json.dumps([m for m in {names!r} if m in sys.modules]))",)
   )
   result = subprocess.run(
       [sys.executable, "-c", script],
@@ -200,4 +186,52 @@ def test_commands_load_no_torch_or_tensorflow():
       check=False,
   )
   assert result.returncode == 0, result.stderr
-  assert result.stdout.strip() == "[]", f"importing {commands} loads these"
+  return json.loads(result.stdout)
+
+
+def test_commands_load_no_torch_or_tensorflow():
+  # All modules from the train step up.
+  first = _FLOOR["step"]
+  names = [n for n in _MODULES if _FLOOR[_package(n)] >= first]
+  statements = [f"import {_PACKAGE}.{name}" for name in names]
+  assert not _loaded(("torch", "tensorflow"), *statements)
+
+
+@pytest.mark.parametrize("module", [_PACKAGE, f"{_PACKAGE}.main"])
+def test_import_loads_no_jax(module: str):
+  # A Grain worker imports both.
+  assert not _loaded(("jax", "jaxlib", "flax"), f"import {module}")
+
+
+def test_public_names_are_loaded_when_they_are_asked_for():
+  import mcjepa_jax
+  from mcjepa_jax import loading
+  from mcjepa_jax.models import mcjepa
+
+  assert mcjepa_jax.load is loading.load
+  assert mcjepa_jax.build_model is mcjepa.build
+  # The second access is the first one's, and no submodule hides a name.
+  assert mcjepa_jax.load is loading.load
+  assert not set(mcjepa_jax.__all__) & set(_FLOOR)
+  assert set(mcjepa_jax.__all__) <= set(dir(mcjepa_jax))
+  with pytest.raises(AttributeError, match="mcjepa_jax.*no attribute 'lode'"):
+    _ = mcjepa_jax.lode
+
+
+def test_folders_of_the_tests_are_those_of_the_package():
+  folders = [
+      str(path.parent.relative_to(_TESTS))
+      for path in _TESTS.rglob("__init__.py")
+      if path.parent not in (_TESTS, _TESTS / "helpers")
+  ]
+  wrong = [f for f in folders if not (_ROOT / _PACKAGE / f).is_dir()]
+  assert not wrong, f"expected packages of {_PACKAGE}, got {wrong}"
+
+
+@pytest.mark.parametrize(
+    "path", sorted(_TESTS.rglob("*.py")), ids=lambda path: path.stem
+)
+def test_no_test_imports_another(path: pathlib.Path):
+  parts = {part for name in _imports(path) for part in name.split(".")}
+  wrong = [part for part in parts if part.endswith("_test")]
+  assert not wrong, f"{path.name} imports {wrong}; share it in tests/helpers"

@@ -10,88 +10,6 @@ from mcjepa_jax.data import sources
 from mcjepa_jax.data.catalog import published
 from mcjepa_jax.errors import UserError
 from tests.helpers import layouts
-from tests.helpers.layouts import FINAL, RIGHT, TEST
-
-# name: how many pairs, the first's name, its two frames, green of all frames.
-TRAINED_ON = {
-    "davis": (1, "bear/00000+1", (0, 1), {0}),
-    "flying_chairs": (2, "00001", (1, 2), {0}),
-    "flying_chairs_2": (1, "0000003", (0, 1), {0}),
-    "flying_things": (4, "B/0003/left/0006+1", (6, 7), {0, RIGHT}),
-    "flying_things_final": (
-        *(4, "B/0003/left/0006+1", (6, 7)),
-        {FINAL, FINAL + RIGHT},
-    ),
-    "flying_things_subset": (4, "left_0000000", (0, 1), {0, RIGHT}),
-    "flying_things_subset_final": (
-        *(4, "left_0000000", (0, 1)),
-        {FINAL, FINAL + RIGHT},
-    ),
-    "hd1k": (1, "image_2/000000_0010+1", (10, 20), {0}),
-    "hd1k_test": (1, "image_2/000000_0010+1", (10, 20), {TEST}),
-    "kitti_2012": (2, "000000_10+1", (10, 11), {0}),
-    "kitti_2012_test": (2, "000000_10+1", (10, 11), {TEST}),
-    "kitti_2012_multiview": (2, "000000_07+1", (7, 8), {0}),
-    "kitti_2012_multiview_test": (7, "000000_07+1", (7, 8), {TEST}),
-    "kitti_2015": (2, "000000_10+1", (10, 11), {0}),
-    "kitti_2015_test": (2, "000000_10+1", (10, 11), {TEST}),
-    "kitti_2015_multiview": (2, "000000_07+1", (7, 8), {0}),
-    "kitti_2015_multiview_test": (7, "000000_07+1", (7, 8), {TEST}),
-    "middlebury": (2, "Beanbags/frame10+1", (10, 11), {0}),
-    "sintel_clean": (2, "alley_1/frame_0001+1", (1, 2), {0}),
-    "sintel_final": (2, "alley_1/frame_0001+1", (1, 2), {FINAL}),
-    "sintel_test_clean": (2, "tiger/frame_0001+1", (1, 2), {TEST}),
-    "sintel_test_final": (2, "tiger/frame_0001+1", (1, 2), {TEST + FINAL}),
-    "spring": (4, "0001/frame_left/frame_left_0001+1", (1, 2), {0, RIGHT}),
-    "spring_test": (
-        *(4, "0003/frame_left/frame_left_0001+1", (1, 2)),
-        {TEST, TEST + RIGHT},
-    ),
-    "tartanair": (
-        *(4, "office/Easy/P000/image_left/000000_left+1", (0, 1)),
-        {0, RIGHT},
-    ),
-    "viper": (2, "002/002_00010+1", (10, 11), {0}),
-    "viper_test": (2, "002/002_00010+1", (10, 11), {TEST}),
-}
-# The same, with u of the flow in place of the frames' green, and that after it.
-EVALUATED = {
-    "flying_chairs": (1, "00002", (1, 2), 1, 0),
-    "flying_chairs_2": (1, "0000003", (0, 1), 1, TEST),
-    "hd1k": (1, "000000_0010", (10, 20), 1, 0),
-    "kitti_2012": (2, "000000", (10, 11), 1, 0),
-    "kitti_2012_noc": (2, "000000", (10, 11), 1, 0),
-    "kitti_2015": (2, "000000", (10, 11), 1, 0),
-    "kitti_2015_noc": (2, "000000", (10, 11), 1, 0),
-    "middlebury": (1, "RubberWhale", (10, 11), 1, 0),
-    "sintel_clean": (2, "alley_1_0001", (1, 2), 1, 0),
-    "sintel_final": (2, "alley_1_0001", (1, 2), 1, FINAL),
-    "spring": (2, "0001_0001", (1, 2), 1, 0),
-    "spring_past": (2, "0001_0002", (2, 1), -1, 0),
-    "spring_right": (2, "0001_0001", (1, 2), 1, RIGHT),
-    "spring_right_past": (2, "0001_0002", (2, 1), -1, RIGHT),
-    "tartanair": (2, "office_Easy_P000_000000", (0, 1), 1, 0),
-    "viper": (1, "002_00010", (10, 11), 1, TEST),
-}
-for _name, _green in (
-    *(("", 0), ("_right", RIGHT), ("_final", FINAL)),
-    ("_final_right", FINAL + RIGHT),
-):
-  EVALUATED |= {
-      f"flying_things{_name}": (2, "B_0003_0006", (6, 7), 1, TEST + _green),
-      f"flying_things{_name}_past": (
-          *(2, "B_0003_0007", (7, 6), -1),
-          TEST + _green,
-      ),
-      f"flying_things_subset{_name}": (
-          *(2, f"{'right' if _green & RIGHT else 'left'}_0000000", (0, 1), 1),
-          TEST + _green,
-      ),
-      f"flying_things_subset{_name}_past": (
-          *(2, f"{'right' if _green & RIGHT else 'left'}_0000001", (1, 0), -1),
-          TEST + _green,
-      ),
-  }
 
 
 @pytest.fixture(scope="module")
@@ -127,17 +45,17 @@ def _frames(example):
 def test_every_name_is_in_these_tables_and_in_the_catalog():
   uses = [use for d in published.DATASETS for use in d.reads]
   for kind, make, table in (
-      ("motion", _motion, TRAINED_ON),
-      ("flow", _flow_pairs, EVALUATED),
+      ("motion", _motion, layouts.TRAINED_ON),
+      ("flow", _flow_pairs, layouts.EVALUATED),
   ):
     names = _names(make) - {"synthetic", "cutouts", "video", "frames", "pairs"}
     assert names == set(table)
     assert names == {u.split("/")[1] for u in uses if u.startswith(kind)}
 
 
-@pytest.mark.parametrize("name", TRAINED_ON)
+@pytest.mark.parametrize("name", layouts.TRAINED_ON)
 def test_training_reads_the_frames_of_its_part_of_the_set(root, name):
-  count, first, numbers, greens = TRAINED_ON[name]
+  count, first, numbers, greens = layouts.TRAINED_ON[name]
   pairs = _motion(name, root)
   assert len(pairs) == count
   assert pairs.record_id(0) == first
@@ -149,9 +67,9 @@ def test_training_reads_the_frames_of_its_part_of_the_set(root, name):
   assert set(pairs[0]) == {"frame_1", "frame_2"}
 
 
-@pytest.mark.parametrize("name", EVALUATED)
+@pytest.mark.parametrize("name", layouts.EVALUATED)
 def test_evaluation_reads_flow_between_the_right_frames(root, name):
-  count, first, numbers, u, green = EVALUATED[name]
+  count, first, numbers, u, green = layouts.EVALUATED[name]
   pairs = _flow_pairs(name, root)
   assert len(pairs) == count
   assert pairs.record_id(0) == pairs[0]["name"] == first
@@ -187,19 +105,19 @@ def unlabelled(root, tmp_path_factory) -> pathlib.Path:
   return copies
 
 
-@pytest.mark.parametrize("name", TRAINED_ON)
+@pytest.mark.parametrize("name", layouts.TRAINED_ON)
 def test_training_opens_no_label(unlabelled, name):
   pairs = _motion(name, unlabelled)
-  assert len(list(pairs)) == TRAINED_ON[name][0]
+  assert len(list(pairs)) == layouts.TRAINED_ON[name][0]
 
 
-@pytest.mark.parametrize("name", TRAINED_ON)
+@pytest.mark.parametrize("name", layouts.TRAINED_ON)
 def test_a_training_set_that_is_not_there_is_named(tmp_path, name):
   with pytest.raises(UserError, match=f"{tmp_path.name}.*expected"):
     _motion(name, tmp_path)
 
 
-@pytest.mark.parametrize("name", EVALUATED)
+@pytest.mark.parametrize("name", layouts.EVALUATED)
 def test_the_first_missing_folder_is_named(tmp_path, name):
   with pytest.raises(UserError, match=f"{tmp_path.name}.*not found; expected"):
     _flow_pairs(name, tmp_path)

@@ -24,7 +24,6 @@ from mcjepa_jax.errors import UserError
 from mcjepa_jax.evals import registry, submission
 from mcjepa_jax.evals.adapters import submission_adapter
 from mcjepa_jax.storage import paths
-from tests.data import sources_test
 from tests.helpers import buckets, label_maps, layouts, mask_clips, tiny
 from tests.helpers.repository import ROOT
 
@@ -85,12 +84,12 @@ def _same(one, other):
       np.testing.assert_array_equal(a[key], b[key])
 
 
-@pytest.mark.parametrize("name", sources_test.TRAINED_ON)
+@pytest.mark.parametrize("name", layouts.TRAINED_ON)
 def test_a_motion_source_reads_a_bucket_as_a_folder(data, name):
   _same(*(sources.motion(name, r, seed=0, size=(8, 8)) for r in data))
 
 
-@pytest.mark.parametrize("name", sources_test.EVALUATED)
+@pytest.mark.parametrize("name", layouts.EVALUATED)
 def test_true_flow_reads_a_bucket_as_a_folder(data, name):
   _same(
       *(sources.flow_pairs(name, r, seed=0, size=(8, 8), count=1) for r in data)
