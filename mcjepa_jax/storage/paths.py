@@ -490,6 +490,8 @@ def prepare(address: str) -> None:
 
 def forget_below(folder: Location) -> None:
   """Makes what other processes write anywhere below a folder seen."""
+  if not isinstance(folder, Remote):  # a disk is listed anew each time
+    return
   for known in [x for x in _listings if folder in (x, *_parents(x))]:
     del _listings[known]
   for known in list(_listed_below):

@@ -205,6 +205,14 @@ def test_a_set_is_listed_as_a_whole_and_a_file_is_one_request(gs, data):
   assert not gs.requests
 
 
+def test_a_folder_on_a_disk_is_forgotten_beside_listed_buckets(data, tmp_path):
+  sources.flow_pairs("sintel_clean", data[1], seed=0, size=(8, 8), count=1)
+  listed = set(paths._listed_below)
+  assert listed
+  paths.forget_below(tmp_path)
+  assert paths._listed_below == listed
+
+
 @pytest.fixture
 def images(tmp_path, gs, request):
   """Six images in two classes: on the disk, and in the bucket."""
