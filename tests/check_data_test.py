@@ -3,6 +3,8 @@
 import json
 import pathlib
 import re
+import subprocess
+import sys
 
 import numpy as np
 from PIL import Image
@@ -347,3 +349,21 @@ def test_evals_read_both_parts_of_a_labelled_set_and_the_test_frames():
   cfg.evals = ("submit/nowhere",)
   with pytest.raises(UserError, match="kitti, kitti_2012, sintel"):
     check_data.of_config(cfg)
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [("data.check", "check_data"), ("data.convert", "convert_images")],
+)
+def test_a_former_name_says_the_new_one(old, new):
+  run = subprocess.run(
+      [sys.executable, "-m", f"mcjepa_jax.{old}", "--dataset=sintel_clean"],
+      cwd=ROOT,
+      capture_output=True,
+      text=True,
+      check=False,
+  )
+  assert (run.returncode, run.stdout) == (2, "")
+  assert run.stderr == (
+      f"error: python -m mcjepa_jax.{old} is now python -m mcjepa_jax.{new}\n"
+  )
