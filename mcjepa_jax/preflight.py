@@ -413,7 +413,7 @@ def _assumptions(
 
 
 def _search(config: Any, topology: str, host_gb: float) -> dict[str, Any]:
-  """What `sizing.search` finds, with a bar of its compiles."""
+  """What `batch_search.search` finds, with a bar of its compiles."""
   bar = tqdm.tqdm(total=len(batch_search.POLICIES) + 1, unit="compile")
 
   def compiled(config, told):

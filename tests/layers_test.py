@@ -5,6 +5,7 @@ import functools
 import graphlib
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -216,6 +217,22 @@ def test_public_names_are_loaded_when_they_are_asked_for():
   assert set(mcjepa_jax.__all__) <= set(dir(mcjepa_jax))
   with pytest.raises(AttributeError, match="mcjepa_jax.*no attribute 'lode'"):
     _ = mcjepa_jax.lode
+
+
+def test_the_readme_names_what_is_there():
+  rows = re.findall(
+      r"`(\w+/\w+)\.py`: ((?:`\w+`(?:, )?)+)", (_ROOT / "README.md").read_text()
+  )
+  assert len(rows) > 10
+  for file, names in rows:
+    tree = _tree(_MODULES[file.replace("/", ".")])
+    there = {
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
+    missing = set(re.findall(r"\w+", names)) - there
+    assert not missing, f"README.md: {file}.py has no {missing}"
 
 
 def test_folders_of_the_tests_are_those_of_the_package():

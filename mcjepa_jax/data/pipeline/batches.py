@@ -53,7 +53,7 @@ class MotionSource:
   dataset: Any
   size: tuple[int, int]  # height, width of a training frame
   weight: float = 1.0  # share of the batches, relative to the other sources
-  # More options of transforms.pair_geometry.
+  # More options of geometry.pair_geometry.
   geometry: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -353,7 +353,7 @@ def crop_stream(
 ) -> Stream:
   """Returns the stream of {"crops"} of a labelled set, the whole batch here.
 
-  `options` are those of crops.random_crop.
+  `options` are those of labelled_crops.random_crop.
   """
   cut = functools.partial(labelled_crops.random_crop, **options)
   return _stream(

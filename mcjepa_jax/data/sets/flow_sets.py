@@ -258,7 +258,7 @@ def middlebury_frames(root: image_files.Path) -> Frames:
 def pairs(root: image_files.Path) -> FramePairs:
   """Returns any pairs with flow: NAME_img1, NAME_img2 and NAME_flow below pairs.
 
-  Frames end as images do, flow as one of flow_io.FLOW_READERS; NAME_occ.png, if
+  Frames end as images do, flow as one of flow_files.FLOW_READERS; NAME_occ.png, if
   it is there, is not black where frame 2 does not show the pixel. All four lie
   in one folder, which may be below `pairs`.
   """

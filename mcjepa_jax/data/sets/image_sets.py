@@ -131,7 +131,7 @@ def _entries(
 class ImageFolder:
   """Images of root/CLASS/*.JPEG, labelled by sorted class, or of any folder.
 
-  With `min_side` large JPEGs are decoded smaller, see image_io.decode_image.
+  With `min_side` large JPEGs are decoded smaller, see image_files.decode_image.
   """
 
   def __init__(self, root: image_files.Path, *, min_side: int | None = None):

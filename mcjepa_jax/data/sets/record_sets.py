@@ -59,7 +59,7 @@ class TfdsImages:
 
   `folder` is the one that holds dataset_info.json, such as
   imagenet2012/5.1.0. TensorFlow is not needed, and an image is decoded by
-  flow_io: of tfds' own decoders none is called.
+  image_files: of tfds' own decoders none is called.
   """
 
   def __init__(self, folder: image_files.Path, split: str):

@@ -2,7 +2,7 @@
 
 An example is {image: u8 [h w 3], labels: u8 [h w]}: the number of each pixel's
 class, or VOID where the set's protocol counts none. Each set has a part to
-train on and a part to test on. Files may be hostile, as for image_datasets: a
+train on and a part to test on. Files may be hostile, as for image_sets: a
 label map is decoded only if its header claims the size of its image.
 """
 
@@ -116,7 +116,7 @@ class SegmentationSet:
   ):
     self.root = paths.path(root)
     self.classes = tuple(classes)
-    # Arrays, for the reason that image_datasets.Names gives.
+    # Arrays, for the reason that image_sets.Names gives.
     self._images = np.array([pair.image for pair in pairs])
     self._labels = np.array([pair.labels for pair in pairs])
     self._palette = np.array([pair.palette for pair in pairs], bool)
