@@ -11,7 +11,6 @@ from PIL import Image
 import pytest
 
 from mcjepa_jax import check_data, convert_images
-from mcjepa_jax.data import flow_sanity
 from mcjepa_jax.data.catalog import facts, published
 from mcjepa_jax.errors import UserError
 from mcjepa_jax.evals import registry
@@ -56,28 +55,6 @@ def test_a_fault_of_the_flow_is_named(run, tmp_path, fault):
     assert source["faults"] == [line.partition("sintel_clean: ")[2]]
 
 
-def test_flow_of_other_frames_fits_by_no_reading():
-  judge, rng = flow_sanity.Judge(), np.random.default_rng(0)
-  for i in range(faulty_flow.SCENES):
-    noise = rng.integers(0, 256, (96, 128, 3), np.uint8)
-    judge.add({**faulty_flow.PAIRS[i], "frame_2": noise})
-  (fault,) = judge.faults()
-  assert "does not fit its frames, nor does another reading" in fault
-  assert not judge.misreadings(certain=True)
-
-
-def test_what_is_hidden_or_unknown_is_not_judged():
-  example = faulty_flow.PAIRS[0]
-  spoilt = example["frame_1"].copy()
-  spoilt[:, :80] = 255 - spoilt[:, :80]
-  seen = np.ones_like(example["valid"])
-  seen[:, :80] = 0
-  example = {**example, "frame_1": spoilt}
-  assert flow_sanity.Judge().add(example) > 0.9
-  for key in ("visible", "valid"):
-    assert flow_sanity.Judge().add({**example, key: seen}) < 0.4
-
-
 def test_frames_without_motion_or_texture_are_not_judged(run, tmp_path):
   layouts.sintel(tmp_path / "MPI-Sintel")
   code, report, err = run(
@@ -86,28 +63,6 @@ def test_frames_without_motion_or_texture_are_not_judged(run, tmp_path):
   source = report["sources"]["flow/sintel_clean"]
   assert code == 0 and source["warp"]["best_explanation"] is None
   assert "warning: flow/sintel_clean: too little moves" in err
-
-
-@pytest.mark.parametrize(
-    ("change", "fault"),
-    [
-        (lambda flow: 100 * flow, "shorter than the frame's diagonal"),
-        (lambda flow: np.full_like(flow, np.nan), "came none in 1 of 1"),
-    ],
-)
-def test_flow_that_cannot_be_is_a_fault(change, fault):
-  judge, example = flow_sanity.Judge(), faulty_flow.PAIRS[0]
-  judge.add({**example, "flow": change(example["flow"])})
-  assert fault in judge.faults()[0]
-
-
-def test_the_flows_length_and_share_are_reported():
-  judge, example = flow_sanity.Judge(), faulty_flow.PAIRS[0]
-  valid = np.zeros_like(example["valid"])
-  valid[::4] = 1
-  flow = np.where(valid > 0, np.float32((3, -4)), 99)
-  judge.add({**example, "flow": flow, "valid": valid})
-  assert judge.flow() == dict(max=5.0, mean=5.0, valid=0.25)
 
 
 @pytest.mark.parametrize(
