@@ -16,7 +16,7 @@ class UserError(ValueError):
 
   Each message names the file, key or value, what was expected and what came.
   The commands print each as one line `error: ...` and exit with code 2; a run
-  that has begun, with 77 for what is `Passing`.
+  that has begun, with 77 for what is a `TransientError`.
   """
 
   # Whether more of the same kind are certain to fail in the same way.
@@ -27,7 +27,7 @@ class UserError(ValueError):
     self.messages = messages
 
 
-class Passing(UserError):
+class TransientError(UserError):
   """A fault of what is around a run, which may be gone at its next start."""
 
 

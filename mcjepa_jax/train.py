@@ -51,7 +51,7 @@ def train(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
       with run_folder.opened(workdir) as folder:
         streams, mesh = preconditions.input_and_mesh(config, folder)
         return _train(config, folder, streams, mesh)
-    except errors.Passing as error:  # no fault of the input
+    except errors.TransientError as error:  # no fault of the input
       raise errors.Stop(errors.EXIT_LOST, f"error: {error}") from error
 
 
@@ -139,7 +139,7 @@ def _train(
   return results
 
 
-def looks_at(config: Any, number: int) -> bool:
+def is_report_step(config: Any, number: int) -> bool:
   """Whether something is evaluated or drawn before a step."""
   every = config.eval_every, config.panel_every
   return number > 0 and any(n and number % n == 0 for n in every)
@@ -150,7 +150,7 @@ def run_loop(
 ) -> train_state.TrainState:
   """The trained state, by as many ways back as the alarms allow."""
   rolled_back = False
-  with signals.on_sigterm(lambda *_: run.stop.set()):
+  with signals.stop_on_sigterm(run.stop):
     while True:
       try:
         return run_steps(run, state, rolled_back)
@@ -178,7 +178,7 @@ def run_steps(
   start = int(state.step)
   for stream in run.streams.values():
     stream.start()  # the workers fill their queues while the step compiles
-  source = context.batches(run, start)
+  source = context.step_batches(run, start)
   queue: deque[Batch] = deque()
   progress = Progress(run, start)
   watcher = step_watcher.StepWatcher(run, progress)
@@ -195,7 +195,7 @@ def run_steps(
     refused = None
     state, _ = watcher.finish_pending(state, following())
     # In a row of skipped updates what was saved before it stays newest.
-    if hurry or not run.monitor.row:
+    if hurry or not run.monitor.skipped_in_a_row:
       with clock.span("checkpoint"), watcher.writing(number):
         refused = saving.save(run, state, following(), hurry=hurry)
         kept = number
@@ -208,13 +208,13 @@ def run_steps(
       hang_timer.step()
       stopping = number > start and signals.stopping(run.stop)
       first = rolled_back and number == start + 1
-      periodic = number > start and saving.saves_at(config, number)
+      periodic = number > start and saving.is_save_step(config, number)
       if not stopping and (first or periodic):
         state = keep(state, number, hurry=False)
       # What stops has seconds left, and nothing to lose but its state.
-      if not stopping and looks_at(config, number):
+      if not stopping and is_report_step(config, number):
         state, _ = watcher.finish_pending(state, following())
-        reports.look(run, state, number, progress.log)
+        reports.report_between_steps(run, state, number, progress.log)
       # SIGTERM meanwhile, to one host. What a run is rolled back to is saved with
       # the batches that it is to pass over: that takes one step more.
       if number > 0 and not (rolled_back and number == start):

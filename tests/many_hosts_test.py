@@ -37,16 +37,17 @@ import os
 import time
 
 if "TEST_FAULT" in os.environ:
-  from mcjepa_jax.data import feed
+  from mcjepa_jax import errors
+  from mcjepa_jax.data.pipeline import stream
 
-  take = feed.Stream._take
+  take = stream.Stream._take
 
   def dying(self):
     if self._next_batch == 8:
-      raise feed.Passing("a worker of the content stream died")
+      raise errors.TransientError("a worker of the content stream died")
     return take(self)
 
-  feed.Stream._take = dying
+  stream.Stream._take = dying
 if "TEST_REFUSE" in os.environ:
   import errno
 
@@ -67,16 +68,16 @@ if "TEST_REFUSE" in os.environ:
 
   ocp.JsonCheckpointHandler._save_fn, ocp.CheckpointManager.save = write, begin
 if "TEST_SLEEP" in os.environ:
-  from mcjepa_jax.data import feed
+  from mcjepa_jax.data.pipeline import stream
 
-  take = feed.Stream._take
+  take = stream.Stream._take
 
   def late(self):
     if self._next_batch == 8:
       time.sleep(6)
     return take(self)
 
-  feed.Stream._take = late
+  stream.Stream._take = late
 if "TEST_CLOCK" in os.environ:
   true = time.time
   time.time = lambda: true() + float(os.environ["TEST_CLOCK"])

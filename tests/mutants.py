@@ -722,9 +722,9 @@ MUTANTS = (
         ),
         (
             "evaluation_lost_by_a_run_that_goes_on",
-            "      if not stopping and looks_at(config, number):\n",
+            "      if not stopping and is_report_step(config, number):\n",
             "      if number > start and not stopping and"
-            " looks_at(config, number):\n",
+            " is_report_step(config, number):\n",
             "training/step_watcher_test.py::test_sigterm_in_an_evaluation_saves_and_the_next_run_evaluates_there",
         ),
         (
@@ -734,12 +734,11 @@ MUTANTS = (
         ),
     ),
     *_mutants(
-        "training/context.py",
+        "runtime/signals.py",
         "training/step_watcher_test.py::test_sigterm_in_an_evaluation_saves_and_the_next_run_evaluates_there",
         (
             "sigterm_waits_for_the_evaluation",
-            "  with contextlib.suppress(_Interrupted),"
-            " signals.on_sigterm(interrupt):\n",
+            "  with contextlib.suppress(_Interrupted), on_sigterm(interrupt):\n",
             "  with contextlib.nullcontext():\n",
         ),
     ),

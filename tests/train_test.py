@@ -261,7 +261,7 @@ def test_sigterm_saves_with_75_and_the_run_goes_on_as_if_it_had_not_come(
 _COMPILES_LONG = f"""{_CONFIG}
 import pathlib
 import time
-from mcjepa_jax import step
+from mcjepa_jax.step import update
 
 def endless(*args):
   def trace(*args):
@@ -270,7 +270,7 @@ def endless(*args):
   endless.trace = trace
   return endless
 
-step.jit_train_step = endless
+update.jit_train_step = endless
 """
 
 

@@ -1,5 +1,8 @@
 """The data sets by the names that a config uses, each under one data root.
 
+A set is a name here, facts in `catalog`, a layout in `sets` and, for a format of
+its own, a reader in `readers`.
+
 Procedural examples for training and for evaluation come from different seeds;
 `labelled`, `flow_pairs` and `mask_sequences` are for evaluation only.
 """
@@ -416,7 +419,7 @@ class Subset:
     return self._dataset[int(self._indices[index])]
 
 
-def spread(dataset: Any, limit: int) -> Any:
+def evenly_spaced(dataset: Any, limit: int) -> Any:
   """At most `limit` examples, spread over the set; all of them if it is 0."""
   if not 0 < limit < len(dataset):
     return dataset

@@ -12,7 +12,7 @@ from mcjepa_jax import errors
 FLAGS = ("coordinator", "processes", "process")
 
 
-def absent(message: str) -> errors.Stop:
+def hosts_missing(message: str) -> errors.Stop:
   """Returns what ends a host that others do not come to: a run to start again."""
   return errors.Stop(errors.EXIT_LOST, message)
 
@@ -63,7 +63,7 @@ def find(
             timeout_secs=seconds, override_coordinator_port=None
         )
       except RuntimeError as error:
-        raise absent(f"process 0 did not come: {error}") from error
+        raise hosts_missing(f"process 0 did not come: {error}") from error
       count = cluster.get_process_count()
       if cluster is clusters.SlurmCluster:
         names = _nodes(count)

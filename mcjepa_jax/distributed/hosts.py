@@ -60,7 +60,7 @@ def exchange(name: str, value: Any, *, seconds: float = 600.0) -> list[Any]:
       values.append(json.loads(text))
   if absent:
     names = ", ".join(map(heartbeat.name, absent))
-    raise cluster.absent(
+    raise cluster.hosts_missing(
         f"{name}: waited {seconds:.0f} s for all hosts; these did not come:"
         f" {names}"
     )
@@ -162,7 +162,9 @@ def check_alike(name: str, value: Any) -> None:
   seen = exchange(name, value)
   if any(x != seen[0] for x in seen):
     each = ", ".join(f"{heartbeat.name(i)} {x}" for i, x in enumerate(seen))
-    raise cluster.absent(f"{name}: expected one for all hosts, got {each}")
+    raise cluster.hosts_missing(
+        f"{name}: expected one for all hosts, got {each}"
+    )
 
 
 def code() -> dict[str, str]:
@@ -227,4 +229,4 @@ def as_one() -> Iterator[None]:
   except errors.UserError as error:
     if jax.process_count() == 1:
       raise
-    raise errors.Passing(*error.messages) from error
+    raise errors.TransientError(*error.messages) from error

@@ -171,7 +171,7 @@ def _raise_told(answer: str) -> None:
   if word == "fault":
     raise errors.UserError(text)
   if word == "absent":
-    raise cluster.absent(text)
+    raise cluster.hosts_missing(text)
 
 
 def _answer(
@@ -199,6 +199,6 @@ def _answer(
     except (UnicodeDecodeError, json.JSONDecodeError):
       reason = "another service answers there"
     time.sleep(0.2)
-  raise cluster.absent(
+  raise cluster.hosts_missing(
       f"{process.name(0)} at {process.address} did not call the roll: {reason}"
   )

@@ -57,7 +57,7 @@ def kitti_member(year: str, record: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Frames:
+class SubmissionPairs:
   """Frame pairs, each by the archive's member that its flow will be."""
 
   datasets: tuple[Any, ...]
@@ -84,7 +84,7 @@ def frames(
     *,
     count: int,
     scenes: tuple[str, ...] = (),
-) -> Frames:
+) -> SubmissionPairs:
   """The pairs of an archive's parts, `count` in each, of just these scenes.
 
   Raises:
@@ -107,12 +107,12 @@ def frames(
       )
   if faults:
     raise errors.UserError(*faults)
-  return Frames(tuple(parts.values()), tuple(members))
+  return SubmissionPairs(tuple(parts.values()), tuple(members))
 
 
 def run(
     name: str,
-    dataset: Frames,
+    dataset: SubmissionPairs,
     predictor: tiling.Predictor,
     folder: pathlib.Path,
     *,

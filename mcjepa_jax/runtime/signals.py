@@ -1,4 +1,9 @@
-"""SIGTERM, and a step that hangs."""
+"""SIGTERM, and a step that hangs.
+
+A training hears SIGTERM in three ways. Between its steps it asks `stopping`, and
+the step that hears it saves. An evaluation on the way ends by `until_sigterm`.
+Where there is nothing new to save, `stop_unsaved` ends the process at once.
+"""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -36,6 +41,32 @@ def on_sigterm(
   finally:
     # None where JAX's own was there: nothing asks it any more.
     signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+class _Interrupted(BaseException):
+  """SIGTERM, where it ends what is done: no fault of a file or of an eval."""
+
+
+@contextlib.contextmanager
+def until_sigterm(stop: threading.Event) -> Iterator[None]:
+  """Has SIGTERM end what is done inside; `stop` is set then.
+
+  Of many hosts, which have to end at one step, it ends nothing inside.
+  """
+
+  def interrupt(*_):
+    stop.set()
+    raise _Interrupted
+
+  with contextlib.suppress(_Interrupted), on_sigterm(interrupt):
+    yield
+
+
+def stop_on_sigterm(
+    stop: threading.Event,
+) -> contextlib.AbstractContextManager[None]:
+  """Has SIGTERM set `stop`, for which the loop asks by `stopping`."""
+  return on_sigterm(lambda *_: stop.set())
 
 
 def stopping(stop: threading.Event) -> bool:

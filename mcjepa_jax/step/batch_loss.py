@@ -28,14 +28,14 @@ class Recipe:
   accumulation: str
   motion_weight: float
   motion_ramp_steps: int
-  motion_terms: Mapping[str, Mapping[str, float]]
+  motion_term_weights: Mapping[str, Mapping[str, float]]
   photometric: Mapping[str, float]
   smoothness: Mapping[str, Any]
   occlusion: str
   occlusion_start: int
   out_of_frame: bool
   motion_jitter: Mapping[str, float]
-  content_terms: Mapping[str, float]
+  content_term_weights: Mapping[str, float]
   content_augmentation: Mapping[str, Any]
 
 
@@ -72,7 +72,7 @@ def motion_forward(
       flows | {1: flow},
       plain,
       mask,
-      weights=recipe.motion_terms,
+      weights=recipe.motion_term_weights,
       photometric=recipe.photometric,
       smoothness=recipe.smoothness,
       mean=mean,
@@ -139,7 +139,9 @@ def content_forward(
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
   """Unweighted content terms and monitors, of all views' pooled features."""
   z = model.apply({"params": params}, pooled, method=model.expand)
-  terms = content_objective.content_terms(z, weights=recipe.content_terms)
+  terms = content_objective.content_terms(
+      z, weights=recipe.content_term_weights
+  )
   monitors = {
       "feature_std/pooled": representation.feature_std(pooled),
       "feature_std/embedding": representation.feature_std(z),
@@ -189,8 +191,8 @@ def weighted_loss(
       motion_ramp=weighting.ramp(
           step, recipe.start_step, recipe.motion_ramp_steps
       ),
-      motion=recipe.motion_terms,
-      content=recipe.content_terms,
+      motion=recipe.motion_term_weights,
+      content=recipe.content_term_weights,
   )
   loss = sum(losses.values(), start=jnp.zeros(()))
   monitors |= {f"loss/{task}": value for task, value in losses.items()}

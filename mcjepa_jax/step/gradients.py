@@ -9,12 +9,7 @@ import jax.numpy as jnp
 
 from mcjepa_jax.losses import motion_objective
 from mcjepa_jax.models import mcjepa
-from mcjepa_jax.step import (
-    accumulation,
-    batch_loss,
-    task_schedule,
-    train_state,
-)
+from mcjepa_jax.step import accumulation, batch_loss, task_schedule, train_state
 
 
 def _value_and_grad(function, params, batch, key, count):
@@ -57,7 +52,9 @@ def exact_value_and_grad(
   """
   sizes = {k: len(v) for k, v in batch.items()}
   content_key, motion_key = jax.random.split(key)
-  weights = {k: recipe.motion_terms[k] for k in ("variance", "covariance")}
+  weights = {
+      k: recipe.motion_term_weights[k] for k in ("variance", "covariance")
+  }
   strides = {
       motion_objective.stride_of(name)
       for levels in weights.values()
@@ -65,7 +62,8 @@ def exact_value_and_grad(
       if weight
   }
   local = dataclasses.replace(
-      recipe, motion_terms=recipe.motion_terms | {k: {} for k in weights}
+      recipe,
+      motion_term_weights=recipe.motion_term_weights | {k: {} for k in weights},
   )
 
   def forward(params, micro, indices, mean):

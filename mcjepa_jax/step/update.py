@@ -14,12 +14,7 @@ import optax
 
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.models import mcjepa
-from mcjepa_jax.step import (
-    batch_loss,
-    gradients,
-    task_schedule,
-    train_state,
-)
+from mcjepa_jax.step import batch_loss, gradients, task_schedule, train_state
 
 
 def make_train_step(

@@ -24,7 +24,7 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
 
-from mcjepa_jax.errors import Passing, UserError
+from mcjepa_jax.errors import TransientError, UserError
 from mcjepa_jax.storage import checkpoint_reader
 
 _PARTIAL = ".orbax-checkpoint-tmp"
@@ -172,7 +172,7 @@ class Checkpoints:
         raise
       self.failures += 1
       left = self._left()
-      raise (Passing if remote else UserError)(
+      raise (TransientError if remote else UserError)(
           f"a checkpoint in {self._folder} cannot be written: {reason}; {left}"
       ) from error
 

@@ -28,7 +28,7 @@ import tempfile
 import time
 from typing import IO, Any, NamedTuple
 
-from mcjepa_jax.errors import Passing, UserError
+from mcjepa_jax.errors import TransientError, UserError
 
 # What a user does where a store does not answer as it should.
 _HINTS = {
@@ -52,7 +52,7 @@ class Unreachable(UserError):
   final = True
 
 
-class Silent(Unreachable, Passing):
+class Silent(Unreachable, TransientError):
   """A store does not answer, or not to us."""
 
 

@@ -43,7 +43,7 @@ class Folder:
 class _Mirrored(Folder):
   """A folder in a bucket, and the local one that its logs are in."""
 
-  refusal = errors.Passing
+  refusal = errors.TransientError
 
   def __init__(self, local: pathlib.Path, remote: paths.Remote):
     super().__init__(local, str(remote))

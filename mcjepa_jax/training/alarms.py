@@ -161,7 +161,7 @@ class AlarmMonitor:
     self._counts = dict.fromkeys(
         (*EVENTS, *(rule.name for rule in self._rules)), 0
     )
-    self.row = 0  # updates skipped since the last that was not
+    self.skipped_in_a_row = 0  # updates skipped since the last that was not
 
   def judge(self, step: int, values: Mapping[str, float]) -> list[Alarm]:
     """The alarms that begin to fire with what a step logged."""
@@ -189,7 +189,7 @@ class AlarmMonitor:
 
   def skip(self) -> int:
     """How many updates were skipped, with the one that this counts."""
-    self.row += 1
+    self.skipped_in_a_row += 1
     return self.count("not_finite")
 
   def count(self, name: str) -> int:
@@ -203,14 +203,14 @@ class AlarmMonitor:
 
   def forget(self) -> None:
     """Empties the windows: what they hold was rolled back."""
-    self.row = 0
+    self.skipped_in_a_row = 0
     self._windows.clear()
     self._outside.clear()
 
   def state(self) -> dict[str, Any]:
     """All of it as JSON, for a run that resumes."""
     return {
-        "row": self.row,
+        "row": self.skipped_in_a_row,
         "counts": dict(self._counts),
         "outside": sorted(self._outside),
         "windows": {key: list(w) for key, w in self._windows.items()},
@@ -218,7 +218,7 @@ class AlarmMonitor:
 
   def restore(self, state: Mapping[str, Any]) -> None:
     """Goes on from a state; rules that are new since then start empty."""
-    self.row = state["row"]
+    self.skipped_in_a_row = state["row"]
     self._counts |= {
         k: n for k, n in state["counts"].items() if k in self._counts
     }

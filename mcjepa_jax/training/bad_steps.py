@@ -85,7 +85,7 @@ def save(
 
   Raises:
     UserError: one cannot be written, and nothing is kept of it.
-    Passing: of several hosts one cannot write its part of the parameters.
+    TransientError: of several hosts one cannot write its part of the parameters.
   """
   folder = paths.path(workdir) / run_folder.DUMPS / f"step_{step}"
   own = {

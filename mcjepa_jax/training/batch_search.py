@@ -26,7 +26,7 @@ class BatchSize(NamedTuple):
   pairs: int
 
 
-def sized(config: Any, batch: BatchSize, policy: str) -> Any:
+def with_batch(config: Any, batch: BatchSize, policy: str) -> Any:
   """The config with another batch and another rematerialisation."""
   config = config.copy_and_resolve_references()
   with config.unlocked():
@@ -46,7 +46,7 @@ def smallest(config: Any, devices: int) -> BatchSize:
   for part in range(1, parts + 1):
     batch = BatchSize(images // parts * part, pairs // parts * part)
     faults = validation.faults(
-        sized(config, batch, config.remat), devices=devices
+        with_batch(config, batch, config.remat), devices=devices
     )
     if not faults:
       return batch
@@ -99,7 +99,7 @@ def search(
   batch = smallest(config, devices)
   reports = {
       policy: compiled(
-          sized(config, batch, policy),
+          with_batch(config, batch, policy),
           f"{policy}, {batch.images}+{batch.pairs}",
       )
       for policy in POLICIES
@@ -124,7 +124,8 @@ def search(
   if times > 1:  # else the report is on that batch already
     many = BatchSize(times * batch.images, times * batch.pairs)
     report = compiled(
-        sized(config, many, policy), f"{policy}, {many.images}+{many.pairs}"
+        with_batch(config, many, policy),
+        f"{policy}, {many.images}+{many.pairs}",
     )
     corrected = foretold(first, batch, (times, report))
   return {

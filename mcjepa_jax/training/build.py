@@ -106,7 +106,7 @@ def recipe(config: Any) -> batch_loss.Recipe:
       accumulation=config.accumulation,
       motion_weight=motion.weight,
       motion_ramp_steps=motion.ramp_steps,
-      motion_terms=motion.terms.to_dict(),
+      motion_term_weights=motion.terms.to_dict(),
       photometric=motion.photometric.to_dict(),
       smoothness=motion.smoothness.to_dict(),
       occlusion=motion.occlusion,
@@ -114,7 +114,7 @@ def recipe(config: Any) -> batch_loss.Recipe:
       out_of_frame=motion.out_of_frame,
       motion_jitter=_photometry(motion.jitter)
       | dict(erase_probability=motion.erase),
-      content_terms=content.terms.to_dict(),
+      content_term_weights=content.terms.to_dict(),
       content_augmentation=_photometry(content.jitter)
       | dict(
           gray_probability=content.gray,

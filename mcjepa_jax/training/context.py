@@ -1,7 +1,6 @@
 """The parts of a run, and what the loop reads: its state, batches and steps."""
 
 from collections.abc import Iterator
-import contextlib
 import dataclasses
 import pathlib
 import threading
@@ -12,7 +11,7 @@ import jax
 from mcjepa_jax.compiled.compiled_steps import CompiledSteps
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.models import mcjepa
-from mcjepa_jax.runtime import run_clock, signals
+from mcjepa_jax.runtime import run_clock
 from mcjepa_jax.step import task_schedule, train_state, update
 from mcjepa_jax.storage import checkpoint, checkpoint_reader, run_folder
 from mcjepa_jax.training import alarms, build
@@ -77,7 +76,7 @@ def begin_step(run: RunContext) -> None:
   run.compiled_steps.begin(kind, run.abstract, shapes)
 
 
-def batches(run: RunContext, start: int) -> Iterator[Batch]:
+def step_batches(run: RunContext, start: int) -> Iterator[Batch]:
   """The batch of each step from `start` on, as its kind reads it."""
   config = run.config
   for number in range(start, config.num_steps):
@@ -124,22 +123,3 @@ def step_programs(
       },
       devices=mesh.size,
   )
-
-
-class _Interrupted(BaseException):
-  """SIGTERM, where it ends what is done: no fault of a file or of an eval."""
-
-
-@contextlib.contextmanager
-def until_sigterm(run: RunContext) -> Iterator[None]:
-  """Has SIGTERM end what is done inside; `run.stop` is set then.
-
-  Of many hosts, which have to end at one step, it ends nothing inside.
-  """
-
-  def interrupt(*_):
-    run.stop.set()
-    raise _Interrupted
-
-  with contextlib.suppress(_Interrupted), signals.on_sigterm(interrupt):
-    yield

@@ -1,4 +1,4 @@
-"""The parts of a run, its bar and its logs."""
+"""The bar of a run and its logs."""
 
 from typing import Any
 

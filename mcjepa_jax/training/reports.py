@@ -12,10 +12,16 @@ from mcjepa_jax import errors
 from mcjepa_jax.distributed import hosts, sharding
 from mcjepa_jax.evals import eval_subject, registry, result_table
 from mcjepa_jax.models import mcjepa
-from mcjepa_jax.runtime import environment, goodput, log_files, process_memory
+from mcjepa_jax.runtime import (
+    environment,
+    goodput,
+    log_files,
+    process_memory,
+    signals,
+)
 from mcjepa_jax.step import train_state
 from mcjepa_jax.storage import local_files
-from mcjepa_jax.training import context, pictures
+from mcjepa_jax.training import pictures
 from mcjepa_jax.training.context import RunContext
 
 
@@ -149,7 +155,7 @@ def read_results(workdir: pathlib.Path) -> dict[str, Any]:
   return {} if result_table.NOT_EVALUATED in results else results
 
 
-def look(
+def report_between_steps(
     run: RunContext,
     state: train_state.TrainState,
     number: int,
@@ -157,7 +163,7 @@ def look(
 ) -> None:
   """Logs the evaluation and the pictures that are due before a step."""
   config = run.config
-  with context.until_sigterm(run):
+  with signals.until_sigterm(run.stop):
     if run.stop.is_set():  # it came before it would have been heard here
       return
     if config.eval_every and number % config.eval_every == 0:

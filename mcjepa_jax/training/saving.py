@@ -5,9 +5,9 @@ import time
 from typing import Any
 
 from mcjepa_jax import errors
-from mcjepa_jax.runtime import environment
+from mcjepa_jax.runtime import environment, signals
 from mcjepa_jax.step import task_schedule, train_state
-from mcjepa_jax.training import context, reports
+from mcjepa_jax.training import reports
 from mcjepa_jax.training.context import RunContext
 
 
@@ -27,7 +27,7 @@ def save(
   config = run.config
   metrics = {}
   last = int(state.step) == config.num_steps
-  heard = contextlib.nullcontext() if last else context.until_sigterm(run)
+  heard = contextlib.nullcontext() if last else signals.until_sigterm(run.stop)
   if config.keep_best and not hurry:
     # On scenes of their own: what is reported chooses no checkpoint.
     with run.clock.span("evaluate"), heard:
@@ -58,7 +58,7 @@ def save(
   return refused
 
 
-def saves_at(config: Any, number: int) -> bool:
+def is_save_step(config: Any, number: int) -> bool:
   """Whether the state is saved before a step."""
   # The first step with flow is compiled, which takes minutes.
   return number % config.save_every == 0 or task_schedule.is_first_with_flow(

@@ -130,7 +130,7 @@ class StepWatcher:
       if values["skipped"]:
         total = monitor.skip()
       else:
-        monitor.row = 0
+        monitor.skipped_in_a_row = 0
         fired = monitor.judge(pending.number, values)
       self._progress.report(pending.number, values)
       with self.writing(pending.number):
@@ -164,10 +164,10 @@ class StepWatcher:
           errors.EXIT_ALARM,
           f"step {pending.number}: {total} updates were skipped: {text}",
       )
-    if run.monitor.row >= limits.skips_in_a_row:
-      reason = f"{run.monitor.row} updates in a row were skipped"
+    if run.monitor.skipped_in_a_row >= limits.skips_in_a_row:
+      reason = f"{run.monitor.skipped_in_a_row} updates in a row were skipped"
       raise recovery.RollBack(
-          pending.number - run.monitor.row + 1, following, reason
+          pending.number - run.monitor.skipped_in_a_row + 1, following, reason
       )
 
   def _dumped(
@@ -200,7 +200,7 @@ class StepWatcher:
         )
       except errors.UserError as error:
         # The others may wait for this one's part.
-        if jax.process_count() > 1 and isinstance(error, errors.Passing):
+        if jax.process_count() > 1 and isinstance(error, errors.TransientError):
           raise
         return f"; not dumped: {'; '.join(error.messages)}"
     return f"; python -m mcjepa_jax.replay --dump={folder}"

@@ -5,9 +5,7 @@ import numpy as np
 import pytest
 
 from mcjepa_jax.distributed import sharding
-from mcjepa_jax.evals import (
-    inference,
-)
+from mcjepa_jax.evals import inference
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.training import build
 from tests.helpers import tiny

@@ -14,12 +14,7 @@ from mcjepa_jax import errors, evaluate, loading
 from mcjepa_jax.data import sources
 from mcjepa_jax.data.readers import flow_files
 from mcjepa_jax.distributed import sharding
-from mcjepa_jax.evals import (
-    eval_subject,
-    inference,
-    registry,
-    result_table,
-)
+from mcjepa_jax.evals import eval_subject, inference, registry, result_table
 from mcjepa_jax.evals.adapters import flow_adapter, image_adapter
 from mcjepa_jax.models import mcjepa
 from mcjepa_jax.training import build
@@ -172,11 +167,11 @@ def test_the_best_metric_must_be_of_an_eval_between_steps(small):
 
 
 def test_a_limit_spreads_over_the_set():
-  few = sources.spread([{"label": 10 * i} for i in range(10)], 4)
+  few = sources.evenly_spaced([{"label": 10 * i} for i in range(10)], 4)
   assert [few[i]["label"] for i in range(len(few))] == [0, 30, 60, 90]
   every = list(range(5))
   for limit in (0, 5, 9):
-    assert sources.spread(every, limit) is every
+    assert sources.evenly_spaced(every, limit) is every
 
 
 @pytest.mark.proof

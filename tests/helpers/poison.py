@@ -11,10 +11,10 @@ from tests.helpers import tiny
 # A photometric change would give the flat image a range.
 _CONFIG = """
 from configs import quickstart
-from mcjepa_jax import photometry
+from mcjepa_jax.step import augmentation
 from tests.helpers import tiny
 
-photometry.content_views = tiny.stretched(photometry.content_views)
+augmentation.content_views = tiny.stretched(augmentation.content_views)
 
 def get_config():
   config = tiny.config(quickstart, mode="content", num_steps=8, save_every=2,

@@ -744,7 +744,7 @@ def test_a_batch_of_another_shape_is_noticed(tmp_path, monkeypatch):
   cfg = _config(
       "", content__sources=(("synthetic", 1.0),), content__batch_size=4
   )
-  whole = context.batches
+  whole = context.step_batches
 
   def uneven(run, start):
     for number, batch in enumerate(whole(run, start)):
@@ -752,7 +752,7 @@ def test_a_batch_of_another_shape_is_noticed(tmp_path, monkeypatch):
         batch.arrays = {k: x[: len(x) // 2] for k, x in batch.arrays.items()}
       yield batch
 
-  monkeypatch.setattr(context, "batches", uneven)
+  monkeypatch.setattr(context, "step_batches", uneven)
   results = train.train(cfg, tmp_path)
   assert results["alarm/recompilation"] == 1 and results["compiles"] == 2
   (line,) = workdirs.lines(tmp_path / "alarms.jsonl")

@@ -24,7 +24,7 @@ from jaxtyping import UInt8
 import numpy as np
 
 from mcjepa_jax.data.pipeline import shared_memory
-from mcjepa_jax.errors import Passing, UserError
+from mcjepa_jax.errors import TransientError, UserError
 
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
@@ -185,7 +185,7 @@ class Stream(Iterator):
     return part._replace(arrays=arrays), seconds
 
   def _wait(self) -> tuple[TaskBatch, float]:
-    """Returns the next batch, or raises Passing for a worker that died.
+    """Returns the next batch, or raises TransientError for a worker that died.
 
     Grain would wait for ever where a worker dies within sending a batch, which
     is most of the time where the batches go through pipes.
@@ -213,7 +213,7 @@ class Stream(Iterator):
       # Closing it would wait for the same bytes; at exit Grain ends what is
       # left without.
       _ABANDONED.append(self._running.pop())
-    raise Passing(
+    raise TransientError(
         f"a worker of the {self._fingerprint['stream']} stream died: "
         f"{self._died()}; SIGKILL is the kernel's where memory runs out: fewer "
         "workers, or a smaller batch, need less"

@@ -4,9 +4,9 @@ A labelled example is that of a `flow_pairs.FlowSet`; pairs without ground truth
 are left out.
 
 For training without labels the same folders are read as frames: what ends in
-`_frames` returns (folder, its subfolders of sequences) for `video.frame_folders`;
+`_frames` returns (folder, its subfolders of sequences) for `frame_folders`;
 sets of unrelated pairs take `labels=False`, which opens no label. Where a set is
-looked for, and what each expects below, stands in `catalog.DATASETS`.
+looked for, and what each expects below, stands in `data/catalog`.
 """
 
 import pathlib

@@ -2,7 +2,7 @@
 
 An annotated frame has a label for each pixel: 0 is no object, 255 does not count
 as one (github.com/davisvideochallenge/davis2017-evaluation, davis2017/davis.py).
-Where a set is looked for stands in `catalog.DATASETS`. Nothing but names is held
+Where a set is looked for stands in `data/catalog`. Nothing but names is held
 in memory.
 """
 

@@ -25,7 +25,7 @@ def run(subject: Subject, name: str) -> Results:
     train_flows = [train[i]["flow_12"] for i in range(len(train))]
   return flow.run(
       name,
-      sources.spread(examples(config, name), subject.limit),
+      sources.evenly_spaced(examples(config, name), subject.limit),
       predictors,
       batch_size=config.eval_batch_size,
       max_pixels=config.eval_max_pixels,

@@ -44,7 +44,7 @@ def features(subject: Subject, name: str) -> list[frozen_features.FeatureSet]:
     }
     subject.held[name] = [
         frozen_features.extract(
-            sources.spread(part, subject.limit),
+            sources.evenly_spaced(part, subject.limit),
             embedders,
             size=_label_size(config, name),
             name=f"features/{name}",

@@ -457,11 +457,12 @@ def test_what_no_stream_can_have_is_refused_at_once():
 _KILLED = """
 import multiprocessing, os, signal
 from absl import flags
-from mcjepa_jax.data import pipeline, synthetic
+from mcjepa_jax.data.pipeline import batches
+from mcjepa_jax.data.sets import synthetic
 flags.FLAGS.mark_as_parsed()
 images = synthetic.Images(size=(16, 16), seed=0, num_examples=4)
-stream = pipeline.content_stream(
-    [pipeline.ContentSource("images", images)],
+stream = batches.content_stream(
+    [batches.ContentSource("images", images)],
     size=8, batch_size=2, seed=0, num_workers=1,
 )
 next(stream)
