@@ -27,9 +27,9 @@ import jax.numpy as jnp  # noqa: E402
 
 from benchmarks import report  # noqa: E402
 from configs import quickstart  # noqa: E402
-from mcjepa_jax import (  # noqa: E402
-    errors,
-    train,
+from mcjepa_jax import (
+    errors,  # noqa: E402
+    train,  # noqa: E402
 )
 from mcjepa_jax.ops import occlusion  # noqa: E402
 from mcjepa_jax.runtime import command_line  # noqa: E402

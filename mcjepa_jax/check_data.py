@@ -48,7 +48,7 @@ import tqdm
 
 from mcjepa_jax import errors
 from mcjepa_jax.data import flow_sanity, sources
-from mcjepa_jax.data.catalog import published
+from mcjepa_jax.data.catalog import datasets
 from mcjepa_jax.data.pipeline import geometry, labelled_crops
 from mcjepa_jax.data.readers import array_records, image_files
 from mcjepa_jax.data.sets import record_sets
@@ -130,10 +130,10 @@ class _Source:
 
   def count(self, allow_partial: bool) -> None:
     """Holds the number of examples against what is published."""
-    message = published.miscount(self.use, len(self.dataset))
+    message = datasets.miscount(self.use, len(self.dataset))
     if message is None:
       return
-    fewer = len(self.dataset) < published.published(self.use).value
+    fewer = len(self.dataset) < datasets.published(self.use).value
     (self.warnings if fewer and allow_partial else self.faults).append(message)
 
   def sample(self, samples: int) -> list[int]:
@@ -229,7 +229,7 @@ class _Source:
     if panel is not None:
       path = output / f"{self.kind}_{self.name}.png"
       _write(path, panel)
-    fact = published.published(self.use)
+    fact = datasets.published(self.use)
     has_flow = self.kind == "flow" and self.decoded > 0
     faults = list(dict.fromkeys(self.faults))
     more = len(faults) - _MAX_FAULTS
@@ -250,7 +250,7 @@ class _Source:
 
 def _origin(name: str) -> str:
   """Returns where a set is found and how it lies, if that is known."""
-  for dataset in published.DATASETS:
+  for dataset in datasets.DATASETS:
     if name in (use.partition("/")[2] for use in dataset.reads):
       return (
           f"; {dataset.title} is downloaded from {dataset.download} and lies as"

@@ -20,7 +20,7 @@ import statistics
 import sys
 
 from mcjepa_jax import errors
-from mcjepa_jax.data.catalog import published
+from mcjepa_jax.data.catalog import datasets
 from mcjepa_jax.runtime import command_line
 
 _FILES = ("results.json", "evaluation.json")  # of training, of an evaluation
@@ -178,7 +178,7 @@ def table(columns: Mapping[str, Results]) -> list[list[str]]:
 def _whole_set(key: str, results: Results) -> bool:
   """Whether a result is of as many examples as the set has."""
   eval_set = key.rpartition("/")[0]
-  fact = published.published(eval_set.replace("upernet/", "segmentation/"))
+  fact = datasets.published(eval_set.replace("upernet/", "segmentation/"))
   count = fact.value if fact else _DAVIS_SEQUENCES
   return key in results and results.get(f"{eval_set}/count") == count
 

@@ -103,7 +103,7 @@ def _train(
     run = RunContext(
         config, workdir, folder, model, optimizers, abstract, mesh,
         streams, checkpoints, clock, alarms.AlarmMonitor(config),
-        context.step_programs(config, model, optimizers, abstract, mesh),
+        context.compiled_steps(config, model, optimizers, abstract, mesh),
     )  # fmt: skip
     try:
       with clock.span("initialise"):

@@ -11,7 +11,7 @@ from PIL import Image
 import pytest
 
 from mcjepa_jax import check_data, convert_images
-from mcjepa_jax.data.catalog import facts, published
+from mcjepa_jax.data.catalog import datasets, facts
 from mcjepa_jax.errors import UserError
 from mcjepa_jax.evals import registry
 from tests.helpers import faulty_flow, layouts, tiny
@@ -111,7 +111,7 @@ def test_fewer_than_published_is_a_fault_unless_allowed(run, tmp_path):
 
 def test_more_than_published_is_a_fault(run, tmp_path, monkeypatch):
   fact = facts.Fact(faulty_flow.SCENES - 1, "https://page")
-  monkeypatch.setattr(published, "published", lambda use: fact)
+  monkeypatch.setattr(datasets, "published", lambda use: fact)
   code, _, err = run(
       "--dataset=flow/sintel_clean",
       f"--root={faulty_flow.write(tmp_path)}",
@@ -261,14 +261,14 @@ def test_an_output_that_cannot_be_written_is_a_fault(tmp_path):
     )
 
 
-_USES = [use for dataset in published.DATASETS for use in dataset.reads]
+_USES = [use for dataset in datasets.DATASETS for use in dataset.reads]
 
 
 def test_each_missing_set_is_told_with_a_path_and_its_page(tmp_path):
   report = check_data.check(
       _USES, check_data.Settings(root=str(tmp_path)), output=tmp_path / "panels"
   )
-  for dataset in published.DATASETS:
+  for dataset in datasets.DATASETS:
     for use in dataset.reads:
       (fault,) = report["sources"][use]["faults"]
       assert fault.startswith(f"{tmp_path}/")

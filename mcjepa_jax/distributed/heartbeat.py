@@ -33,7 +33,7 @@ _CAUSE = 3.0
 # Seconds that process 0 waits for the others to be gone: JAX's service is in it,
 # and they would abort without.
 _LAST = 2.0
-CLOCKS = 60.0  # seconds between two hosts' clocks that are told
+CLOCK_SECONDS = 60.0  # seconds between two hosts' clocks that are told
 
 Ending = tuple[int, str]  # exit code and line
 
@@ -179,7 +179,7 @@ class Heartbeat:
 
   def _compare(self, index: int, ahead: float) -> None:
     """Warns, once a host, of a clock that is not as that of process 0."""
-    if abs(ahead) > CLOCKS and index not in self._warned:
+    if abs(ahead) > CLOCK_SECONDS and index not in self._warned:
       self._warned.add(index)
       print(
           f"warning: clock: {self.names[index]} is {abs(ahead):.0f} s"

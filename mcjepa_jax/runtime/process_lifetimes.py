@@ -17,7 +17,7 @@ from mcjepa_jax import errors
 from mcjepa_jax.storage import paths, run_folder
 
 _FILE = "lives.json"
-SECONDS = 10.0  # between two writes
+WRITE_SECONDS = 10.0  # between two writes
 _OF_A_BUCKET = 6  # times as long: each is a request
 
 Lifetimes = list[tuple[float, float]]  # (began, seen) of each process
@@ -46,7 +46,11 @@ def record_lifetime(
   path = paths.path(folder.address) / _FILE
   began = time.time() - (time.perf_counter() - started)
   ended = threading.Event()
-  pause = SECONDS if isinstance(path, pathlib.Path) else SECONDS * _OF_A_BUCKET
+  pause = (
+      WRITE_SECONDS
+      if isinstance(path, pathlib.Path)
+      else WRITE_SECONDS * _OF_A_BUCKET
+  )
 
   def write():
     while not ended.is_set():

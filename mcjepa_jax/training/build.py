@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from mcjepa_jax.data import sources
-from mcjepa_jax.data.catalog import published
+from mcjepa_jax.data.catalog import datasets
 from mcjepa_jax.data.pipeline import batches
 from mcjepa_jax.distributed import sharding
 from mcjepa_jax.models import mcjepa
@@ -199,6 +199,6 @@ def miscounts(config: Any, streams: dict[str, batches.Stream]) -> list[str]:
       continue
     for source in stream.state()["fingerprint"]["sources"]:
       use = f"{task}/{source['name']}"
-      message = published.miscount(use, source["length"])
+      message = datasets.miscount(use, source["length"])
       found += [f"{use}: {message}"] if message else []
   return found

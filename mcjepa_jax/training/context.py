@@ -91,7 +91,7 @@ def step_batches(run: RunContext, start: int) -> Iterator[Batch]:
     yield Batch(kind, arrays, records, faults, before)
 
 
-def step_programs(
+def compiled_steps(
     config: Any,
     model: mcjepa.MCJEPA,
     optimizers: dict[str, Any],

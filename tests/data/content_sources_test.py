@@ -9,7 +9,7 @@ import pytest
 
 from mcjepa_jax import convert_images
 from mcjepa_jax.data import sources
-from mcjepa_jax.data.catalog import published
+from mcjepa_jax.data.catalog import datasets
 from mcjepa_jax.data.pipeline import batches
 from mcjepa_jax.errors import UserError
 from tests.helpers import binary_sets, image_records
@@ -120,7 +120,7 @@ def test_labels_are_asked_of_a_set_that_has_none(tmp_path):
 
 
 def test_every_content_name_is_in_the_catalog():
-  uses = {use for dataset in published.DATASETS for use in dataset.reads}
+  uses = {use for dataset in datasets.DATASETS for use in dataset.reads}
   own = {"synthetic", "images", "records", "video", "frames"}
   for kind, make in (("content", _open), ("knn", _labelled)):
     with pytest.raises(UserError) as caught:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mcjepa_jax.data import sources
-from mcjepa_jax.data.catalog import published
+from mcjepa_jax.data.catalog import datasets
 from mcjepa_jax.errors import UserError
 from tests.helpers import layouts
 
@@ -43,7 +43,7 @@ def _frames(example):
 
 
 def test_every_name_is_in_these_tables_and_in_the_catalog():
-  uses = [use for d in published.DATASETS for use in d.reads]
+  uses = [use for d in datasets.DATASETS for use in d.reads]
   for kind, make, table in (
       ("motion", _motion, layouts.TRAINED_ON),
       ("flow", _flow_pairs, layouts.EVALUATED),

@@ -162,7 +162,7 @@ def test_an_error_of_ones_own_is_kept_for_the_others(monkeypatch, capsys):
 
 
 def test_another_time_is_told_once_with_both_hosts(capsys, monkeypatch):
-  monkeypatch.setattr(heartbeat, "CLOCKS", -1.0)  # all clocks differ
+  monkeypatch.setattr(heartbeat, "CLOCK_SECONDS", -1.0)  # all clocks differ
   run = _Run(2, silence=1.2)
   time.sleep(0.5)
   run.end({0: 0, 1: 0})

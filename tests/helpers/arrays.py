@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def normal_array(shape, seed=0):
+def uniform_array(shape, seed=0):
   return jnp.array(np.random.default_rng(seed).random(shape), jnp.float32)
 
 

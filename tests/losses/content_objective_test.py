@@ -8,7 +8,7 @@ from tests.helpers import arrays
 
 
 def test_content_terms_average_the_hinges_and_sum_the_covariances():
-  z = 3 * arrays.normal_array((12, 5))
+  z = 3 * arrays.uniform_array((12, 5))
   weights = dict(invariance=1.0, variance=1.0, covariance=1.0)
   terms = content_objective.content_terms(z, weights=weights)
   z_1, z_2 = z[::2], z[1::2]

@@ -3,11 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mcjepa_jax.losses import (
-    content_objective,
-    flow_losses,
-    motion_objective,
-)
+from mcjepa_jax.losses import content_objective, flow_losses, motion_objective
 from mcjepa_jax.ops import flow_ops
 from tests.helpers import arrays, tiny
 
@@ -27,7 +23,7 @@ def test_a_term_of_weight_zero_is_not_computed():
 
 def _pair_moving_right(shift):
   """Interleaved frames in which all moves `shift` pixels to the right."""
-  wide = arrays.normal_array((1, 16, 32, 3), seed=4)
+  wide = arrays.uniform_array((1, 16, 32, 3), seed=4)
   frame_1, frame_2 = wide[:, :, 8:24], wide[:, :, 8 - shift : 24 - shift]
   flow = jnp.zeros((2, 16, 16, 2)).at[0, ..., 0].set(shift)
   return jnp.concatenate([frame_1, frame_2]), flow.at[1, ..., 0].set(-shift)
@@ -88,7 +84,7 @@ def test_flow_at_a_finer_stride_is_the_finest_one_scaled():
 
 
 def test_regression_compares_with_the_other_frame_of_the_pair():
-  x = arrays.normal_array((4, 8, 8, 3), seed=2)
+  x = arrays.uniform_array((4, 8, 8, 3), seed=2)
   flow = jnp.zeros((4, 8, 8, 2))
   weights = _NO_MOTION | {"regression": {"stride_4": 1.0}}
   terms = motion_objective.motion_terms(
@@ -133,10 +129,10 @@ def test_a_direction_is_checked_against_the_other_one(occlusion):
 
 def test_regression_and_cycle_are_the_losses_of_their_own_warps():
   frames, flow = _pair_moving_right(4)
-  features, flows = {4: arrays.normal_array((2, 4, 4, 3), seed=7)}, {
+  features, flows = {4: arrays.uniform_array((2, 4, 4, 3), seed=7)}, {
       4: flow[:, ::4, ::4] / 3
   }
-  mask = arrays.normal_array((2, 16, 16, 1), seed=8)
+  mask = arrays.uniform_array((2, 16, 16, 1), seed=8)
   weights = _NO_MOTION | {
       kind: {"stride_4": 1.0} for kind in ("regression", "cycle")
   }

@@ -10,7 +10,7 @@ from mcjepa_jax.storage import run_folder
 
 
 def _opened(folder, monkeypatch, *, first=True):
-  monkeypatch.setattr(process_lifetimes, "SECONDS", 0.02)
+  monkeypatch.setattr(process_lifetimes, "WRITE_SECONDS", 0.02)
   run = run_folder.Folder(folder, folder)
   return process_lifetimes.record_lifetime(
       run, time.perf_counter(), first=first

@@ -486,7 +486,7 @@ def test_what_a_killed_run_did_after_its_last_save_is_time_lost(
 
   # Not that of these tests.
   monkeypatch.setattr(run_clock, "process_start", time.perf_counter)
-  monkeypatch.setattr(process_lifetimes, "SECONDS", 0.1)
+  monkeypatch.setattr(process_lifetimes, "WRITE_SECONDS", 0.1)
   since = time.time()
   with monkeypatch.context() as patch:
     patch.setattr(saving, "save", killed)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mcjepa_jax.data.catalog import published
+from mcjepa_jax.data.catalog import datasets
 from tests.helpers.repository import ROOT
 
 
@@ -10,11 +10,11 @@ def test_the_readme_holds_the_table():
   text = (ROOT / "README.md").read_text()
   assert "## Data sets\n" in text
   assert (
-      f"\n\n{published.markdown()}\n" in text
+      f"\n\n{datasets.markdown()}\n" in text
   ), "put mcjepa_jax.data.catalog.published.markdown() into README.md, under Data sets"
 
 
-@pytest.mark.parametrize("dataset", published.DATASETS, ids=lambda d: d.name)
+@pytest.mark.parametrize("dataset", datasets.DATASETS, ids=lambda d: d.name)
 def test_every_fact_has_a_page(dataset):
   facts = [
       *dataset.counts.values(),
@@ -30,19 +30,19 @@ def test_every_fact_has_a_page(dataset):
 
 
 def test_no_name_is_read_from_two_sets():
-  uses = [use for dataset in published.DATASETS for use in dataset.reads]
+  uses = [use for dataset in datasets.DATASETS for use in dataset.reads]
   assert len(set(uses)) == len(uses)
 
 
 def test_published_counts_are_of_the_split_that_a_name_reads():
-  assert published.published("flow/flying_chairs").value == 640
-  assert published.published("motion/flying_chairs").value == 22_232
-  assert published.published("motion/sintel_test_final").value == 552
-  assert published.published("motion/spring") is None
-  assert published.published("flow/nowhere") is None
+  assert datasets.published("flow/flying_chairs").value == 640
+  assert datasets.published("motion/flying_chairs").value == 22_232
+  assert datasets.published("motion/sintel_test_final").value == 552
+  assert datasets.published("motion/spring") is None
+  assert datasets.published("flow/nowhere") is None
 
 
 def test_a_cell_of_the_table_cannot_end_its_row():
-  lines = published.markdown().splitlines()
-  assert len(lines) == 2 + len(published.DATASETS)
+  lines = datasets.markdown().splitlines()
+  assert len(lines) == 2 + len(datasets.DATASETS)
   assert len({line.count("|") for line in lines}) == 1
