@@ -27,10 +27,7 @@ import jax.numpy as jnp  # noqa: E402
 
 from benchmarks import report  # noqa: E402
 from configs import quickstart  # noqa: E402
-from mcjepa_jax import (
-    errors,  # noqa: E402
-    train,  # noqa: E402
-)
+from mcjepa_jax import errors, train  # noqa: E402
 from mcjepa_jax.ops import occlusion  # noqa: E402
 from mcjepa_jax.runtime import command_line  # noqa: E402
 

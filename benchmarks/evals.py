@@ -45,7 +45,7 @@ def part_of(frame: FrameType | None) -> str:
   if any(file.endswith(_COMPILING) for file in files):
     return "compile"
   for file in files:
-    if "/mcjepa_jax/data/" in file or "/mcjepa_jax/storage/" in file:
+    if "/mcjepa_jax/data/" in file or file.endswith("/storage/paths.py"):
       return "decode"
     if "/jax/_src/" in file:
       return "device"

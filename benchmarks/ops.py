@@ -22,10 +22,10 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from benchmarks import report  # noqa: E402
-from mcjepa_jax.ops import (
-    cost_volume,  # noqa: E402
-    depthwise,  # noqa: E402
-    flow_ops,  # noqa: E402
+from mcjepa_jax.ops import (  # noqa: E402
+    cost_volume,
+    depthwise,
+    flow_ops,
 )
 
 _JSON = flags.DEFINE_string("json", None, "Where to write the rows.")

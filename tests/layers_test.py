@@ -15,7 +15,8 @@ _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _TESTS = _ROOT / "tests"
 _PACKAGE = "mcjepa_jax"
 
-# A package imports only packages of earlier rows; `errors` is open to all.
+# A package imports only packages of earlier rows; `errors` is open to all. Within
+# a package only circles are refused.
 _FLOORS = (
     ("errors",),
     ("ops", "storage"),
@@ -204,6 +205,11 @@ def test_import_loads_no_jax(module: str):
   assert not _loaded(("jax", "jaxlib", "flax"), f"import {module}")
 
 
+def test_import_of_the_package_loads_no_module_of_it():
+  names = tuple(f"{_PACKAGE}.{name}" for name in _MODULES)
+  assert not _loaded(names, f"import {_PACKAGE}")
+
+
 def test_public_names_are_loaded_when_they_are_asked_for():
   import mcjepa_jax
   from mcjepa_jax import loading
@@ -220,11 +226,11 @@ def test_public_names_are_loaded_when_they_are_asked_for():
 
 
 def test_the_readme_names_what_is_there():
-  rows = re.findall(
-      r"`(\w+/\w+)\.py`: ((?:`\w+`(?:, )?)+)", (_ROOT / "README.md").read_text()
-  )
-  assert len(rows) > 10
-  for file, names in rows:
+  _, _, section = (_ROOT / "README.md").read_text().partition("## Where things")
+  table, _, _ = section.partition("\n## ")
+  files = re.findall(r"`([\w/]+)\.py`(?:: ((?:`\w+`(?:, )?)+))?", table)
+  assert len(files) > 10
+  for file, names in files:
     tree = _tree(_MODULES[file.replace("/", ".")])
     there = {
         node.name
@@ -233,16 +239,21 @@ def test_the_readme_names_what_is_there():
     }
     missing = set(re.findall(r"\w+", names)) - there
     assert not missing, f"README.md: {file}.py has no {missing}"
+  packages = set(
+      re.findall(r"^\| `(\w+)/`(?:, `(\w+)/`)?", table, re.MULTILINE)
+  )
+  named = {name for row in packages for name in row if name}
+  assert named == {p for p in _FLOOR if (_ROOT / _PACKAGE / p).is_dir()}
 
 
 def test_folders_of_the_tests_are_those_of_the_package():
-  folders = [
-      str(path.parent.relative_to(_TESTS))
-      for path in _TESTS.rglob("__init__.py")
-      if path.parent not in (_TESTS, _TESTS / "helpers")
-  ]
-  wrong = [f for f in folders if not (_ROOT / _PACKAGE / f).is_dir()]
+  folders = {path.parent for path in _TESTS.rglob("*_test.py")}
+  named = {str(folder.relative_to(_TESTS)) for folder in folders}
+  wrong = [name for name in named if not (_ROOT / _PACKAGE / name).is_dir()]
   assert not wrong, f"expected packages of {_PACKAGE}, got {wrong}"
+  tested = {name.partition("/")[0] for name in named}
+  packages = {p for p in _FLOOR if (_ROOT / _PACKAGE / p).is_dir()}
+  assert packages <= tested, f"no tests of {packages - tested}"
 
 
 @pytest.mark.parametrize(

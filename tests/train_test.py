@@ -181,7 +181,7 @@ def test_without_the_iterators_a_resumed_run_differs(
     config_path, whole, tmp_path
 ):
   workdir = workdirs.cut(whole, 4, tmp_path / "control")
-  # All is restored but the place in the streams.
+  # All is restored but the position in the streams.
   streams = workdir / "checkpoints" / "4" / "streams" / "metadata"
   content = json.loads(streams.read_text())
   for task in content:

@@ -1,6 +1,6 @@
 """Features of labelled sets, beside those of random-init and pixels.
 
-A `Part` of a set holds what describes each image, by suffix: "" the encoder's
+A `FeatureSet` holds what describes each image, by suffix: "" the encoder's
 features, "random_init" those of the same encoder untrained, "pixels", and where
 the set knows them the mean "color" and the "position".
 """

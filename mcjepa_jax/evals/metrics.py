@@ -1,4 +1,4 @@
-"""Metrics of flow, segmentation and representations: sums, divided once.
+"""Metrics of flow and segmentation: sums, divided once.
 
 Flow metrics are numpy in float64. `valid` is above 0 where a pixel counts; what
 the truth holds elsewhere, NaN included, is never read.

@@ -11,11 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mcjepa_jax.losses import flow_losses, vicreg
-from mcjepa_jax.ops import flow_ops
-from mcjepa_jax.ops.occlusion import (
-    visible_forward_backward,
-    visible_range_map,
-)
+from mcjepa_jax.ops import flow_ops, occlusion
 
 MOTION_KINDS = (
     "reconstruction",
@@ -50,7 +46,7 @@ def flow_at(
 def motion_mask(
     flow: Float[Array, "n h w 2"],
     *,
-    occlusion: str,
+    occlusion_kind: str,
     out_of_frame: bool,
     occlusion_active: Array | bool = True,
 ) -> Float[Array, "n h w 1"]:
@@ -63,12 +59,12 @@ def motion_mask(
   mask = jnp.ones_like(flow[..., :1])
   if out_of_frame:
     mask = flow_ops.inside(flow)
-  if occlusion != "none":
+  if occlusion_kind != "none":
     back = flow_ops.swap_pairs(flow)
-    if occlusion == "forward_backward":
-      visible = visible_forward_backward(flow, back)
+    if occlusion_kind == "forward_backward":
+      visible = occlusion.visible_forward_backward(flow, back)
     else:
-      visible = visible_range_map(back)
+      visible = occlusion.visible_range_map(back)
     mask = mask * jnp.where(occlusion_active, visible, 1.0)
   return jax.lax.stop_gradient(mask)
 

@@ -1,4 +1,4 @@
-"""Geometry of optical flow: grids, warps, resizes and masks.
+"""Geometry of optical flow: grids, warps and resizes.
 
 Conventions:
   flow[..., 0] is u (x, to the right), flow[..., 1] is v (y, down), in pixels of

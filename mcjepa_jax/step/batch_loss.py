@@ -63,7 +63,7 @@ def motion_forward(
   flow = motion_objective.flow_at(flows, 1, plain.shape[1:3])
   mask = motion_objective.motion_mask(
       flow,
-      occlusion=recipe.occlusion,
+      occlusion_kind=recipe.occlusion,
       out_of_frame=recipe.out_of_frame,
       occlusion_active=step >= recipe.start_step + recipe.occlusion_start,
   )
@@ -87,7 +87,7 @@ def motion_forward(
   monitors["flow/counted"] = jnp.mean(mask)
   if recipe.occlusion != "none":
     inside = motion_objective.motion_mask(
-        flow, occlusion="none", out_of_frame=recipe.out_of_frame
+        flow, occlusion_kind="none", out_of_frame=recipe.out_of_frame
     )
     monitors["flow/occluded"] = 1 - jnp.mean(mask) / jnp.mean(inside)
   if "motion/reconstruction/stride_1" in terms:

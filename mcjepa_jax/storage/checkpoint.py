@@ -92,7 +92,8 @@ class Checkpoints:
         tempfile.TemporaryFile(dir=self._folder).close()
     except OSError as error:
       raise UserError(
-          f"workdir {checkpoint_reader.absolute(workdir)} cannot be written: {error.strerror}"
+          f"workdir {checkpoint_reader.absolute(workdir)} cannot be written:"
+          f" {error.strerror}"
       ) from error
 
     def goodness(metrics: Mapping[str, float]) -> float:
@@ -139,9 +140,8 @@ class Checkpoints:
               async_options=among,
           ),
       )
-    except (
-        checkpoint_reader.STORAGE_ERRORS
-    ) as error:  # it reads the metrics of each
+    # It reads the metrics of each.
+    except checkpoint_reader.STORAGE_ERRORS as error:
       raise checkpoint_reader.unreadable(self._folder, error) from error
     # JAX answers by the largest number that it was asked with, which has to be
     # the run's own: Orbax asks with training steps.

@@ -43,7 +43,7 @@ def _flow_rows(model, params, mesh, frames):
   back = predict(pairs[:, ::-1].reshape(frames.shape))
   directed = jnp.stack([there, back], axis=1).reshape(-1, *there.shape[1:])
   mask = motion_objective.motion_mask(
-      directed, occlusion="forward_backward", out_of_frame=True
+      directed, occlusion_kind="forward_backward", out_of_frame=True
   )
   visible = np.asarray(mask)[::2]
   scale = max(1, _LEAST_HEIGHT // frames.shape[1])

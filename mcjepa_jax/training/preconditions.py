@@ -63,9 +63,8 @@ def check_init_checkpoint(config: Any, folder: run_folder.Folder) -> None:
   """Raises UserError if the encoder to start from is not there or another."""
   if not config.init_checkpoint:
     return
-  if (
-      checkpoint_reader.newest_step(folder.address) is not None
-  ):  # it has started
+  # It has started.
+  if checkpoint_reader.newest_step(folder.address) is not None:
     return
   model = build.model(config)
   encoder = jax.eval_shape(lambda: mcjepa.init_params(model, 0))["encoder"]

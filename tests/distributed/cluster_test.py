@@ -13,8 +13,8 @@ def test_flags_go_before_variables_and_both_before_none(monkeypatch):
   monkeypatch.setenv("MCJEPA_COORDINATOR", "10.0.0.1:1234")
   monkeypatch.setenv("MCJEPA_PROCESSES", "4")
   monkeypatch.setenv("MCJEPA_PROCESS", "3")
-  place = cluster.find({"process": ["2"]})
-  assert place == cluster.Process("10.0.0.1:1234", 4, 2)
+  process = cluster.find({"process": ["2"]})
+  assert process == cluster.Process("10.0.0.1:1234", 4, 2)
   monkeypatch.setenv("MCJEPA_PROCESSES", "1")
   assert cluster.find({"process": ["0"]}) is None
 
@@ -51,15 +51,21 @@ def test_slurm_gives_the_process(monkeypatch):
       ("PROCID", "3"), ("LOCALID", "0"),
   ):  # fmt: skip
     monkeypatch.setenv(f"SLURM_{name}", value)
-  place = cluster.find({})
-  assert place.address.startswith("node004:")
-  assert (place.count, place.index, place.cluster) == (4, 3, "slurm")
-  assert place.names == ()
+  process = cluster.find({})
+  assert process.address.startswith("node004:")
+  assert (process.count, process.index, process.cluster) == (4, 3, "slurm")
+  assert process.names == ()
   monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "1(x2),2,1")
   monkeypatch.setenv("SLURM_NTASKS", "5")
-  place = cluster.find({})
-  assert place.names == ("node004", "node005", "node006", "node006", "node007")
-  assert place.name(3) == "process 3 (node006)"
+  process = cluster.find({})
+  assert process.names == (
+      "node004",
+      "node005",
+      "node006",
+      "node006",
+      "node007",
+  )
+  assert process.name(3) == "process 3 (node006)"
   monkeypatch.setenv("SLURM_STEP_NODELIST", "login,gpu[9-10,12]")
   monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "2,1(x3)")
   assert cluster.find({}).names == ("login", "login", "gpu9", "gpu10", "gpu12")
@@ -77,18 +83,18 @@ def test_a_slice_of_gke_gives_the_process_and_the_names(monkeypatch):
   monkeypatch.setattr(module, "get_tpu_env_value", os.environ.get)
   monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "pod-0.svc,pod-1.svc")
   monkeypatch.setenv("TPU_WORKER_ID", "1")
-  place = cluster.find({})
-  assert place.address.startswith("pod-0.svc:")
-  assert (place.count, place.index) == (2, 1)
-  assert place.name(1) == "process 1 (pod-1.svc)"
+  process = cluster.find({})
+  assert process.address.startswith("pod-0.svc:")
+  assert (process.count, process.index) == (2, 1)
+  assert process.name(1) == "process 1 (pod-1.svc)"
   # Two slices: places go on, names are of this slice only.
   monkeypatch.setenv("MEGASCALE_NUM_SLICES", "2")
   monkeypatch.setenv("MEGASCALE_SLICE_ID", "1")
   monkeypatch.setenv("MEGASCALE_COORDINATOR_ADDRESS", "pod-0.first")
-  place = cluster.find({})
-  assert place.address.startswith("pod-0.first:")
-  assert (place.count, place.index) == (4, 3)
-  assert place.name(2) == "process 2 (slice 1, worker 0)"
+  process = cluster.find({})
+  assert process.address.startswith("pod-0.first:")
+  assert (process.count, process.index) == (4, 3)
+  assert process.name(2) == "process 2 (slice 1, worker 0)"
 
 
 def test_a_first_host_whose_name_is_never_known_is_told(monkeypatch):
@@ -128,20 +134,22 @@ def test_a_slice_of_compute_engine_gives_the_process_and_the_names(monkeypatch):
   for name in os.environ:
     if name.startswith(("TPU_", "MEGASCALE_")):
       monkeypatch.delenv(name)
-  place = cluster.find({})
-  assert place.address.startswith("10.0.0.2:")
-  assert (place.count, place.index, place.cluster) == (2, 1, "gcetpu")
-  assert place.name(0) == "process 0 (10.0.0.2)"
+  process = cluster.find({})
+  assert process.address.startswith("10.0.0.2:")
+  assert (process.count, process.index, process.cluster) == (2, 1, "gcetpu")
+  assert process.name(0) == "process 0 (10.0.0.2)"
   # The second of two slices.
   metadata["worker-network-endpoints"] = "c,d"
   metadata["tpu-env"] += (
       "\nMEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'"
       "\nMEGASCALE_COORDINATOR_ADDRESS: 'a:8080'"
   )
-  place = cluster.find({})
-  assert place.address.startswith("a:") and not place.address.endswith("8080")
-  assert (place.count, place.index) == (4, 3)
-  assert place.name(1) == "process 1 (slice 0, worker 1)"
+  process = cluster.find({})
+  assert process.address.startswith("a:") and not process.address.endswith(
+      "8080"
+  )
+  assert (process.count, process.index) == (4, 3)
+  assert process.name(1) == "process 1 (slice 0, worker 1)"
   # One host is no run of several.
   metadata["worker-network-endpoints"] = "c"
   metadata["tpu-env"] = ""

@@ -6,8 +6,8 @@ import pytest
 
 from mcjepa_jax import errors
 from mcjepa_jax.data.sets import flow_pairs
-from mcjepa_jax.evals import flow, tiling
-from tests.helpers import layouts
+from mcjepa_jax.evals import flow
+from tests.helpers import arrays, layouts
 
 _OFF = np.array((3.0, 4.0), np.float32)
 
@@ -190,68 +190,18 @@ def test_seconds_are_of_calls_that_do_not_compile(monkeypatch, pairs, expected):
   assert result["seconds_per_pair"] == pytest.approx(expected)
 
 
-def _local(frames):
-  """Flow that a pixel's own colours decide."""
-  first, second = frames[0::2].astype(np.float32), frames[1::2]
-  return (first - second)[..., :2] / 16
-
-
-def _noise(height, width, count=2):
-  rng = np.random.default_rng(0)
-  return rng.integers(0, 256, (count, height, width, 3), np.uint8)
-
-
-@pytest.mark.parametrize(
-    "size, max_pixels",
-    [((200, 150), 64 * 64), ((7, 900), 500), ((131, 64), 5000), ((9, 9), 40)],
-)
-def test_tiles_give_what_the_whole_frame_gives_where_flow_is_local(
-    size, max_pixels
-):
-  frames, seen = _noise(*size, count=4), []
-
-  def predict(part):
-    seen.append(part.shape[1] * part.shape[2])
-    return _local(part)
-
-  tiled = tiling.predict(predict, frames, max_pixels)
-  np.testing.assert_allclose(tiled, _local(frames), atol=1e-5)
-  assert len(seen) > 1
-  assert max(seen) <= max_pixels
-
-
-def test_a_frame_that_is_small_enough_is_not_cut():
-  calls = []
-  frames = _noise(64, 64)
-  tiling.predict(lambda x: calls.append(x.shape) or _local(x), frames, 4096)
-  assert calls == [frames.shape]
-
-
-@pytest.mark.parametrize("length, tile", [(100, 64), (65, 64), (1000, 128), (9, 1)])  # fmt: skip
-def test_weights_of_each_pixel_add_up_to_1_and_overlaps_are_smooth(
-    length, tile
-):
-  total = np.zeros(length)
-  ends = []
-  for start, weight in tiling.windows(length, tile):
-    assert (weight > 0).all()
-    total[start : start + tile] += weight
-    ends.append((start, start + tile))
-  np.testing.assert_allclose(total, 1, rtol=1e-12)
-  overlaps = [a[1] - b[0] for a, b in zip(ends[:-1], ends[1:], strict=True)]
-  assert all(overlap >= tile // 4 for overlap in overlaps)
-
-
 def test_a_pair_above_the_limit_is_evaluated_by_tiles():
-  frames = _noise(80, 120)
+  frames = arrays.noise_frames(80, 120)
   pair = dict(
-      flow=_local(frames)[0] + _OFF, frame_1=frames[0], frame_2=frames[1]
+      flow=arrays.local_flow(frames)[0] + _OFF,
+      frame_1=frames[0],
+      frame_2=frames[1],
   )
   largest = []
 
   def predict(part):
     largest.append(part[0, ..., 0].size)
-    return _local(part)
+    return arrays.local_flow(part)
 
   result = _run(_Pairs(pair), predict, max_pixels=4096)
   assert result["epe"] == pytest.approx(5, abs=1e-4)
@@ -265,7 +215,7 @@ def test_a_pair_without_a_valid_pixel_is_named(capsys):
 
 
 def test_every_metric_has_its_key_and_no_other():
-  frames = _noise(24, 40)
+  frames = arrays.noise_frames(24, 40)
   truth = _flow(*[5] * 8, *[20] * 8, *[50] * 8, width=40)
   visible = np.ones((24, 40, 1), np.float32)
   visible[:12] = 0
@@ -298,3 +248,118 @@ def test_every_metric_has_its_key_and_no_other():
 def test_frames_too_low_for_the_classical_methods_are_left_to_ours():
   result = _run(_Pairs(dict(flow=_flow(1, 1))), classical=True)
   assert "epe_dis" not in result and result["epe"] == pytest.approx(5)
+
+
+class _OffsetPairs:
+  """Two shapes; the last pair of the first shape makes an odd batch."""
+
+  shapes = ((32, 48),) * 3 + ((40, 32),)
+
+  def __len__(self):
+    return len(self.shapes)
+
+  def record_id(self, i):
+    return f"pair_{i}"
+
+  def __getitem__(self, i):
+    h, w = self.shapes[i]
+    rng = np.random.default_rng(i)
+    valid = np.ones((h, w, 1), np.float32)
+    valid[: h // 2] = i != 2
+    return {
+        "frame_1": rng.integers(0, 256, (h, w, 3), np.uint8),
+        "frame_2": rng.integers(0, 256, (h, w, 3), np.uint8),
+        "flow": np.full((h, w, 2), (3.0, -4.0), np.float32) * (i + 1),
+        "valid": valid,
+    }
+
+
+def _truth_plus(offset):
+  """A predictor that is off by `offset`, and counts what it is asked."""
+  asked = []
+
+  def predict(frames):
+    asked.append(len(frames) // 2)
+    count = sum(asked[:-1])
+    return np.stack(
+        [
+            _OffsetPairs()[min(count + i, 3)]["flow"]
+            + np.array(offset, np.float32)
+            for i in range(len(frames) // 2)
+        ]
+    )
+
+  return predict, asked
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_each_pair_counts_once_whatever_the_batch(batch_size):
+  predict, asked = _truth_plus((3.0, 4.0))
+  result = flow.run(
+      "set", _OffsetPairs(), {"": predict}, batch_size=batch_size,
+      classical=False, progress=False,
+  )  # fmt: skip
+  # The last batch comes once more where none could be timed.
+  assert sum(asked) == 4 + (batch_size > 1)
+  assert result["flow/set/count"] == 4
+  np.testing.assert_allclose(result["flow/set/epe"], 5.0, rtol=1e-6)
+  np.testing.assert_allclose(result["flow/set/fl_all"], 100.0)
+  # |truth| is 5, 10, 15, 20: the mean over images.
+  np.testing.assert_allclose(result["flow/set/epe_zero"], 12.5, rtol=1e-6)
+  np.testing.assert_allclose(
+      result["flow/set/epe_pair_constant"], 0.0, atol=1e-4
+  )
+  assert 4.9 < result["flow/set/epe_constant"] < 5.1
+  np.testing.assert_allclose(result["flow/set/pair_3/epe_zero"], 20.0)
+
+
+def test_a_batch_has_one_shape_and_a_limit_of_pixels():
+  groups = flow.batches(_OffsetPairs(), batch_size=8, max_pixels=2 * 32 * 48)
+  assert [len(g) for g in groups] == [2, 1, 1]
+
+
+def _mixed(*sides):
+  """Squares of these sides, named by their number."""
+  return [
+      {"frame_1": np.zeros((side, side, 3), np.uint8), "number": i}
+      for i, side in enumerate(sides)
+  ]
+
+
+class _Named(list):
+  """Examples with record ids, and how many were read."""
+
+  read = 0
+
+  def record_id(self, i):
+    return str(i)
+
+  def __getitem__(self, i):
+    self.read += 1
+    return super().__getitem__(i)
+
+
+def test_shapes_that_alternate_fill_batches_of_their_own():
+  mixed = _Named(_mixed(4, 6, 4, 6, 4, 6, 6))
+  groups = flow.batches(mixed, batch_size=3, max_pixels=1000)
+  numbers = [[x["number"] for x in group] for group in groups]
+  assert numbers == [[0, 2, 4], [1, 3, 5], [6]]
+
+
+def test_batches_that_wait_are_given_up_before_memory_fills():
+  # Every side another one: 4 * 100 pixels may wait.
+  mixed, behind = _Named(_mixed(*range(9, 60))), []
+  for number, _ in enumerate(flow.batches(mixed, batch_size=8, max_pixels=100)):
+    behind.append(mixed.read - number)
+  assert len(behind) == 51 and max(behind) <= 6
+
+
+def test_classical_flows_find_a_translation():
+  wide = np.random.default_rng(0).random((80, 112, 3))
+  wide = (wide + np.roll(wide, 1, 0) + np.roll(wide, 1, 1)) / 3
+  wide = np.kron(wide, np.ones((2, 2, 1)))
+  wide = (255 * wide).astype(np.uint8)
+  frame_1, frame_2 = wide[20:140, 20:180], wide[18:138, 16:176]
+  for method in (flow.farneback, flow.dis):
+    middle = method(frame_1, frame_2)[40:80, 40:120]
+    np.testing.assert_allclose(np.median(middle, axis=(0, 1)), (4, 2), atol=0.3)

@@ -14,3 +14,14 @@ def trees_equal(a, b):
       np.array_equal(x, y)
       for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
   )
+
+
+def local_flow(frames):
+  """Flow that a pixel's own colours decide."""
+  first, second = frames[0::2].astype(np.float32), frames[1::2]
+  return (first - second)[..., :2] / 16
+
+
+def noise_frames(height, width, count=2):
+  rng = np.random.default_rng(0)
+  return rng.integers(0, 256, (count, height, width, 3), np.uint8)

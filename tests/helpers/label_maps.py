@@ -4,8 +4,7 @@ import numpy as np
 from PIL import Image
 
 from tests.helpers import tiny
-
-SIZE = (4, 6)
+from tests.helpers.layouts import SIZE
 
 
 def label_map(path, values, *, palette=False, size=SIZE):

@@ -34,7 +34,7 @@ def clip(*, shape=(48, 64), length=6, shift=2, side=16, objects=1, seed=0):
 
 @dataclasses.dataclass
 class Sequence:
-  """A data.mask_datasets.MaskSequence of arrays; a mask is None or labels."""
+  """A data.sets.mask_sets.MaskSequence of arrays; a mask is None or labels."""
 
   frames: np.ndarray
   masks: list

@@ -3,7 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 
-from mcjepa_jax.losses import content_objective, vicreg
+from mcjepa_jax.losses import (
+    content_objective,
+    vicreg,
+)
 from tests.helpers import arrays
 
 
@@ -25,3 +28,11 @@ def test_content_terms_average_the_hinges_and_sum_the_covariances():
       vicreg.covariance_loss(z_1) + vicreg.covariance_loss(z_2),
       rtol=1e-5,
   )
+
+
+def test_a_term_of_weight_zero_is_not_computed():
+  weights = dict(invariance=1.0, variance=0.0, covariance=0.0)
+  terms = content_objective.content_terms(
+      jnp.full((2, 3), jnp.nan), weights=weights
+  )
+  assert list(terms) == ["content/invariance"]

@@ -1,4 +1,4 @@
-"""Tests of the logs, the clock and the pictures of a run."""
+"""Tests of the logs of a run."""
 
 import pytest
 

@@ -1,6 +1,6 @@
 """The peak memory of a process."""
 
-from mcjepa_jax.runtime import log_files, process_memory
+from mcjepa_jax.runtime import process_memory
 
 
 def test_without_proc_the_peak_of_memory_is_this_process_s(monkeypatch):
@@ -8,5 +8,5 @@ def test_without_proc_the_peak_of_memory_is_this_process_s(monkeypatch):
     raise FileNotFoundError
 
   whole = process_memory.peak_rss_gb()
-  monkeypatch.setattr(log_files.pathlib.Path, "read_text", none)
+  monkeypatch.setattr(process_memory.pathlib.Path, "read_text", none)
   assert 0.5 * whole <= process_memory.peak_rss_gb() <= 1.1 * whole

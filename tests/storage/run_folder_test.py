@@ -212,11 +212,11 @@ def test_a_run_in_a_bucket_is_killed_goes_on_and_is_evaluated(bucket, tmp_path):
   address = f"{bucket}/run"
   process = _start(config, address, "--config.num_steps=100000")
   deadline = time.monotonic() + 400
-  place = paths.path(address)
-  while not {"2", "4"} <= set(place.joinpath("checkpoints").names()):
+  location = paths.path(address)
+  while not {"2", "4"} <= set(location.joinpath("checkpoints").names()):
     assert process.poll() is None and time.monotonic() < deadline
     time.sleep(0.2)
-    paths.forget_below(place)
+    paths.forget_below(location)
   os.killpg(process.pid, signal.SIGKILL)
   process.communicate()
   # A run of so many steps is another one: what it left is of use to neither.
@@ -226,13 +226,13 @@ def test_a_run_in_a_bucket_is_killed_goes_on_and_is_evaluated(bucket, tmp_path):
 
   # Killed while it writes the first one, then when that is complete.
   address = f"{bucket}/again"
-  place = paths.path(address)
+  location = paths.path(address)
   for sign in ("state", "commit_success.txt"):
     process = _start(config, address)
-    while sign not in place.joinpath("checkpoints", "2").names():
+    while sign not in location.joinpath("checkpoints", "2").names():
       assert process.poll() is None and time.monotonic() < deadline
       time.sleep(0.02)
-      paths.forget_below(place)
+      paths.forget_below(location)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
   assert "Resumed at step" in _ended(_start(config, address))
@@ -275,7 +275,7 @@ def test_two_hosts_share_a_bucket_roll_back_are_killed_and_go_on(
   job.run(config, tmp_path / "whole", option)
 
   address = f"{bucket}/two"
-  place = paths.path(address)
+  location = paths.path(address)
   port = job.free_port()
   processes = [
       job.start(config, address, option, index=i, count=2, port=port)
@@ -283,11 +283,11 @@ def test_two_hosts_share_a_bucket_roll_back_are_killed_and_go_on(
   ]
   deadline = time.monotonic() + 400
   committed = "checkpoints", "2"
-  while "commit_success.txt" not in place.joinpath(*committed).names():
+  while "commit_success.txt" not in location.joinpath(*committed).names():
     assert not any(map(subprocess.Popen.poll, processes)), job.wait(processes)
     assert time.monotonic() < deadline
     time.sleep(0.02)
-    paths.forget_below(place)
+    paths.forget_below(location)
   for process in processes:
     process.kill()
   job.wait(processes)

@@ -123,14 +123,16 @@ class _Cut:
   source: _Source
   key: str
   seed: int
-  stream_id: tuple[int, int]  # stream, source
+  stream_and_source: tuple[int, int]  # their numbers
 
   def __call__(self, index: int, number: int) -> TaskBatch:
     faults = []
     for attempt in range(min(_ATTEMPTS, len(self.source))):
       other = (number + attempt * _STRIDE) % len(self.source)
       record = self.source.record(other)
-      rng = np.random.default_rng(_random(self.seed, (*self.stream_id, index)))
+      rng = np.random.default_rng(
+          _random(self.seed, (*self.stream_and_source, index))
+      )
       try:
         images, replaced = self.source.read(other)
         images = self.source.transform(*images, rng)
@@ -163,7 +165,7 @@ def _batches(
     key: str,
     *,
     seed: int,
-    stream_id: tuple[int, int],
+    stream_and_source: tuple[int, int],
     batch_size: int,
     host_index: int,
     host_count: int,
@@ -171,7 +173,7 @@ def _batches(
   """Returns this host's rows of the endless batches of one source."""
   # Grain adds the epoch to the seed: with the config's own seed, epoch 1 of
   # seed 0 would be epoch 0 of seed 1.
-  shuffle_seed = int(_random(seed, stream_id).generate_state(1)[0])
+  shuffle_seed = int(_random(seed, stream_and_source).generate_state(1)[0])
   # Twice the records are a multiple of the hosts: where they are none, two
   # neighbours read the same and keep half the rows each.
   readers = 2 if batch_size % host_count else 1
@@ -182,7 +184,7 @@ def _batches(
       .repeat()
       # After repeat, so that the index, and with it the crop, is new in each
       # epoch.
-      .map_with_index(_Cut(source, key, seed, stream_id))
+      .map_with_index(_Cut(source, key, seed, stream_and_source))
       .batch(
           batch_size // groups,
           # Grain's length of the other kind overflows at one row.
@@ -241,7 +243,7 @@ def _stream(
           source,
           key,
           seed=seed,
-          stream_id=(_STREAM[kind], number),
+          stream_and_source=(_STREAM[kind], number),
           batch_size=batch_size,
           host_index=host_index,
           host_count=host_count,

@@ -1,4 +1,4 @@
-"""Images in ArrayRecord shards, ours and tfds': what is read and refused."""
+"""Records and manifests: what is read and refused."""
 
 import pytest
 

@@ -1,6 +1,5 @@
 """Flow and image files: round trips, documented bytes, hostile headers."""
 
-import contextlib
 import io
 import os
 import struct
@@ -11,11 +10,11 @@ import zlib
 import cv2
 import h5py
 import numpy as np
-from PIL import Image
 import pytest
 
 from mcjepa_jax.data.readers import flow_files, image_files
 from mcjepa_jax.errors import UserError
+from tests.helpers import png_files
 
 FORMATS = {
     ".flo": (flow_files.write_flo, flow_files.read_flo, 0.0),
@@ -33,18 +32,6 @@ def _flow(height=5, width=7):
 
 def _flo(width, height, values):
   return b"PIEH" + struct.pack("<ii", width, height) + values
-
-
-def _png(width, height, pixels, *, layout=(16, 2, 0, 0, 0), pack=zlib.compress):
-  header = struct.pack(">IIBBBBB", width, height, *layout)
-  chunks = ((b"IHDR", header), (b"IDAT", pack(pixels)), (b"IEND", b""))
-  return b"\x89PNG\r\n\x1a\n" + b"".join(
-      struct.pack(">I", len(body))
-      + kind
-      + body
-      + struct.pack(">I", zlib.crc32(kind + body))
-      for kind, body in chunks
-  )
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -145,7 +132,7 @@ def test_pfm_with_another_header_is_refused(tmp_path, header):
 def test_kitti_code_is_r_for_u_and_b_for_valid(tmp_path):
   path = tmp_path / "a.png"
   pixels = b"\0" + struct.pack(">6H", 2**15 + 64, 2**15 - 32, 1, 7, 7, 0)
-  path.write_bytes(_png(2, 1, pixels))
+  path.write_bytes(png_files.png(2, 1, pixels))
   flow, valid = flow_files.read_kitti_flow(path)
   np.testing.assert_array_equal(flow, [[[1, -0.5], [0, 0]]])
   np.testing.assert_array_equal(valid, [[[1], [0]]])
@@ -162,15 +149,21 @@ def test_kitti_flow_is_clipped_to_what_16_bits_hold(tmp_path):
 @pytest.mark.parametrize(
     "data, fault",
     [
-        (_png(1, 1, bytes(4), layout=(8, 2, 0, 0, 0)), "16-bit"),
-        (_png(1, 1, bytes(7), layout=(16, 2, 0, 0, 1)), "interlace"),
-        (_png(2**31 - 1, 2**31 - 1, bytes(7)), "can hold"),
-        (_png(0, 1, bytes(7)), "can hold"),
-        (_png(1, 2, bytes(7)), "came 7"),
-        (_png(1, 1, bytes(14)), "came more"),
-        (_png(1, 1, bytes(7), pack=lambda p: zlib.compress(p)[:-1]), "7 bytes"),
-        (_png(1, 1, bytes(7), pack=lambda p: zlib.compress(p) + p), "7 bytes"),
-        (_png(1, 1, bytes(7))[:-20] + bytes(20), "checksum"),
+        (png_files.png(1, 1, bytes(4), layout=(8, 2, 0, 0, 0)), "16-bit"),
+        (png_files.png(1, 1, bytes(7), layout=(16, 2, 0, 0, 1)), "interlace"),
+        (png_files.png(2**31 - 1, 2**31 - 1, bytes(7)), "can hold"),
+        (png_files.png(0, 1, bytes(7)), "can hold"),
+        (png_files.png(1, 2, bytes(7)), "came 7"),
+        (png_files.png(1, 1, bytes(14)), "came more"),
+        (
+            png_files.png(1, 1, bytes(7), pack=lambda p: zlib.compress(p)[:-1]),
+            "7 bytes",
+        ),
+        (
+            png_files.png(1, 1, bytes(7), pack=lambda p: zlib.compress(p) + p),
+            "7 bytes",
+        ),
+        (png_files.png(1, 1, bytes(7))[:-20] + bytes(20), "checksum"),
         (b"PIEH" + bytes(99), "no PNG"),
     ],
 )
@@ -472,97 +465,6 @@ def test_missing_files_folders_and_suffixes_are_named(tmp_path):
   for name in ("none.flo", "folder.flo", "flow.txt"):
     with pytest.raises(UserError, match=name):
       flow_files.read_flow(tmp_path / name)
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
-def test_every_image_mode_becomes_rgb(tmp_path, mode):
-  picture = Image.new("RGB", (6, 4), (255, 255, 255)).convert(mode)
-  path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
-  picture.save(path)
-  image = image_files.read_image(path)
-  assert image.shape == (4, 6, 3)
-  assert (image >= 254).all()
-
-
-@pytest.mark.parametrize("suffix", ["ppm", "png", "webp", "bmp"])
-def test_image_channels_are_rgb_in_every_format(tmp_path, suffix):
-  pixels = np.zeros((3, 5, 3), np.uint8)
-  pixels[:, 1] = (10, 120, 250)
-  Image.fromarray(pixels).save(tmp_path / f"a.{suffix}", lossless=True)
-  np.testing.assert_array_equal(
-      image_files.read_image(tmp_path / f"a.{suffix}"), pixels
-  )
-
-
-def test_min_side_decodes_a_large_jpeg_smaller_but_not_too_small():
-  file = io.BytesIO()
-  Image.new("RGB", (640, 480)).save(file, "JPEG")
-  decode = image_files.decode_image
-  assert decode(file.getvalue(), "a").shape == (480, 640, 3)
-  assert decode(file.getvalue(), "a", min_side=241).shape == (480, 640, 3)
-  assert decode(file.getvalue(), "a", min_side=240).shape == (240, 320, 3)
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"",
-        b"P6\n60000 1000\n255\n" + bytes(9),
-        _png(2**14, 2**14, bytes(7), layout=(8, 2, 0, 0, 0)),
-        _png(2**10, 2**10, bytes(7), layout=(8, 2, 0, 0, 0)),
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-    ],
-)
-def test_images_that_lie_about_their_size_or_kind_are_refused(tmp_path, data):
-  path = tmp_path / "a.png"
-  path.write_bytes(data)
-  with pytest.raises(UserError, match="a.png"):
-    image_files.read_image(path)
-
-
-def test_an_image_chunk_that_lies_about_its_size_takes_no_memory(tmp_path):
-  path = tmp_path / "a.png"
-  Image.new("RGB", (64, 64)).save(path)
-  data = bytearray(path.read_bytes())
-  at = data.index(b"IDAT")
-  data[at - 4 : at] = (2**31 - 1).to_bytes(4, "big")
-  path.write_bytes(data)
-  tracemalloc.start()
-  with contextlib.suppress(UserError):
-    image_files.read_image(path)
-  _, peak = tracemalloc.get_traced_memory()
-  tracemalloc.stop()
-  assert peak < 2**24
-
-
-def test_images_over_the_pixel_limit_are_refused(tmp_path):
-  Image.new("L", (100, 10)).save(tmp_path / "a.png")
-  with pytest.raises(UserError, match="999 pixels.* came 100x10"):
-    image_files.read_image(tmp_path / "a.png", max_pixels=999)
-
-
-@pytest.mark.parametrize("kind", ["gif", "tiff"])
-def test_formats_that_no_set_uses_are_not_even_tried(tmp_path, kind):
-  Image.new("RGB", (4, 4)).save(tmp_path / f"a.{kind}")
-  with pytest.raises(UserError, match=f"a.{kind}: expected an image"):
-    image_files.read_image(tmp_path / f"a.{kind}")
-
-
-@pytest.mark.parametrize("shape", [(2, 2), (2, 2, 3)])
-def test_16_bit_pngs_are_refused_rather_than_clipped(tmp_path, shape):
-  cv2.imwrite(str(tmp_path / "a.png"), np.full(shape, 300, np.uint16))
-  with pytest.raises(UserError, match="8 bits"):
-    image_files.read_image(tmp_path / "a.png")
-
-
-@pytest.mark.parametrize("suffix", ["ppm", "png", "jpg", "webp"])
-def test_cut_images_are_refused(tmp_path, suffix):
-  path = tmp_path / f"a.{suffix}"
-  noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-  Image.fromarray(noise).save(path)
-  path.write_bytes(path.read_bytes()[:-1000])
-  with pytest.raises(UserError, match=path.name):
-    image_files.read_image(path)
 
 
 def test_kitti_sample_reads_as_another_decoder_of_16_bits_does(shared_data):

@@ -1,4 +1,4 @@
-"""Pairs out of videos and folders: what is paired, skipped and refused."""
+"""Videos: what is read, kept and refused."""
 
 import os
 import pickle
