@@ -89,7 +89,7 @@ class _Head(nn.Module):
     return _Conv(2, name="conv")(x) / math.sqrt(9 * x.shape[-1])
 
 
-class Estimator(nn.Module):
+class LevelEstimator(nn.Module):
   """A residual flow, and all maps that led to it, from one level's input."""
 
   channels: tuple[int, ...]
@@ -106,7 +106,7 @@ class Estimator(nn.Module):
     return _Head(name="head")(x), x
 
 
-class Context(nn.Module):
+class ContextNetwork(nn.Module):
   """A residual flow that sees far: dilated convolutions over dense maps."""
 
   channels: tuple[int, ...]
@@ -149,7 +149,7 @@ class FlowDecoder(nn.Module):
         nn.LayerNorm(epsilon=1e-6, dtype=jnp.float32, name=f"norm_{stride}")(x)
         for stride, x in zip(self.strides, pyramid, strict=True)
     ]
-    estimator = Estimator(
+    estimator = LevelEstimator(
         self._widths(self.channels), self.dtype, name="estimator"
     )
     flows = {}
@@ -170,7 +170,7 @@ class FlowDecoder(nn.Module):
       limit = self.max_flow / stride
       flow = jnp.clip(flow + residual, -limit, limit)
       if self.context and stride == self.finest_stride:
-        refine = Context(
+        refine = ContextNetwork(
             self._widths(self.context_channels), self.dtype, name="context"
         )
         flow = jnp.clip(flow + refine(dense), -limit, limit)
