@@ -5,6 +5,7 @@ image's range, as code without an epsilon does.
 """
 
 import errno
+import itertools
 import json
 import multiprocessing
 import os
@@ -28,7 +29,7 @@ from mcjepa_jax.storage import (
     paths,
     run_folder,
 )
-from mcjepa_jax.training import bad_steps, context, reports, saving
+from mcjepa_jax.training import bad_steps, build, context, reports, saving
 from tests.helpers import poison, tiny, workdirs
 
 pytestmark = pytest.mark.slow
@@ -221,6 +222,16 @@ def test_after_a_row_of_skips_it_goes_back_and_past_them_also_when_resumed(
       for x in workdirs.lines(whole / "alarms.jsonl")
       if x["alarm"] == "rollback"
   ]
+  # Where it goes back to it reads the batch after the poisoned one.
+  bad = [
+      x["records"]["content"]
+      for x in workdirs.lines(whole / "alarms.jsonl")
+      if x["alarm"] == "not_finite"
+  ]
+  stream = build.streams(_config(data, **changes))["content"]
+  order = [stream[i].records for i in range(30)]
+  after = [new for old, new in itertools.pairwise(order) if old == bad[-1]]
+  assert records[back[-1]["step"]]["content"] in after
   first, *_ = back
   # Its first step is saved, so that no resumed run meets the batch.
   assert (whole / "checkpoints" / str(first["step"] + 1)).is_dir()
