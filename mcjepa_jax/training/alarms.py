@@ -210,7 +210,7 @@ class AlarmMonitor:
   def state(self) -> dict[str, Any]:
     """All of it as JSON, for a run that resumes."""
     return {
-        "row": self.skipped_in_a_row,
+        "row": self.skipped_in_a_row,  # as earlier checkpoints have it
         "counts": dict(self._counts),
         "outside": sorted(self._outside),
         "windows": {key: list(w) for key, w in self._windows.items()},

@@ -51,6 +51,7 @@ def save(
           "versions": environment.versions(),
           "seconds": run.clock.seconds(),
           "time": time.time(),
+          # By the name that earlier checkpoints have.
           "watch": run.monitor.state(),
       },
       metrics,
