@@ -1,4 +1,4 @@
-"""How a command ends: faults of the input, other ends and their exit codes."""
+"""Faults of the input, other ends of a command, and their exit codes."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""A checkpoint's model, its parameters and its meta."""
+"""Loads a checkpoint: its model, its parameters and its meta."""
 
 import os
 from typing import Any

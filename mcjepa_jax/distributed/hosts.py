@@ -1,4 +1,4 @@
-"""What the hosts of a run agree on, share and do as one.
+"""Lets the hosts of a run agree, share and act as one.
 
 Facts go through the key-value store of JAX's own service.
 """

@@ -1,4 +1,4 @@
-"""How the hosts of a run find each other: the roll call, then JAX's own start.
+"""Brings the hosts of a run together: the roll call, then JAX's own start.
 
 Process 0 calls the roll on the coordinator's port before JAX uses it: JAX would
 end every process where one is missing, and name none. The connections of the

@@ -1,4 +1,4 @@
-"""What is evaluated, and what comes of it."""
+"""The subject of an evaluation, and the type of its results."""
 
 import dataclasses
 import pathlib

@@ -1,4 +1,4 @@
-"""Which pixels are visible in the other frame, from the flow alone.
+"""Masks of the pixels that are visible in the other frame, from flow alone.
 
 The conventions are those of flow_ops.
 """

@@ -1,4 +1,4 @@
-"""What a run runs on: versions, commit and devices."""
+"""The environment of a run: versions, commit and devices."""
 
 import importlib.metadata
 import pathlib

@@ -1,4 +1,4 @@
-"""Where the time of a run went."""
+"""The clock of a run: seconds by what they were spent on."""
 
 from collections.abc import Iterator, Mapping
 import contextlib

@@ -1,4 +1,4 @@
-"""Which tasks a step trains, and which parameters it moves."""
+"""The tasks that each step trains, and the parameters that it moves."""
 
 from mcjepa_jax.models import mcjepa
 

@@ -1,4 +1,4 @@
-"""The parts of a run, and what the loop reads: its state, batches and steps."""
+"""The parts of a run, and what the loop begins with: state, batches and steps."""
 
 from collections.abc import Iterator
 import dataclasses

@@ -1,4 +1,4 @@
-"""How a run goes back to an earlier state."""
+"""Takes a run back to an earlier state."""
 
 from collections.abc import Mapping
 from typing import Any

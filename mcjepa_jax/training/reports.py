@@ -1,4 +1,4 @@
-"""What a run reports: evaluations, pictures and results."""
+"""The reports of a run: evaluations, pictures and results."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds, and when it is made."""
+"""Saves the checkpoints of a run, and says when one is due."""
 
 import contextlib
 import time
