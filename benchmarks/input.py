@@ -173,7 +173,7 @@ class PillowFiles:
 
 
 def pillow_views(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
-  """What geometry.two_views returns, by Pillow, from the same draws."""
+  """The two views of geometry.two_views, cut by Pillow from the same draws."""
   views = []
   for _ in range(2):
     box = geometry.random_box(image.height, image.width, rng)

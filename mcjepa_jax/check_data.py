@@ -72,7 +72,7 @@ class Settings:
   root: str | paths.Location
   seed: int = 0
   size: tuple[int, int] = (64, 64)  # of generated pairs
-  # Of content's views, see pipeline.geometry.two_views.
+  # Options of pipeline.geometry.two_views, which cuts content's views.
   views: dict[str, Any] = dataclasses.field(
       default_factory=lambda: {"size": 96}
   )

@@ -14,7 +14,7 @@ Results = dict[str, float | int]  # by EVAL/SET/METRIC
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-  """What is evaluated; `initial` are the parameters before training."""
+  """The subject of an evaluation; `initial` are its parameters before training."""
 
   config: Any
   model: mcjepa.MCJEPA

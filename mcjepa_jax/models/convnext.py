@@ -18,7 +18,7 @@ import numpy as np
 
 from mcjepa_jax.ops import depthwise
 
-# Of a part of a batch: each example's row in the whole, and the whole's size.
+# The rows that a part's examples have in the whole batch, and the whole's size.
 BatchRows = tuple[Int[Array, " n"], int]
 
 REMAT = ("none", "stage", "block")
